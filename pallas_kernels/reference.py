@@ -1,0 +1,153 @@
+"""The definition of QUIK's numbers, in plain `jnp`: every other backend is tested against this file.
+
+A linear layer `y = x W^T + bias` with `W` of shape `[N, K]` is held as `B` base columns in `b`-bit integers and `O = K - B`
+outlier columns in 16-bit floats. At run time (QUIK, arXiv 2310.09259, sections 3.2-3.3)
+
+    x_base, x_out = x[columns[:B]], x[columns[B:]]
+    z = min(x_base);  s = max((max(x_base) - z) * c_b, 1e-30);  c_b = float32(1 / (2^b - 1))          per token
+    q = clip(round((x_base - z) * (1 / s)), 0, 2^b - 1) - h;    h = 2^(b - 1)                         int8 carries it
+    acc = q @ qweight^T                                                                              int32, exact
+    y = acc * s * scale + (z + h * s) * reduced + x_out @ outliers^T + bias                           float32
+    reduced[n] = scale[n] * sum_k qweight[n, k]
+
+Contract. `q` and `acc` are bit-identical on every backend for identical `x`: all quantizer arithmetic is float32, rounds half
+to even, and multiplies by `c_b` and by `1 / s` where a division would let a compiler choose the bits. The float32 epilogue is
+equal within a stated tolerance. Values must be finite and `max - min` below the float32 maximum; int32 cannot overflow for
+`B <= MAX_BASE`.
+
+Dtypes of the outlier product: `x` in its own dtype and `outliers` in theirs, both widened to float32 (exact), products
+accumulated in float32.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Float32, Int, Int8, Int32
+
+# |q_x| <= 128 and |q_w| <= 128, so this many products stay inside int32.
+MAX_BASE = (2**31 - 1) // (128 * 128)
+SMALLEST_SCALE = 1e-30
+
+# Below this many rows XLA's integer product on CPU takes a scalar path; rows of zeros cost less than that.
+_FEWEST_ROWS = 4
+
+
+class Split(NamedTuple):
+    """One tensor of activations, split and quantized once for all the layers that read it.
+
+    `codes`: the base columns in `b` bits, carried by int8, in `[-2^(b-1), 2^(b-1) - 1]`. `outliers`: the outlier columns in the
+    dtype of `x`. `scale` and `zero`: per token, `x_base ~ (codes + 2^(b-1)) * scale + zero`.
+    """
+
+    codes: Int8[Array, "*batch base"]
+    outliers: Float[Array, "*batch outliers"]
+    scale: Float32[Array, "*batch"]
+    zero: Float32[Array, "*batch"]
+
+
+def quantize_activations(
+    x: Float[Array, "*batch base"], bits: int
+) -> tuple[Int8[Array, "*batch base"], Float32[Array, "*batch"], Float32[Array, "*batch"]]:
+    """Asymmetric per-token codes of the base columns: `(codes, scale, zero)`, see the module's equations.
+
+    `bits` is 4 or 8. Without columns there is nothing to measure: `scale = 1`, `zero = 0`.
+    """
+    if bits not in (4, 8):
+        raise ValueError(f"activations are quantized to 4 or 8 bits, not {bits}")
+    batch = x.shape[:-1]
+    if x.shape[-1] == 0:
+        return jnp.zeros(x.shape, jnp.int8), jnp.ones(batch, jnp.float32), jnp.zeros(batch, jnp.float32)
+    levels = 2**bits - 1
+    x = x.astype(jnp.float32)
+    zero = jnp.min(x, axis=-1)
+    spread = jnp.max(x, axis=-1) - zero
+    scale = jnp.maximum(spread * np.float32(1 / levels), np.float32(SMALLEST_SCALE))
+    steps = jnp.round((x - zero[..., None]) * (1 / scale)[..., None])
+    codes = jnp.clip(steps, 0, levels) - 2 ** (bits - 1)
+    return codes.astype(jnp.int8), scale, zero
+
+
+def split_columns(
+    x: Float[Array, "*batch k"], columns: Int[Array, " k"], base: int
+) -> tuple[Float[Array, "*batch base"], Float[Array, "*batch outliers"]]:
+    """The base columns and the outlier columns of `x`, in the weight's order (`columns`: base first, outliers last)."""
+    permuted = jnp.take(x, columns, axis=-1, mode="clip")
+    return permuted[..., :base], permuted[..., base:]
+
+
+def split_quantize(x: Float[Array, "*batch k"], columns: Int[Array, " k"], base: int, bits: int) -> Split:
+    """Gather base and outlier columns of `x` and quantize the base per token to `bits` (4 or 8)."""
+    x_base, x_out = split_columns(x, columns, base)
+    codes, scale, zero = quantize_activations(x_base, bits)
+    return Split(codes, x_out, scale, zero)
+
+
+def integer_matmul(codes: Int8[Array, "*batch base"], qweight: Int[Array, "n base"]) -> Int32[Array, "*batch n"]:
+    """`codes @ qweight^T` with int32 accumulation, exact. `qweight` is int4 or int8; both sides travel as int8."""
+    *batch, base = codes.shape
+    if base > MAX_BASE:
+        raise ValueError(f"{base} base columns could overflow an int32 accumulator; at most {MAX_BASE} are exact")
+    rows = codes.reshape(-1, base)
+    count = rows.shape[0]
+    if 0 < count < _FEWEST_ROWS:
+        rows = jnp.pad(rows, ((0, _FEWEST_ROWS - count), (0, 0)))
+    accumulator = jax.lax.dot_general(
+        rows, qweight.astype(jnp.int8), (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32
+    )
+    return accumulator[:count].reshape(*batch, qweight.shape[0])
+
+
+def float_matmul(x: Float[Array, "*batch k"], weight: Float[Array, "n k"]) -> Float32[Array, "*batch n"]:
+    """`x @ weight^T`: both operands widened to float32, accumulated in float32."""
+    return jax.lax.dot_general(
+        x.astype(jnp.float32),
+        weight.astype(jnp.float32),
+        (((x.ndim - 1,), (1,)), ((), ())),
+        precision=jax.lax.Precision.HIGHEST,
+        preferred_element_type=jnp.float32,
+    )
+
+
+def quik_matmul(
+    split: Split,
+    qweight: Int[Array, "n base"],
+    scale: Float32[Array, " n"],
+    reduced: Float32[Array, " n"],
+    outliers: Float[Array, "n outliers"],
+    bias: Float[Array, " n"] | None,
+    bits: int,
+) -> Float32[Array, "*batch n"]:
+    """The QUIK product of split activations with a packed weight, float32 epilogue (module's equations).
+
+    `bits` is the activations' width, the same that `split` was made with. The result is float32; the caller casts.
+    """
+    y = jnp.zeros((*split.codes.shape[:-1], qweight.shape[0]), jnp.float32)
+    if qweight.shape[1]:
+        accumulator = integer_matmul(split.codes, qweight).astype(jnp.float32)
+        offset = split.zero + 2 ** (bits - 1) * split.scale
+        y = accumulator * split.scale[..., None] * scale + offset[..., None] * reduced
+    if outliers.shape[1]:
+        y = y + float_matmul(split.outliers, outliers)
+    if bias is not None:
+        y = y + bias.astype(jnp.float32)
+    return y
+
+
+def weight_only_matmul(
+    x: Float[Array, "*batch k"],
+    columns: Int[Array, " k"],
+    qweight: Int[Array, "n base"],
+    scale: Float32[Array, " n"],
+    outliers: Float[Array, "n outliers"],
+    bias: Float[Array, " n"] | None,
+) -> Float32[Array, "*batch n"]:
+    """16-bit activations: `y = (x_base @ qweight^T) * scale + x_out @ outliers^T + bias`, float32 throughout."""
+    x_base, x_out = split_columns(x, columns, qweight.shape[1])
+    y = float_matmul(x_base, qweight.astype(jnp.int8)) * scale
+    if outliers.shape[1]:
+        y = y + float_matmul(x_out, outliers)
+    if bias is not None:
+        y = y + bias.astype(jnp.float32)
+    return y

@@ -1,0 +1,22 @@
+"""Errors a user can act on: one sentence that says what is wrong and what to do."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class QuikError(Exception):
+    """A mistake in the input or the surroundings, told in one sentence. The command line prints it without a traceback."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The tail of an error about an unknown name: the nearest known one, then all of them.
+
+    >>> did_you_mean("quik4b", ["quik-4b", "fp"])
+    'did you mean "quik-4b"? (known: quik-4b, fp)'
+    >>> did_you_mean("zzz", ["quik-4b", "fp"])
+    'known: quik-4b, fp'
+    """
+    known = list(known)
+    near = difflib.get_close_matches(name, known, n=1)
+    listing = "known: " + ", ".join(known)
+    return f'did you mean "{near[0]}"? ({listing})' if near else listing
