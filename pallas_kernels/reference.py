@@ -93,9 +93,7 @@ def integer_matmul(codes: Int8[Array, "*batch base"], qweight: Int[Array, "n bas
     count = rows.shape[0]
     if 0 < count < _FEWEST_ROWS:
         rows = jnp.pad(rows, ((0, _FEWEST_ROWS - count), (0, 0)))
-    accumulator = jax.lax.dot_general(
-        rows, qweight.astype(jnp.int8), (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32
-    )
+    accumulator = jax.lax.dot_general(rows, qweight.astype(jnp.int8), (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32)
     return accumulator[:count].reshape(*batch, qweight.shape[0])
 
 

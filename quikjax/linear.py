@@ -34,9 +34,7 @@ def linears(
 
 
 def _dense(x: Float[Array, "..."], weight: Array, bias: Float[Array, "..."] | None) -> Float[Array, "..."]:
-    y = jax.lax.dot_general(
-        x, weight.astype(x.dtype), (((x.ndim - 1,), (1,)), ((), ())), preferred_element_type=jnp.float32
-    )
+    y = jax.lax.dot_general(x, weight.astype(x.dtype), (((x.ndim - 1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
     if bias is not None:
         y = y + bias.astype(jnp.float32)
     return y.astype(x.dtype)

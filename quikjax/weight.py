@@ -86,9 +86,7 @@ class QuikWeight:
             QuikError: naming `name` and the first thing that does not hold.
         """
         if self.version != VERSION:
-            raise QuikError(
-                f"{name} is in weight format {self.version}; this version of quikjax reads format {VERSION}"
-            )
+            raise QuikError(f"{name} is in weight format {self.version}; this version of quikjax reads format {VERSION}")
         n, k, b = self.outputs, self.inputs, self.base
         dtypes = {4: jnp.int4, 8: jnp.int8}
         if self.weight_bits not in dtypes or self.activation_bits not in (4, 8, 16):
