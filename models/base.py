@@ -1,0 +1,196 @@
+"""What every family shares: the cache, the shape of a model, and the small layers. One file per family stands beside it.
+
+A model is three steps, so that the pipeline can hold one block at a time: `embed`, then each of `blocks`, then `head`. Parameter
+names are the published ones, so loading is little more than a lookup by path. Weights are read with `get_value()`: each may be
+a dense `[N, K]` array or a `QuikWeight`, and `linear` tells them apart.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int, Int32
+
+from quikjax.linear import linears
+from quikjax.weight import QuikWeight
+
+# Called by a block with the name of a group of layers and the tensor they all read: how calibration sees a block's inside.
+Observe = Callable[[str, Array], None]
+
+PADDING = -1  # the position of a token that is not there
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """What every published configuration says, under one set of names. Families add their own fields."""
+
+    vocab_size: int
+    hidden_size: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_size: int
+    context_length: int
+
+
+class KeyValues(NamedTuple):
+    """Keys and values of one block."""
+
+    keys: Float[Array, "batch slots kv_heads head"]
+    values: Float[Array, "batch slots kv_heads head"]
+
+
+class Cache(NamedTuple):
+    """Keys and values of all blocks, and which token each slot holds.
+
+    `positions` is `PADDING` where a slot is empty or holds padding, so rows of unequal length share one cache: a query at position
+    `p` sees the slots whose position is in `[0, p]`. `used` counts the slots written; new tokens go behind them.
+    """
+
+    blocks: dict[str, KeyValues]
+    positions: Int32[Array, "batch slots"]
+    used: Int32[Array, ""]
+
+
+class Place(NamedTuple):
+    """Where the tokens of a call stand: their positions, and, with a cache, its positions (these tokens included) and fill."""
+
+    positions: Int32[Array, "batch length"]
+    slots: Int32[Array, "batch slots"] | None = None
+    used: Int32[Array, ""] | None = None
+
+
+class Block(nnx.Module):
+    """One transformer block. `groups` names, in order of execution, the layers that read the same tensor."""
+
+    groups: ClassVar[dict[str, tuple[str, ...]]]
+
+    def __call__(
+        self,
+        hidden: Float[Array, "batch length hidden"],
+        place: Place,
+        cache: KeyValues | None = None,
+        observe: Observe | None = None,
+    ) -> tuple[Float[Array, "batch length hidden"], KeyValues]:
+        """The block's output, and its keys and values (with a cache: the cache's, these tokens written)."""
+        raise NotImplementedError
+
+
+class CausalLM(nnx.Module):
+    """A language model of any family. `model(ids)` gives float32 logits `[batch, length, vocab]`."""
+
+    config: Config
+    block_path: ClassVar[tuple[str, ...]]  # where the blocks' parameters are, by published name
+
+    @classmethod
+    def published_names(cls, path: str) -> tuple[str, ...]:
+        """The names under which checkpoints publish the parameter at `path`, the usual one first."""
+        return (path,)
+
+    @property
+    def blocks(self) -> dict[str, Block]:
+        """The blocks by their published names ("0", "1", ...), in order."""
+        node: Any = self
+        for name in self.block_path:
+            node = getattr(node, name)
+        return dict(node.items())
+
+    def embed(
+        self, ids: Int[Array, "batch length"], positions: Int32[Array, "batch length"]
+    ) -> Float[Array, "batch length hidden"]:
+        """The hidden state that enters the first block."""
+        raise NotImplementedError
+
+    def head(self, hidden: Float[Array, "batch length hidden"]) -> Float[Array, "batch length vocab"]:
+        """float32 logits from the hidden state that leaves the last block."""
+        raise NotImplementedError
+
+    def __call__(
+        self, ids: Int[Array, "batch length"], positions: Int32[Array, "batch length"] | None = None
+    ) -> Float[Array, "batch length vocab"]:
+        """float32 logits `[batch, length, vocab]`. `positions` defaults to 0, 1, 2, ...; padding is `PADDING`."""
+        return self.head(self.hidden(ids, positions)[0])
+
+    def hidden(
+        self, ids: Int[Array, "batch length"], positions: Int32[Array, "batch length"] | None = None
+    ) -> tuple[Float[Array, "batch length hidden"], dict[str, KeyValues]]:
+        """What leaves the last block, before the head, and every block's keys and values."""
+        place = Place(default_positions(ids) if positions is None else positions)
+        hidden = self.embed(ids, place.positions)
+        written = {}
+        for name, block in self.blocks.items():
+            hidden, written[name] = block(hidden, place)
+        return hidden, written
+
+    def prefill(
+        self, ids: Int[Array, "batch length"], capacity: int, positions: Int32[Array, "batch length"] | None = None
+    ) -> tuple[Float[Array, "batch vocab"], Cache]:
+        """Read a prompt: the logits that follow each row's last token, and a cache with room for `capacity` tokens."""
+        positions = default_positions(ids) if positions is None else positions
+        hidden, written = self.hidden(ids, positions)
+        last = jnp.argmax(positions, axis=1)
+        logits = self.head(jnp.take_along_axis(hidden, last[:, None, None], axis=1))[:, 0]
+        room = capacity - ids.shape[1]
+        blocks = jax.tree.map(lambda array: jnp.pad(array, ((0, 0), (0, room), (0, 0), (0, 0))), written)
+        slots = jnp.pad(positions, ((0, 0), (0, room)), constant_values=PADDING)
+        return logits, Cache(blocks, slots, jnp.int32(ids.shape[1]))
+
+    def extend(
+        self, ids: Int[Array, "batch length"], positions: Int32[Array, "batch length"], cache: Cache
+    ) -> tuple[Float[Array, "batch length vocab"], Cache]:
+        """Read further tokens behind a cache (which must have room for them): their logits, and the cache with them in it."""
+        slots = jax.lax.dynamic_update_slice(cache.positions, positions, (0, cache.used))
+        place = Place(positions, slots, cache.used)
+        hidden = self.embed(ids, positions)
+        written = {}
+        for name, block in self.blocks.items():
+            hidden, written[name] = block(hidden, place, cache.blocks[name])
+        return self.head(hidden), Cache(written, slots, cache.used + ids.shape[1])
+
+
+def default_positions(ids: Int[Array, "batch length"]) -> Int32[Array, "batch length"]:
+    """0, 1, 2, ... in every row."""
+    return jnp.broadcast_to(jnp.arange(ids.shape[1], dtype=jnp.int32), ids.shape)
+
+
+class Linear(nnx.Module):
+    """`weight` as published, `[outputs, inputs]`, and an optional `bias`."""
+
+    def __init__(self, inputs: int, outputs: int, *, bias: bool, dtype: Any) -> None:
+        self.weight = nnx.Param(jnp.zeros((outputs, inputs), dtype))
+        self.bias = nnx.Param(jnp.zeros((outputs,), dtype)) if bias else None
+
+    def __call__(self, x: Float[Array, "*batch k"]) -> Float[Array, "*batch n"]:
+        return project(x, self)[0]
+
+
+def project(x: Float[Array, "*batch k"], *layers: Linear) -> list[Float[Array, "*batch n_i"]]:
+    """Several layers on one input: packed ones of a group split and quantize it once."""
+    weights = [layer.weight.get_value() for layer in layers]
+    return linears(x, weights, [None if layer.bias is None else layer.bias.get_value() for layer in layers])
+
+
+class Embedding(nnx.Module):
+    """`weight` `[entries, width]`, looked up by row."""
+
+    def __init__(self, entries: int, width: int, *, dtype: Any) -> None:
+        self.weight = nnx.Param(jnp.zeros((entries, width), dtype))
+
+    def __call__(self, ids: Int[Array, "*batch"]) -> Float[Array, "*batch width"]:
+        return jnp.take(self.weight.get_value(), ids, axis=0, mode="clip")
+
+
+def unembed(hidden: Float[Array, "*batch width"], weight: Float[Array, "vocab width"]) -> Float[Array, "*batch vocab"]:
+    """float32 logits: `hidden @ weight^T`, accumulated in float32."""
+    return jax.lax.dot_general(
+        hidden, weight.astype(hidden.dtype), (((hidden.ndim - 1,), (1,)), ((), ())), preferred_element_type=jnp.float32
+    )
+
+
+def count_parameters(params: Any) -> int:
+    """How many numbers a parameter tree stands for, packed weights counted by the kernels they replaced."""
+    leaves = jax.tree.leaves(params, is_leaf=lambda leaf: isinstance(leaf, QuikWeight))
+    return sum(leaf.outputs * leaf.inputs if isinstance(leaf, QuikWeight) else leaf.size for leaf in leaves)

@@ -1,0 +1,176 @@
+"""LLaMA and what publishes under its `model_type` (LLaMA 1-3, SmolLM, TinyLlama): RMSNorm, rotary attention, gated MLP.
+
+Published as `LlamaForCausalLM`; parameter paths are its names.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int, Int32
+
+from quikjax.errors import QuikError
+from quikjax.models.attention import attend
+from quikjax.models.base import Block, CausalLM, Config, Embedding, KeyValues, Linear, Observe, Place, project, unembed
+from quikjax.models.rope import Rope, rotate
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LlamaConfig(Config):
+    """A LLaMA configuration."""
+
+    intermediate_size: int
+    norm_eps: float
+    rope: Rope = Rope()
+    tied: bool = False
+    attention_bias: bool = False
+    mlp_bias: bool = False
+
+    @classmethod
+    def from_published(cls, fields: Mapping[str, Any]) -> "LlamaConfig":
+        """Read a `config.json` of `model_type` "llama", with transformers' defaults for what it leaves out.
+
+        Raises:
+            QuikError: a field is missing, or asks for mathematics that this family does not have.
+        """
+        try:
+            hidden, heads = fields["hidden_size"], fields["num_attention_heads"]
+            activation = fields.get("hidden_act", "silu")
+            if activation != "silu":
+                raise QuikError(f'LLaMA with hidden_act "{activation}" is not supported, only "silu"')
+            rope = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
+            kind = rope.get("rope_type", rope.get("type", "default"))
+            if kind != "default":
+                raise QuikError(f'rotary scaling "{kind}" is not supported yet')
+            return cls(
+                vocab_size=fields["vocab_size"],
+                hidden_size=hidden,
+                layers=fields["num_hidden_layers"],
+                heads=heads,
+                kv_heads=fields.get("num_key_value_heads") or heads,
+                head_size=fields.get("head_dim") or hidden // heads,
+                context_length=fields.get("max_position_embeddings", 2048),
+                intermediate_size=fields["intermediate_size"],
+                norm_eps=fields.get("rms_norm_eps", 1e-6),
+                rope=Rope(theta=rope.get("rope_theta") or fields.get("rope_theta") or 10000.0),
+                tied=fields.get("tie_word_embeddings", False),
+                attention_bias=fields.get("attention_bias", False),
+                mlp_bias=fields.get("mlp_bias", False),
+            )
+        except KeyError as missing:
+            raise QuikError(f"the model's configuration has no field {missing}, which LLaMA needs") from None
+
+
+class RMSNorm(nnx.Module):
+    """`x / sqrt(mean(x^2) + eps) * weight`, computed in float32."""
+
+    def __init__(self, width: int, eps: float, *, dtype: Any) -> None:
+        self.weight = nnx.Param(jnp.ones((width,), dtype))
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "*batch width"]) -> Float[Array, "*batch width"]:
+        wide = x.astype(jnp.float32)
+        unit = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
+        return self.weight.get_value() * unit.astype(x.dtype)
+
+
+class LlamaAttention(nnx.Module):
+    """Grouped-query attention with rotary positions."""
+
+    def __init__(self, config: LlamaConfig, *, dtype: Any) -> None:
+        self.config = config
+        bias, size = config.attention_bias, config.head_size
+        self.q_proj = Linear(config.hidden_size, config.heads * size, bias=bias, dtype=dtype)
+        self.k_proj = Linear(config.hidden_size, config.kv_heads * size, bias=bias, dtype=dtype)
+        self.v_proj = Linear(config.hidden_size, config.kv_heads * size, bias=bias, dtype=dtype)
+        self.o_proj = Linear(config.heads * size, config.hidden_size, bias=bias, dtype=dtype)
+
+
+class LlamaMLP(nnx.Module):
+    """`down(silu(gate(x)) * up(x))`."""
+
+    def __init__(self, config: LlamaConfig, *, dtype: Any) -> None:
+        hidden, wide, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.gate_proj = Linear(hidden, wide, bias=bias, dtype=dtype)
+        self.up_proj = Linear(hidden, wide, bias=bias, dtype=dtype)
+        self.down_proj = Linear(wide, hidden, bias=bias, dtype=dtype)
+
+
+class LlamaBlock(Block):
+    """Norm, attention, residual; norm, gated MLP, residual."""
+
+    groups: ClassVar[dict[str, tuple[str, ...]]] = {
+        "attention_input": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        "attention_output": ("self_attn.o_proj",),
+        "mlp_input": ("mlp.gate_proj", "mlp.up_proj"),
+        "mlp_output": ("mlp.down_proj",),
+    }
+
+    def __init__(self, config: LlamaConfig, *, dtype: Any) -> None:
+        self.input_layernorm = RMSNorm(config.hidden_size, config.norm_eps, dtype=dtype)
+        self.self_attn = LlamaAttention(config, dtype=dtype)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps, dtype=dtype)
+        self.mlp = LlamaMLP(config, dtype=dtype)
+
+    def __call__(
+        self,
+        hidden: Float[Array, "batch length hidden"],
+        place: Place,
+        cache: KeyValues | None = None,
+        observe: Observe | None = None,
+    ) -> tuple[Float[Array, "batch length hidden"], KeyValues]:
+        see: Observe = observe or (lambda _group, _x: None)
+        attention, mlp = self.self_attn, self.mlp
+        config = attention.config
+
+        x = self.input_layernorm(hidden)
+        see("attention_input", x)
+        query, key, value = (
+            y.reshape(*y.shape[:-1], -1, config.head_size)
+            for y in project(x, attention.q_proj, attention.k_proj, attention.v_proj)
+        )
+        query, key = rotate(query, place.positions, config.rope), rotate(key, place.positions, config.rope)
+        mixed, written = attend(query, key, value, place, cache, scale=config.head_size**-0.5)
+        x = mixed.reshape(*hidden.shape[:-1], -1)
+        see("attention_output", x)
+        hidden = hidden + attention.o_proj(x)
+
+        x = self.post_attention_layernorm(hidden)
+        see("mlp_input", x)
+        gate, up = project(x, mlp.gate_proj, mlp.up_proj)
+        x = jax.nn.silu(gate) * up
+        see("mlp_output", x)
+        return hidden + mlp.down_proj(x), written
+
+
+class LlamaModel(nnx.Module):
+    """Embedding, blocks and final norm, under their published names."""
+
+    def __init__(self, config: LlamaConfig, *, dtype: Any) -> None:
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, dtype=dtype)
+        self.layers = nnx.Dict({str(i): LlamaBlock(config, dtype=dtype) for i in range(config.layers)})
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps, dtype=dtype)
+
+
+class LlamaForCausalLM(CausalLM):
+    """LLaMA with its head; the head is the embedding's transpose where the two are tied."""
+
+    block_path = ("model", "layers")
+    config: LlamaConfig
+
+    def __init__(self, config: LlamaConfig, *, dtype: Any = jnp.float32) -> None:
+        self.config = config
+        self.model = LlamaModel(config, dtype=dtype)
+        self.lm_head = None if config.tied else Linear(config.hidden_size, config.vocab_size, bias=False, dtype=dtype)
+
+    def embed(
+        self, ids: Int[Array, "batch length"], positions: Int32[Array, "batch length"]
+    ) -> Float[Array, "batch length hidden"]:
+        return self.model.embed_tokens(ids)
+
+    def head(self, hidden: Float[Array, "batch length hidden"]) -> Float[Array, "batch length vocab"]:
+        table = self.model.embed_tokens if self.lm_head is None else self.lm_head
+        return unembed(self.model.norm(hidden), table.weight.get_value())

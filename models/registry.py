@@ -1,0 +1,67 @@
+"""From a published configuration to a model without weights."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+
+from quikjax.errors import QuikError, did_you_mean
+from quikjax.models.base import CausalLM
+from quikjax.models.llama import LlamaConfig, LlamaForCausalLM
+
+# model_type: (configuration, model). A new family is one file and one row here.
+FAMILIES: dict[str, tuple[type[Any], type[CausalLM]]] = {
+    "llama": (LlamaConfig, LlamaForCausalLM),
+}
+
+
+def abstract_model(fields: Mapping[str, Any], dtype: Any = jnp.float32) -> CausalLM:
+    """The model that a `config.json` describes, its parameters `ShapeDtypeStruct`s of `dtype`: no memory, no weights.
+
+    Raises:
+        QuikError: `model_type` is missing or unknown, or the family refuses a field.
+    """
+    kind = fields.get("model_type")
+    if kind is None:
+        raise QuikError('the configuration has no "model_type"; is it the config.json of a language model?')
+    if kind not in FAMILIES:
+        raise QuikError(f'models of type "{kind}" are not supported; {did_you_mean(str(kind), FAMILIES)}')
+    config, model = FAMILIES[kind]
+    return nnx.eval_shape(lambda: model(config.from_published(fields), dtype=dtype))
+
+
+def pure_params(model: CausalLM) -> dict[str, Any]:
+    """The model's parameters as plain nested dictionaries keyed by published names."""
+    return nnx.to_pure_dict(nnx.split(model)[1])
+
+
+def dotted(params: Mapping[str, Any]) -> dict[str, Any]:
+    """A nested dictionary flattened to published names, `model.layers.0.mlp.down_proj.weight`. Packed weights are leaves.
+
+    >>> dotted({"a": {"b": 1}, "c": 2})
+    {'a.b': 1, 'c': 2}
+    """
+    flat = {}
+    for key, value in params.items():
+        if isinstance(value, Mapping):
+            flat.update({f"{key}.{name}": leaf for name, leaf in dotted(value).items()})
+        else:
+            flat[key] = value
+    return flat
+
+
+def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of `dotted`.
+
+    >>> nested({"a.b": 1, "c": 2})
+    {'a': {'b': 1}, 'c': 2}
+    """
+    tree: dict[str, Any] = {}
+    for name, leaf in flat.items():
+        *parents, last = name.split(".")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = leaf
+    return tree
