@@ -83,6 +83,7 @@ class CausalLM(nnx.Module):
     """A language model of any family. `model(ids)` gives float32 logits `[batch, length, vocab]`."""
 
     config: Config
+    published: str | None = None  # the `config.json` this was built from, as sorted JSON text: hashable, hence static
     block_path: ClassVar[tuple[str, ...]]  # where the blocks' parameters are, by published name
 
     @classmethod

@@ -1,5 +1,6 @@
 """From a published configuration to a model without weights."""
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -28,7 +29,9 @@ def abstract_model(fields: Mapping[str, Any], dtype: Any = jnp.float32) -> Causa
     if kind not in FAMILIES:
         raise QuikError(f'models of type "{kind}" are not supported; {did_you_mean(str(kind), FAMILIES)}')
     config, model = FAMILIES[kind]
-    return nnx.eval_shape(lambda: model(config.from_published(fields), dtype=dtype))
+    abstract = nnx.eval_shape(lambda: model(config.from_published(fields), dtype=dtype))
+    abstract.published = json.dumps(dict(fields), sort_keys=True, default=str)
+    return abstract
 
 
 def pure_params(model: CausalLM) -> dict[str, Any]:
