@@ -1,0 +1,112 @@
+"""From a checkpoint's tensors to a model's parameter tree, checked against each other before the first tensor is read."""
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from quikjax.errors import QuikError, did_you_mean
+from quikjax.loading.source import Source
+from quikjax.models.base import CausalLM
+from quikjax.models.registry import dotted, nested, pure_params
+
+# Published beside the weights, and computed from the configuration by every implementation.
+_COMPUTED = re.compile(r"(^|\.)(rotary_emb\.\w+|masked_bias|position_ids)$")
+_HEAD = "lm_head.weight"
+
+
+def match(source: Source, model: CausalLM) -> dict[str, str]:
+    """Which tensor of `source` fills each parameter of `model`: `{parameter: tensor}`, both by dotted name.
+
+    Headers only. Tensors that a model computes by itself (rotary frequencies) are passed over, and so is a head beside tied
+    embeddings, which `load_params` compares with them.
+
+    Raises:
+        QuikError: tensors missing, tensors that nothing asks for, or shapes that differ (with both shapes).
+    """
+    wanted = dotted(pure_params(model))
+    tensors = source.tensors()
+    found: dict[str, str] = {}
+    for path in wanted:
+        candidates = [name for name in type(model).published_names(path) if name in tensors]
+        if candidates:
+            found[path] = candidates[0]
+    missing = [path for path in wanted if path not in found]
+    if missing:
+        raise QuikError(f"{source.where} lacks {_listing(missing)} that its configuration asks for")
+    used = set(found.values())
+    unexpected = [name for name in tensors if name not in used and not _harmless(name, wanted)]
+    if unexpected:
+        raise QuikError(f"{source.where} holds {_listing(unexpected)} that its configuration has no place for")
+    wrong = [
+        f"{name} is {list(tensors[name].shape)} where the configuration asks for {list(wanted[path].shape)}"
+        for path, name in found.items()
+        if tensors[name].shape != wanted[path].shape
+    ]
+    if wrong:
+        more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+        raise QuikError(f"{source.where}: tensor {wrong[0]}{more}")
+    return found
+
+
+def _harmless(name: str, wanted: Mapping[str, Any]) -> bool:
+    return bool(_COMPUTED.search(name)) or (name == _HEAD and _HEAD not in wanted)
+
+
+def _listing(names: list[str]) -> str:
+    shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+    return f"{len(names)} tensor{'s' if len(names) > 1 else ''} ({shown})"
+
+
+def load_params(source: Source, model: CausalLM, names: Iterable[str] | None = None, dtype: Any = jnp.float32) -> dict[str, Any]:
+    """The parameters of `model` from `source`, one tensor in memory at a time beside those already converted.
+
+    Args:
+        source: an opened checkpoint.
+        model: the model that `source.config` describes; its parameters may be abstract, only their shapes are read.
+        names: load only parameters at or below these published paths, such as `["model.layers.3"]` for one block;
+            everything when None.
+        dtype: floating dtype of all parameters.
+
+    Returns:
+        Nested dictionaries with the model's full paths, limited to `names`: for one block
+        `load_params(source, model, ["model.layers.3"])["model"]["layers"]["3"]`.
+
+    Raises:
+        QuikError: whatever `match` finds, before any tensor is read; a name of `names` that is no parameter's path; NaN or
+            infinity in a tensor; values beyond the range of `dtype`.
+    """
+    found = match(source, model)
+    if names is not None:
+        found = _below(found, list(names))
+    return nested({path: _convert(source, name, dtype) for path, name in found.items()})
+
+
+def _below(found: Mapping[str, str], names: list[str]) -> dict[str, str]:
+    chosen: dict[str, str] = {}
+    for prefix in names:
+        below = {path: name for path, name in found.items() if path == prefix or path.startswith(f"{prefix}.")}
+        if not below:
+            raise QuikError(f'the model has no parameters at "{prefix}"; {did_you_mean(prefix, sorted(_prefixes(found)))}')
+        chosen |= below
+    return chosen
+
+
+def _prefixes(found: Mapping[str, str]) -> set[str]:
+    return {path.rsplit(".", cut)[0] for path in found for cut in range(1, 3)}
+
+
+def _convert(source: Source, name: str, dtype: Any) -> Float[Array, "..."]:
+    array = source.read(name)
+    if array.dtype == dtype:
+        return jnp.asarray(array)
+    with np.errstate(over="ignore"):  # reported below, by name
+        converted = array.astype(dtype)
+    if jnp.finfo(dtype).max < jnp.finfo(array.dtype).max and not np.isfinite(converted).all():
+        raise QuikError(
+            f"{source.where}: tensor {name} has values beyond the range of {jnp.dtype(dtype)}; use float32 or bfloat16"
+        )
+    return jnp.asarray(converted)
