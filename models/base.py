@@ -46,8 +46,8 @@ class KeyValues(NamedTuple):
 class Cache(NamedTuple):
     """Keys and values of all blocks, and which token each slot holds.
 
-    `positions` is `PADDING` where a slot is empty or holds padding, so rows of unequal length share one cache: a query at position
-    `p` sees the slots whose position is in `[0, p]`. `used` counts the slots written; new tokens go behind them.
+    `positions` is `PADDING` where a slot is empty or holds padding, so rows of unequal length share one cache: a query at
+    position `p` sees the slots whose position is in `[0, p]`. `used` counts the slots written; new tokens go behind them.
     """
 
     blocks: dict[str, KeyValues]
@@ -97,7 +97,8 @@ class CausalLM(nnx.Module):
         node: Any = self
         for name in self.block_path:
             node = getattr(node, name)
-        return dict(node.items())
+        # Flax sorts keys as text, and "10" comes before "2" there.
+        return dict(sorted(node.items(), key=lambda item: int(item[0])))
 
     def embed(
         self, ids: Int[Array, "batch length"], positions: Int32[Array, "batch length"]
