@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from quikjax.errors import QuikError, did_you_mean
+from quikjax.errors import QuikError
 from quikjax.loading.source import Source
 from quikjax.models.base import CausalLM
 from quikjax.models.registry import dotted, nested, pure_params
@@ -16,6 +16,7 @@ from quikjax.models.registry import dotted, nested, pure_params
 # Published beside the weights, and computed from the configuration by every implementation.
 _COMPUTED = re.compile(r"(^|\.)(rotary_emb\.\w+|masked_bias|position_ids)$")
 _HEAD = "lm_head.weight"
+_EMBEDDING = re.compile(r"(^|\.)(embed_tokens|word_embeddings)\.weight$")
 
 
 def match(source: Source, model: CausalLM) -> dict[str, str]:
@@ -46,6 +47,12 @@ def match(source: Source, model: CausalLM) -> dict[str, str]:
         for path, name in found.items()
         if tensors[name].shape != wanted[path].shape
     ]
+    strange = [name for name in found.values() if not jnp.issubdtype(tensors[name].dtype, jnp.floating)]
+    if strange:
+        stored = tensors[strange[0]].storage
+        raise QuikError(
+            f"{source.where}: tensor {strange[0]} is {stored} where floating numbers are expected; is it quantized already?"
+        )
     if wrong:
         more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
         raise QuikError(f"{source.where}: tensor {wrong[0]}{more}")
@@ -82,7 +89,32 @@ def load_params(source: Source, model: CausalLM, names: Iterable[str] | None = N
     found = match(source, model)
     if names is not None:
         found = _below(found, list(names))
+    _check_tied(source, found)
     return nested({path: _convert(source, name, dtype) for path, name in found.items()})
+
+
+def verify(source: Source, model: CausalLM) -> None:
+    """Read every tensor once, one at a time, and keep none: what `load_params` would find, before hours of work begin.
+
+    Raises:
+        QuikError: whatever `match` and `Source.read` find.
+    """
+    found = match(source, model)
+    _check_tied(source, found)
+    for name in found.values():
+        source.read(name)
+
+
+def _check_tied(source: Source, found: Mapping[str, str]) -> None:
+    """A head published beside tied embeddings must equal them: one of the two would be dropped."""
+    table = next((name for name in found.values() if _EMBEDDING.search(name)), None)
+    if table is None or _HEAD in found.values() or _HEAD not in source.tensors():
+        return
+    if source.shape(_HEAD) != source.shape(table) or not np.array_equal(source.read(_HEAD), source.read(table)):
+        raise QuikError(
+            f"{source.where}: its configuration ties the head to the embeddings, but {_HEAD} and {table} differ; "
+            'set "tie_word_embeddings" to false in its config.json'
+        )
 
 
 def _below(found: Mapping[str, str], names: list[str]) -> dict[str, str]:
@@ -90,13 +122,9 @@ def _below(found: Mapping[str, str], names: list[str]) -> dict[str, str]:
     for prefix in names:
         below = {path: name for path, name in found.items() if path == prefix or path.startswith(f"{prefix}.")}
         if not below:
-            raise QuikError(f'the model has no parameters at "{prefix}"; {did_you_mean(prefix, sorted(_prefixes(found)))}')
+            raise QuikError(f'the model has no parameters at "{prefix}"')
         chosen |= below
     return chosen
-
-
-def _prefixes(found: Mapping[str, str]) -> set[str]:
-    return {path.rsplit(".", cut)[0] for path in found for cut in range(1, 3)}
 
 
 def _convert(source: Source, name: str, dtype: Any) -> Float[Array, "..."]:

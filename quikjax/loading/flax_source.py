@@ -1,0 +1,84 @@
+"""Flax checkpoints of OPT (`flax_model.msgpack`) under the names and in the layout of the PyTorch ones.
+
+Flax keeps a dense `kernel` as `[inputs, outputs]`, an embedding as `embedding` and a norm's factor as `scale`; PyTorch calls all
+three `weight` and keeps the dense one as `[outputs, inputs]`.
+"""
+
+from pathlib import Path
+
+import numpy as np
+
+from quikjax.errors import QuikError
+from quikjax.loading.directory import DirectorySource, check_shards, read_index
+from quikjax.loading.msgpack_header import Array, read_layout
+from quikjax.loading.source import TensorInfo
+
+_SINGLE, _INDEX = "flax_model.msgpack", "flax_model.msgpack.index.json"
+_LEAVES = {"kernel": "weight", "embedding": "weight", "scale": "weight", "bias": "bias"}
+
+
+class FlaxSource(DirectorySource):
+    """`flax_model.msgpack`, or shards with `flax_model.msgpack.index.json`."""
+
+    def __init__(self, directory: Path, revision: str | None = None) -> None:
+        """Read the configuration and walk the layout of every file.
+
+        Raises:
+            QuikError: any of them is missing, damaged or truncated, or the model is not OPT.
+        """
+        super().__init__(directory, revision)
+        kind = self.config.get("model_type")
+        if kind != "opt":
+            # Other families' Flax classes named and laid out their parameters each in its own way.
+            raise QuikError(f'{self.where}: Flax weights of a "{kind}" model are not supported, only of "opt"; use safetensors')
+        single, index = directory / _SINGLE, directory / _INDEX
+        if single.is_file():
+            self.files = (single,)
+            held = {single.name: read_layout(single)}
+        else:
+            expected = {shard: [name.replace("/", ".") for name in names] for shard, names in read_index(index).items()}
+            self.files = tuple(directory / shard for shard in expected)
+            held = {path.name: read_layout(path) for path in self.files}
+            check_shards(index, expected, held)
+        self._arrays: dict[str, tuple[Path, Array, bool]] = {}
+        for shard, arrays in held.items():
+            for path, array in arrays.items():
+                name, transposed = published_name(path)
+                self._arrays[name] = (directory / shard, array, transposed and len(array.shape) == 2)
+        self._tensors = {
+            name: TensorInfo(
+                array.shape[::-1] if transposed else array.shape,
+                array.dtype,
+                array.dtype.name,
+                sum(piece.size for piece in array.pieces),
+            )
+            for name, (_, array, transposed) in self._arrays.items()
+        }
+
+    def tensors(self) -> dict[str, TensorInfo]:
+        return self._tensors
+
+    def _read(self, name: str) -> np.ndarray:
+        path, array, transposed = self._arrays[name]
+        flat = np.empty(sum(piece.size for piece in array.pieces), np.uint8)
+        at = 0
+        with path.open("rb") as stream:
+            for piece in array.pieces:
+                stream.seek(piece.offset)
+                if stream.readinto(memoryview(flat)[at : at + piece.size]) != piece.size:
+                    raise OSError("the file became shorter while it was being read")
+                at += piece.size
+        tensor = flat.view(array.dtype).reshape(array.shape)
+        return np.ascontiguousarray(tensor.T) if transposed else tensor
+
+
+def published_name(path: str) -> tuple[str, bool]:
+    """PyTorch's name of a Flax parameter, and whether its two axes change places. A leaf not known stays as it is.
+
+    >>> published_name("model.decoder.layers.0.fc1.kernel")
+    ('model.decoder.layers.0.fc1.weight', True)
+    >>> published_name("model.decoder.embed_tokens.embedding")
+    ('model.decoder.embed_tokens.weight', False)
+    """
+    stem, _, leaf = path.rpartition(".")
+    return f"{stem}.{_LEAVES.get(leaf, leaf)}", leaf == "kernel"
