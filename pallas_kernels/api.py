@@ -1,0 +1,341 @@
+"""The QUIK operations for callers: every array of any leading shape, every backend behind one signature.
+
+`backend=None` takes the first that can run (`choice.choose` says which and why, and is what `plan` and `report` print); a named
+backend that cannot run raises `BackendError`. `linears` is the whole layer: differentiable with respect to its inputs, with a
+batching rule that folds the batch into the rows. The other functions are its parts, for tests, benchmarks and study.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from quikjax.pallas_kernels import layout, reference
+from quikjax.pallas_kernels.choice import BACKENDS, BackendError, Choice, Problem, choose
+from quikjax.pallas_kernels.devices import Device, current_device
+from quikjax.pallas_kernels.layout import Packed, from_tiles, pack, to_tiles
+from quikjax.pallas_kernels.reference import Split
+from quikjax.pallas_kernels.split_quantize.producers import Identity, LayerNorm, Producer, RmsNorm, SiluMul
+
+__all__ = [
+    "BACKENDS",
+    "BackendError",
+    "Choice",
+    "Device",
+    "Identity",
+    "LayerNorm",
+    "Packed",
+    "Problem",
+    "Producer",
+    "RmsNorm",
+    "SiluMul",
+    "choose",
+    "current_device",
+    "explain",
+    "from_tiles",
+    "linears",
+    "pack",
+    "quik_matmul",
+    "split_quantize",
+    "to_tiles",
+    "weight_only_matmul",
+]
+
+
+def explain(
+    rows: int,
+    packed: Packed,
+    bits: int,
+    dtype: Any,
+    *,
+    producer: Producer = Identity(),  # noqa: B008 -- frozen
+    backend: str | None = None,
+    device: Device | None = None,
+) -> Choice:
+    """Which backend would run `linears` on `rows` tokens, and why. Needs shapes only: `packed` may hold `ShapeDtypeStruct`s.
+
+    Raises:
+        BackendError: as `linears` would.
+    """
+    return choose(_problem(rows, packed, bits, dtype, producer), device or current_device(), backend)
+
+
+def _problem(rows: int, packed: Packed, bits: int, dtype: Any, producer: Producer) -> Problem:
+    return Problem(
+        rows=rows,
+        inputs=packed.inputs,
+        outputs=packed.outputs,
+        base=packed.base,
+        weight_bits=packed.weight_bits,
+        bits=bits,
+        dtype=jnp.dtype(dtype),
+        outlier_dtype=jnp.dtype(packed.outliers.dtype),
+        producer=producer,
+    )
+
+
+def split_quantize(
+    inputs: Sequence[Float[Array, "*batch k"]],
+    columns: Int[Array, " k"],
+    base: int,
+    bits: int,
+    *,
+    producer: Producer = Identity(),  # noqa: B008 -- frozen
+    parameters: Sequence[Float[Array, " k"]] = (),
+    backend: str | None = None,
+    device: Device | None = None,
+) -> Split:
+    """Base and outlier columns of `producer(*inputs, *parameters)`, the base quantized per token to `bits` (4 or 8).
+
+    Codes are bit-identical to `reference.split_quantize` of the same producer output; a backend that computes a norm or SiLU
+    itself may differ from the reference's by one step in at most 1e-3 of the codes.
+
+    Raises:
+        BackendError: the named backend cannot run this.
+    """
+    *batch, k = inputs[0].shape
+    rows = math.prod(batch)
+    device = device or current_device()
+    outlier_dtype = inputs[0].dtype
+    # Outputs play no part in a split; a multiple of 8 keeps the product's own conditions out of the choice.
+    problem = Problem(rows, k, 8, base, 8, bits, jnp.dtype(inputs[0].dtype), jnp.dtype(outlier_dtype), producer)
+    taken = choose(problem, device, backend).backend
+    flat = tuple(x.reshape(rows, k) for x in inputs)
+    if taken == "mosaic":
+        from quikjax.pallas_kernels import mosaic_layer
+
+        tiled = mosaic_layer.split(flat, columns, base, bits, producer, tuple(parameters), device)
+        split = mosaic_layer.exact_split(tiled, rows, base, k - base)
+    elif taken == "triton":
+        from quikjax.pallas_kernels import triton_layer
+
+        split = triton_layer.split(flat, columns, base, bits, producer, tuple(parameters))
+    else:
+        split = reference.split_quantize(producer(*flat, *parameters), columns, base, bits)
+    return Split(*(part.reshape(*batch, *part.shape[1:]) for part in split))
+
+
+def quik_matmul(
+    split: Split,
+    packed: Packed,
+    bias: Float[Array, " n"] | None,
+    bits: int,
+    out_dtype: Any,
+    *,
+    backend: str | None = None,
+    device: Device | None = None,
+) -> Float[Array, "*batch n"]:
+    """The product of split activations (of any backend) with a weight in either form, in `out_dtype`.
+
+    Raises:
+        BackendError: the named backend cannot run this.
+    """
+    batch = split.scale.shape
+    rows = math.prod(batch)
+    device = device or current_device()
+    taken = choose(_problem(rows, packed, bits, split.outliers.dtype, Identity()), device, backend).backend
+    flat = Split(*(part.reshape(rows, *part.shape[len(batch) :]) for part in split))
+    if taken == "mosaic":
+        from quikjax.pallas_kernels import mosaic_layer
+
+        y = mosaic_layer.product(mosaic_layer.tile_split(flat, packed), rows, packed, bias, bits, out_dtype, device)
+    elif taken == "triton":
+        from quikjax.pallas_kernels import triton_layer
+
+        y = triton_layer.product(flat, from_tiles(packed), bias, bits, out_dtype)
+    else:
+        y = _reference_product(flat, from_tiles(packed), bias, bits).astype(out_dtype)
+    return y.reshape(*batch, packed.outputs)
+
+
+def weight_only_matmul(
+    x: Float[Array, "*batch k"],
+    packed: Packed,
+    bias: Float[Array, " n"] | None,
+    *,
+    backend: str | None = None,
+    device: Device | None = None,
+) -> Float[Array, "*batch n"]:
+    """16-bit activations times a low-bit weight, in the dtype of `x`.
+
+    Raises:
+        BackendError: the named backend cannot run this.
+    """
+    return linears((x,), [packed], [bias], 16, backend=backend, device=device)[0]
+
+
+def _reference_product(split: Split, packed: Packed, bias: Any, bits: int) -> jax.Array:
+    return reference.quik_matmul(split, packed.qweight, packed.scale, packed.reduced, packed.outliers, bias, bits)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Call:
+    """What one call of `linears` is specialized to; hashable, so that JAX caches by it."""
+
+    bits: int
+    producer: Producer
+    backend: str | None
+    device: Device
+
+
+def linears(
+    inputs: Sequence[Float[Array, "*batch k"]],
+    weights: Sequence[Packed],
+    biases: Sequence[Float[Array, " _"] | None],
+    bits: int,
+    *,
+    producer: Producer = Identity(),  # noqa: B008 -- frozen
+    parameters: Sequence[Float[Array, " k"]] = (),
+    backend: str | None = None,
+    device: Device | None = None,
+) -> list[Float[Array, "*batch _"]]:
+    """Layers that read one tensor `x = producer(*inputs, *parameters)`: `x W^T + bias` each, in the dtype of the inputs.
+
+    All `weights` have the same `columns` and `base`, so `x` is split and quantized once. `bits` of the activations: 4, 8, 16.
+    Gradients flow to inputs, parameters and biases as if the activations were not quantized (the straight-through estimate:
+    `dx = dy W_hat` with the dequantized weight); weights are frozen. Under `vmap` a batch axis of the inputs joins the rows.
+
+    Raises:
+        BackendError: the named backend cannot run one of the layers.
+        ValueError: shapes that do not fit together.
+    """
+    if not weights or len(weights) != len(biases):
+        raise ValueError(f"{len(weights)} weights with {len(biases)} biases")
+    if bits not in (4, 8, 16):
+        raise ValueError(f"activations have 4, 8 or 16 bits, not {bits}")
+    if len(inputs) != producer.inputs or len(parameters) != producer.parameters:
+        raise ValueError(
+            f"{type(producer).__name__} reads {producer.inputs} inputs and {producer.parameters} parameters, "
+            f"got {len(inputs)} and {len(parameters)}"
+        )
+    *batch, k = inputs[0].shape
+    for packed in weights:
+        if packed.inputs != k or packed.base != weights[0].base:
+            raise ValueError(
+                f"x has {k} columns, weights read {packed.inputs} with {packed.base} base columns, the first {weights[0].base}"
+            )
+    call = _Call(bits, producer, backend, device or current_device())
+    flat = tuple(x.reshape(-1, k) for x in inputs)
+    results = _differentiable(call, flat, tuple(parameters), tuple(weights), tuple(biases))
+    return [y.reshape(*batch, packed.outputs) for y, packed in zip(results, weights, strict=True)]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _differentiable(call: _Call, inputs: Any, parameters: Any, weights: Any, biases: Any) -> tuple[jax.Array, ...]:
+    return _batched(call, inputs, parameters, weights, biases)
+
+
+def _forward(call: _Call, inputs: Any, parameters: Any, weights: Any, biases: Any) -> tuple[tuple[jax.Array, ...], Any]:
+    return _batched(call, inputs, parameters, weights, biases), (inputs, parameters, weights, biases)
+
+
+def _backward(call: _Call, saved: Any, cotangents: tuple[jax.Array, ...]) -> tuple[Any, Any, None, Any]:
+    inputs, parameters, weights, biases = saved
+    x, pull = jax.vjp(lambda tensors, norm: call.producer(*tensors, *norm), inputs, parameters)
+    dx = jnp.zeros(x.shape, jnp.float32)
+    for dy, weight in zip(cotangents, weights, strict=True):
+        dx = dx + _times_dequantized(dy.astype(jnp.float32), from_tiles(weight))
+    d_inputs, d_parameters = pull(dx.astype(x.dtype))
+    d_biases = tuple(
+        None if bias is None else dy.astype(jnp.float32).sum(0).astype(bias.dtype)
+        for dy, bias in zip(cotangents, biases, strict=True)
+    )
+    return d_inputs, d_parameters, None, d_biases
+
+
+def _times_dequantized(dy: jax.Array, weight: Packed) -> jax.Array:
+    """`dy W_hat` `[M, K]`, the scale folded into `dy` so that the codes are only widened."""
+    exact = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+    base = exact(dy * weight.scale, weight.qweight.astype(jnp.int8).astype(jnp.float32))
+    outliers = exact(dy, weight.outliers.astype(jnp.float32))
+    permuted = jnp.concatenate([base, outliers], axis=1)
+    return jnp.zeros_like(permuted).at[:, weight.columns].set(permuted, unique_indices=True)
+
+
+_differentiable.defvjp(_forward, _backward)
+
+
+def _batched(call: _Call, inputs: Any, parameters: Any, weights: Any, biases: Any) -> tuple[jax.Array, ...]:
+    """`_run` with its batching rule: a kernel knows nothing of `vmap`, but rows are independent."""
+    run = jax.custom_batching.custom_vmap(functools.partial(_run, call))
+
+    @run.def_vmap
+    def rule(axis_size: int, batched: Any, inputs: Any, parameters: Any, weights: Any, biases: Any) -> Any:
+        out_batched = tuple(True for _ in weights)
+        if any(jax.tree.leaves(batched[1:])):
+            # Weights differ along the axis: one member after the other.
+            arguments = (inputs, parameters, weights, biases)
+            moving = jax.tree.map(lambda array, moves: array if moves else None, arguments, tuple(batched))
+
+            def member(part: Any) -> Any:
+                whole = jax.tree.map(
+                    lambda whole, part: whole if part is None else part, arguments, part, is_leaf=lambda leaf: leaf is None
+                )
+                return _batched(call, *whole)
+
+            return jax.lax.map(member, moving), out_batched
+        rows = next(x.shape[1] for x, moves in zip(inputs, batched[0], strict=True) if moves)
+        folded = tuple(
+            (x if moves else jnp.broadcast_to(x, (axis_size, *x.shape))).reshape(axis_size * rows, -1)
+            for x, moves in zip(inputs, batched[0], strict=True)
+        )
+        results = _batched(call, folded, parameters, weights, biases)
+        return tuple(y.reshape(axis_size, rows, -1) for y in results), out_batched
+
+    return run(inputs, parameters, weights, biases)
+
+
+def _run(call: _Call, inputs: Any, parameters: Any, weights: Any, biases: Any) -> tuple[jax.Array, ...]:
+    rows, dtype = inputs[0].shape[0], inputs[0].dtype
+    choices = [choose(_problem(rows, w, call.bits, dtype, call.producer), call.device, call.backend) for w in weights]
+    results: list[jax.Array | None] = [None] * len(weights)
+    for backend in BACKENDS:
+        members = [i for i, choice in enumerate(choices) if choice.backend == backend]
+        if not members:
+            continue
+        with jax.named_scope(f"quik_{backend}"):
+            products = _RUNNERS[backend](
+                call, inputs, parameters, [weights[i] for i in members], [biases[i] for i in members], rows
+            )
+        for i, y in zip(members, products, strict=True):
+            results[i] = y
+    return tuple(y for y in results if y is not None)
+
+
+def _run_xla(call: _Call, inputs: Any, parameters: Any, weights: Any, biases: Any, rows: int) -> list[jax.Array]:
+    del rows
+    weights = [from_tiles(weight) for weight in weights]
+    x = call.producer(*inputs, *parameters)
+    if call.bits == 16:
+        return [
+            reference.weight_only_matmul(x, w.columns, w.qweight, w.scale, w.outliers, bias).astype(x.dtype)
+            for w, bias in zip(weights, biases, strict=True)
+        ]
+    split = reference.split_quantize(x, weights[0].columns, weights[0].base, call.bits)
+    return [_reference_product(split, w, bias, call.bits).astype(x.dtype) for w, bias in zip(weights, biases, strict=True)]
+
+
+def _run_mosaic(call: _Call, inputs: Any, parameters: Any, weights: Any, biases: Any, rows: int) -> list[jax.Array]:
+    from quikjax.pallas_kernels import mosaic_layer
+
+    first = weights[0]
+    tiled = mosaic_layer.split(inputs, first.columns, first.base, call.bits, call.producer, parameters, call.device)
+    return [
+        mosaic_layer.product(tiled, rows, w, bias, call.bits, inputs[0].dtype, call.device)
+        for w, bias in zip(weights, biases, strict=True)
+    ]
+
+
+def _run_triton(call: _Call, inputs: Any, parameters: Any, weights: Any, biases: Any, rows: int) -> list[jax.Array]:
+    from quikjax.pallas_kernels import triton_layer
+
+    del rows
+    return triton_layer.run(inputs, parameters, call.producer, [from_tiles(w) for w in weights], biases, call.bits)
+
+
+_RUNNERS = {"mosaic": _run_mosaic, "triton": _run_triton, "xla": _run_xla}

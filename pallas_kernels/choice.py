@@ -1,0 +1,142 @@
+"""Which backend runs a QUIK layer, decided by pure predicates that return `None` (it can) or a reason a person can read."""
+
+import dataclasses
+import importlib.util
+from typing import Any
+
+import jax.numpy as jnp
+
+from quikjax.pallas_kernels import layout
+from quikjax.pallas_kernels.devices import Device
+from quikjax.pallas_kernels.reference import MAX_BASE
+from quikjax.pallas_kernels.split_quantize.producers import Identity, Producer
+
+BACKENDS = ("mosaic", "triton", "xla")
+
+
+class BackendError(ValueError):
+    """A named backend cannot run what it was asked to."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """One layer's call, by what is static: everything a predicate may look at.
+
+    `bits` of the activations is 4, 8 or 16 (weight-only); `dtype` is theirs, `outlier_dtype` the weight's outliers'.
+    """
+
+    rows: int
+    inputs: int
+    outputs: int
+    base: int
+    weight_bits: int
+    bits: int
+    dtype: Any
+    outlier_dtype: Any
+    producer: Producer = Identity()  # noqa: RUF009 -- frozen, without state
+
+    @property
+    def outliers(self) -> int:
+        return self.inputs - self.base
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """The backend that runs, why it was taken, and for every other one why not."""
+
+    backend: str
+    reason: str
+    refused: dict[str, str]
+
+    def __str__(self) -> str:
+        return f"{self.backend} ({self.reason})"
+
+
+def why_not_xla(problem: Problem, device: Device) -> str | None:
+    """The reference runs everything that is exact."""
+    del device
+    if problem.bits < 16 and problem.base > MAX_BASE:
+        return f"{problem.base} base columns could overflow an int32 accumulator; at most {MAX_BASE} are exact"
+    return None
+
+
+def _why_no_kernel(problem: Problem) -> str | None:
+    """What both kernel backends ask of a problem, whatever the device."""
+    if problem.bits < 16 and problem.base > MAX_BASE:
+        return f"{problem.base} base columns could overflow an int32 accumulator; at most {MAX_BASE} are exact"
+    if problem.rows == 0:
+        return "there are no rows"
+    if problem.base == 0:
+        return "there are no base columns, so there is nothing in low precision to multiply"
+    if jnp.dtype(problem.dtype) not in (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16)):
+        return f"activations are {jnp.dtype(problem.dtype)}; tensor cores take the outliers in bfloat16 or float16"
+    if problem.outliers and jnp.dtype(problem.dtype) != jnp.dtype(problem.outlier_dtype):
+        return (
+            f"activations are {jnp.dtype(problem.dtype)} and the weight's outliers {jnp.dtype(problem.outlier_dtype)}; "
+            "a tensor core multiplies two operands of one dtype"
+        )
+    return None
+
+
+def why_not_mosaic(problem: Problem, device: Device) -> str | None:
+    """Pallas Mosaic GPU: Hopper's int8 tensor cores."""
+    if not device.hopper:
+        return f"Mosaic kernels need a Hopper GPU (compute capability 9), this is {device}"
+    if (reason := _why_no_kernel(problem)) is not None:
+        return reason
+    if problem.outputs % 8:
+        return f"{problem.outputs} outputs are not a multiple of 8, which the copy engine needs"
+    if problem.bits < 16:
+        from quikjax.pallas_kernels.split_quantize import mosaic as split
+
+        return split.why_not(
+            problem.inputs,
+            layout.up(problem.base, layout.COLUMN_TILE),
+            layout.up(problem.outliers, layout.COLUMN_TILE),
+            problem.dtype,
+            problem.producer,
+            split.default_tiles(problem.rows, problem.inputs, problem.producer),
+        )
+    return None
+
+
+def why_not_triton(problem: Problem, device: Device) -> str | None:
+    """jax-triton: Ampere and Ada, Hopper for comparison."""
+    if device.platform != "gpu" or device.capability is None or device.capability < (8, 0):
+        return f"Triton kernels need an NVIDIA GPU of compute capability 8.0 or later, this is {device}"
+    if importlib.util.find_spec("jax_triton") is None:
+        return "jax-triton is not installed; pip install 'quikjax[triton]'"
+    return _why_no_kernel(problem)
+
+
+PREDICATES = {"mosaic": why_not_mosaic, "triton": why_not_triton, "xla": why_not_xla}
+
+
+def choose(problem: Problem, device: Device, backend: str | None = None) -> Choice:
+    """The backend for a problem: the one named, or the first of `BACKENDS` that can run.
+
+    Raises:
+        BackendError: the named backend does not exist or cannot run this, in one sentence; or none can.
+    """
+    if backend is not None:
+        if backend not in PREDICATES:
+            raise BackendError(f"there is no backend {backend!r}; choose one of {', '.join(BACKENDS)}")
+        reason = PREDICATES[backend](problem, device)
+        if reason is not None:
+            raise BackendError(f"backend {backend!r} cannot run this layer: {reason}")
+        return Choice(backend, "asked for by name", {})
+    refused: dict[str, str] = {}
+    for name in BACKENDS:
+        reason = PREDICATES[name](problem, device)
+        if reason is None:
+            return Choice(name, _praise(name, refused), refused)
+        refused[name] = reason
+    raise BackendError(f"no backend can run this layer: {refused['xla']}")
+
+
+def _praise(name: str, refused: dict[str, str]) -> str:
+    if name == "mosaic":
+        return "fused int8 tensor-core kernels on Hopper"
+    if name == "triton":
+        return "int8 tensor-core kernels; mosaic: " + refused["mosaic"]
+    return "; ".join(f"{other}: {reason}" for other, reason in refused.items())

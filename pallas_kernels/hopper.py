@@ -1,0 +1,123 @@
+"""What the Mosaic GPU kernels share: sizes, a column gather, a reduction over several warpgroups.
+
+Mosaic has no gather (`lax.gather`, integer-array indexing and `jnp.take` all stop at lowering, JAX 0.10.2 and 0.11.2), so
+`gather_row` emits the loads itself through `plgpu.inline_mgpu`: one shared-memory load per element, each thread with its own
+index. `jnp.min` and `jnp.max` over a warpgroup exist, but every warpgroup of a block is given the same scratch, so
+`store_warp_partials` leaves one partial per warp in shared memory instead and the caller puts a barrier behind it.
+
+Everything here is traced inside a kernel body with warpgroup semantics.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import numpy as np
+from jax.experimental.mosaic.gpu import FragmentedArray
+from jax.experimental.mosaic.gpu import utils as mosaic_utils
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, memref, vector
+
+WARPGROUP = 128
+WARPS = 4
+
+# A TMA box has at most this many elements along a dimension.
+LONGEST_BOX = 256
+# Shared memory a block of an H100 or H200 can opt in to, less what Mosaic keeps for barriers and its own scratch.
+SHARED_MEMORY = 232448 - 2048
+
+COMPILER_PARAMS = plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup)
+
+_LOAD_TAKES_INDEX = inspect.signature(plgpu.load).parameters["idx"].default is inspect.Parameter.empty
+
+
+def load(ref: Any, layout: Any) -> jax.Array:
+    """Load `ref` into registers in `layout`, from global or shared memory, however the threads then touch it."""
+    # JAX 0.10 requires the index argument that 0.11 deprecates and 0.12 drops.
+    position = (None,) if _LOAD_TAKES_INDEX else ()
+    return plgpu.load(ref, *position, layout=layout, optimized=False)
+
+
+def row_unit(columns: int) -> int | None:
+    """Columns per line of a row staged as `[columns / unit, unit]`; `None` where no TMA box fits (16 bytes is the least)."""
+    return next((unit for unit in (64, 32, 16, 8) if columns % unit == 0), None)
+
+
+def gather_row(row: Any, positions: jax.Array, layout: Any, dtype: Any) -> jax.Array:
+    """`row.reshape(-1)[positions]`: `row` is `[columns]` in global memory, or `[lines, unit]` staged in shared memory.
+
+    `unit` is a power of two. `positions` is int32 in `layout`, every value inside the row; the result has its shape and layout.
+    """
+    staged = len(row.shape) == 2
+    shift, mask = row.shape[-1].bit_length() - 1, row.shape[-1] - 1
+    result = plgpu.ShapeDtypeStruct(positions.shape, dtype, layout=layout)
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), layout), return_type=result)
+    def gather(ctx: Any, source: Any, indices: FragmentedArray) -> FragmentedArray:
+        del ctx
+        index = ir.IndexType.get()
+        element = ir.MemRefType(source.type).element_type
+        registers = []
+        for register in indices.registers.flat:
+            (length,) = ir.VectorType(register.type).shape
+            elements = []
+            for lane in range(length):
+                position = vector.extract(register, dynamic_position=[], static_position=[lane])
+                place = [position]
+                if staged:
+                    line = arith.shrui(position, arith.constant(position.type, shift))
+                    place = [line, arith.andi(position, arith.constant(position.type, mask))]
+                elements.append(memref.load(source, [arith.index_cast(index, coordinate) for coordinate in place]))
+            registers.append(vector.from_elements(ir.VectorType.get((length,), element), elements))
+        return FragmentedArray(
+            _registers=np.array(registers, dtype=object).reshape(indices.registers.shape),
+            _layout=indices.layout,
+            _is_signed=None,
+        )
+
+    return gather(row, positions)
+
+
+def store_warp_partials(slots: Any, first: jax.Array, values: jax.Array, layout: Any, operation: str) -> None:
+    """Reduce a float32 vector of one warpgroup and leave its four warps' partial results in `slots[first : first + 4]`.
+
+    `operation` is `add`, `min` or `max`. Nothing is synchronized: put a barrier before the slots are read.
+    """
+    combine = _COMBINE[operation]
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WG_SPLAT(()), layout))
+    def reduce(ctx: Any, target: Any, offset: FragmentedArray, vectors: FragmentedArray) -> None:
+        del ctx
+        i32 = ir.IntegerType.get_signless(32)
+        parts = [
+            vector.extract(register, dynamic_position=[], static_position=[lane])
+            for register in vectors.registers.flat
+            for lane in range(ir.VectorType(register.type).shape[0])
+        ]
+        partial = functools.reduce(combine, parts)
+        # A butterfly leaves the warp's result in all its lanes, which then all store the same value.
+        for distance in (1, 2, 4, 8, 16):
+            partial = combine(partial, mosaic_utils.shfl_bfly(partial, distance))
+        warp = arith.remui(mosaic_utils.warp_idx(), arith.constant(i32, WARPS))
+        slot = arith.addi(offset.registers.item(), warp)
+        memref.store(partial, target, [arith.index_cast(ir.IndexType.get(), slot)])
+
+    reduce(slots, first, values)
+
+
+_COMBINE: dict[str, Callable[[Any, Any], Any]] = {
+    "add": lambda a, b: arith.addf(a, b),
+    "min": lambda a, b: arith.minimumf(a, b),
+    "max": lambda a, b: arith.maximumf(a, b),
+}
+
+
+def read_partials(slots: Any, first: int, count: int, combine: Callable[[Any, Any], Any]) -> Any:
+    """Fold `count` slots left by `store_warp_partials` into one scalar, in the same order in every thread."""
+    result = slots[first]
+    for slot in range(first + 1, first + count):
+        result = combine(result, slots[slot])
+    return result

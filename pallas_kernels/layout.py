@@ -1,0 +1,140 @@
+"""Tile form: the padding that lets kernels assume whole tiles, and the way back.
+
+A weight on disk holds exactly `B` base and `O` outlier columns and `N` rows. Kernels take more of each:
+
+    qweight   [N up to 128, B up to 128]     zero codes
+    outliers  [N up to 128, O up to 64]      zeros
+    scale, reduced (and a bias) [N up to 128]  ones, zeros (zeros)
+    columns   [B up to 256 | O up to 256]    the first base column again
+
+A padded base column repeats a real one, so it cannot move a token's minimum or maximum, and meets zero codes, so it cannot move
+an accumulator; a padded outlier column meets zeros. The true `B`, `K` and `N` stay beside the arrays. Both directions do nothing
+to arrays that are already in the wanted form, so a weight put in tile form once costs nothing per call.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Shaped
+
+WEIGHT_TILE = 128
+OUTLIER_TILE = 64
+COLUMN_TILE = 256
+
+Leaf = Any
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Packed:
+    """A weight's arrays in either form (`quikjax.weight.QuikWeight` without its place in a model).
+
+    Data: `qweight` int4 or int8, `scale` and `reduced` float32, `outliers` 16-bit, `columns` int32. Static: the true numbers of
+    base columns, `inputs` (`K`) and `outputs` (`N`).
+    """
+
+    qweight: Leaf
+    scale: Leaf
+    reduced: Leaf
+    outliers: Leaf
+    columns: Leaf
+    base: int = dataclasses.field(metadata={"static": True})
+    inputs: int = dataclasses.field(metadata={"static": True})
+    outputs: int = dataclasses.field(metadata={"static": True})
+
+    @property
+    def weight_bits(self) -> int:
+        return int(jnp.iinfo(self.qweight.dtype).bits)
+
+    @property
+    def outlier_count(self) -> int:
+        return self.inputs - self.base
+
+
+def pack(
+    qweight: Shaped[Array, "n base"],
+    scale: Shaped[Array, " n"],
+    reduced: Shaped[Array, " n"],
+    outliers: Shaped[Array, "n outliers"],
+    columns: Shaped[Array, " k"],
+) -> Packed:
+    """`Packed` from the arrays of a weight that is not padded."""
+    base = qweight.shape[1]
+    return Packed(
+        qweight=qweight,
+        scale=scale,
+        reduced=reduced,
+        outliers=outliers,
+        columns=columns,
+        base=base,
+        inputs=columns.shape[0],
+        outputs=qweight.shape[0],
+    )
+
+
+def up(count: int, tile: int) -> int:
+    """`count` rounded up to a multiple of `tile`."""
+    return -(-count // tile) * tile
+
+
+def pad_to(array: Shaped[Array, "..."], shape: tuple[int, ...], value: float = 0) -> Shaped[Array, "..."]:
+    """`array` padded at the end of every axis to `shape` with `value`; itself where nothing is missing."""
+    if array.shape == shape:
+        return array
+    # int4 has no pad on some backends of JAX: widen, pad, narrow. XLA fuses the three.
+    wide = array.astype(jnp.int8) if array.dtype == jnp.int4 else array
+    missing = [(0, wanted - have) for wanted, have in zip(shape, array.shape, strict=True)]
+    return jnp.pad(wide, missing, constant_values=value).astype(array.dtype)
+
+
+def tile_columns(columns: Shaped[Array, " _"], base: int, inputs: int) -> Shaped[Array, " _"]:
+    """Columns in tile form, from either form."""
+    padded_base, padded_outliers = up(base, COLUMN_TILE), up(inputs - base, COLUMN_TILE)
+    if columns.shape[0] == padded_base + padded_outliers:
+        return columns
+    first = columns[:1]
+    return jnp.concatenate(
+        [
+            columns[:base],
+            jnp.broadcast_to(first, (padded_base - base,)),
+            columns[base:],
+            jnp.broadcast_to(first, (padded_outliers - (inputs - base),)),
+        ]
+    )
+
+
+def to_tiles(packed: Packed) -> Packed:
+    """The weight in tile form."""
+    rows = up(packed.outputs, WEIGHT_TILE)
+    outliers = up(packed.outlier_count, OUTLIER_TILE)
+    return dataclasses.replace(
+        packed,
+        qweight=pad_to(packed.qweight, (rows, up(packed.base, WEIGHT_TILE))),
+        scale=pad_to(packed.scale, (rows,), 1),
+        reduced=pad_to(packed.reduced, (rows,)),
+        outliers=pad_to(packed.outliers, (rows, outliers)),
+        columns=tile_columns(packed.columns, packed.base, packed.inputs),
+    )
+
+
+def from_tiles(packed: Packed) -> Packed:
+    """The weight without padding."""
+    n, base, outliers = packed.outputs, packed.base, packed.outlier_count
+    columns = packed.columns
+    if columns.shape[0] != packed.inputs:
+        padded = up(base, COLUMN_TILE)
+        columns = jnp.concatenate([columns[:base], columns[padded : padded + outliers]])
+    return dataclasses.replace(
+        packed,
+        qweight=_cut(packed.qweight, (n, base)),
+        scale=_cut(packed.scale, (n,)),
+        reduced=_cut(packed.reduced, (n,)),
+        outliers=_cut(packed.outliers, (n, outliers)),
+        columns=columns,
+    )
+
+
+def _cut(array: Shaped[Array, "..."], shape: tuple[int, ...]) -> Shaped[Array, "..."]:
+    return array if array.shape == shape else array[tuple(slice(length) for length in shape)]

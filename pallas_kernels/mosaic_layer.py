@@ -1,0 +1,98 @@
+"""A QUIK layer out of the two Mosaic kernels: padding, tiles, and what travels between them."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from quikjax.pallas_kernels import layout, tuned
+from quikjax.pallas_kernels.devices import Device
+from quikjax.pallas_kernels.layout import Packed
+from quikjax.pallas_kernels.quik_matmul import mosaic as matmul_kernel
+from quikjax.pallas_kernels.reference import Split
+from quikjax.pallas_kernels.split_quantize import mosaic as split_kernel
+from quikjax.pallas_kernels.split_quantize.producers import Producer
+
+# The longest tile along the rows: scale and zero are allocated this far, so that every product may read whole tiles.
+_LONGEST_ROWS = 256
+
+
+class TileSplit(NamedTuple):
+    """A split in tile form: rows up to 8 (scale and zero: up to 256), base and outlier columns up to 256."""
+
+    tokens: jax.Array
+    scale: jax.Array | None
+    zero: jax.Array | None
+    outliers: jax.Array | None
+
+
+def split(
+    inputs: tuple[jax.Array, ...],
+    columns: jax.Array,
+    base: int,
+    bits: int,
+    producer: Producer,
+    parameters: tuple[jax.Array, ...],
+    device: Device,
+) -> TileSplit:
+    """Split `inputs` `[M, K]`; `bits = 16` only gathers (XLA fuses that with the producer)."""
+    m, k = inputs[0].shape
+    columns = layout.tile_columns(columns, base, k)
+    padded_base = layout.up(base, layout.COLUMN_TILE)
+    if bits == 16:
+        x = producer(*inputs, *parameters)
+        x = layout.pad_to(jnp.take(x, columns, axis=1, mode="clip"), (layout.up(m, 8), columns.shape[0]))
+        return TileSplit(x[:, :padded_base], None, None, x[:, padded_base:] if base < k else None)
+    tiles, _ = tuned.split_tiles(m, k, producer, device)
+    codes, outliers, scale, zero = split_kernel.split_quantize(
+        inputs, columns, base, padded_base, bits, producer, parameters, tiles, _LONGEST_ROWS
+    )
+    return TileSplit(codes, scale, zero, outliers)
+
+
+def tile_split(exact: Split, packed: Packed) -> TileSplit:
+    """Tile form of a split that any backend made, `[M, ...]`."""
+    rows = layout.up(exact.codes.shape[0], 8)
+    long = layout.up(rows, _LONGEST_ROWS)
+    outliers = None
+    if packed.outlier_count:
+        outliers = layout.pad_to(exact.outliers, (rows, layout.up(packed.outlier_count, layout.COLUMN_TILE)))
+    return TileSplit(
+        layout.pad_to(exact.codes, (rows, layout.up(packed.base, layout.COLUMN_TILE))),
+        layout.pad_to(exact.scale, (long,)),
+        layout.pad_to(exact.zero, (long,)),
+        outliers,
+    )
+
+
+def exact_split(tiled: TileSplit, rows: int, base: int, outliers: int) -> Split:
+    """The split without padding, as `reference.split_quantize` returns it."""
+    assert tiled.scale is not None and tiled.zero is not None, "a weight-only split is not quantized"
+    kept = jnp.zeros((rows, 0), tiled.tokens.dtype) if tiled.outliers is None else tiled.outliers[:rows, :outliers]
+    return Split(tiled.tokens[:rows, :base], kept, tiled.scale[:rows], tiled.zero[:rows])
+
+
+def product(
+    tiled: TileSplit, rows: int, packed: Packed, bias: jax.Array | None, bits: int, out_dtype: Any, device: Device
+) -> jax.Array:
+    """`y [M, N]` of a split in tile form and a weight in either form."""
+    packed = layout.to_tiles(packed)
+    n, base = packed.qweight.shape
+    tiles, _ = tuned.matmul_tiles(rows, n, base, packed.weight_bits, bits, device)
+    y = matmul_kernel.quik_matmul(
+        tiled.tokens,
+        tiled.scale,
+        tiled.zero,
+        tiled.outliers,
+        packed.qweight,
+        packed.scale,
+        packed.reduced if bits < 16 else None,
+        packed.outliers if packed.outlier_count else None,
+        None if bias is None else layout.pad_to(bias.astype(jnp.float32), (n,)),
+        bits,
+        packed.outputs,
+        out_dtype,
+        tiles,
+        device.cores,
+    )
+    return y[:rows]

@@ -1,0 +1,407 @@
+"""The QUIK product as one Mosaic GPU kernel for Hopper: many rows, few rows, and weight-only.
+
+Weights are the first operand of every product and activations the second, so the accumulator is `[n, m]`, a transposed tile of
+`y`: only the first operand may come from registers, and int4 weights are widened to int8 in registers.
+
+    memory warpgroup                        compute warpgroups 0 and 1, `n` weight rows each
+    ring of `stages` slots                  for each of the base's tiles:   widen weights, int8 WGMMA into int32
+      base:    weights 2n x 128 codes       epilogue in place, float32:     acc * s * scale + offset * reduced + bias
+               activations m x 128 codes    for each of the outliers' tiles: 16-bit WGMMA onto that same float32 tile
+      outliers: same bytes, same slots      cast, transpose, shared memory, TMA store
+
+One accumulator tile is alive at a time: the integer sums become the float32 start value of the outlier product. The ring does
+not drain between the two products nor between tiles: both walk one sequence of steps, and the memory warpgroup already fetches
+the next tile's weights while the epilogue runs. Two compute warpgroups alternate: one widens while the other multiplies.
+
+Many rows: a persistent grid, a block per multiprocessor, walks the tiles along `n` within strips of `m`, so that neighbouring
+blocks read the same activations out of L2.
+
+Few rows (`m` <= 64): the weights are the traffic, and there are too few tiles along `n` to keep every multiprocessor
+streaming. A cluster of `splits` blocks then shares one tile and takes the steps along K in turns:
+
+    part 0 (leader)   steps 0, S, 2S, ...   adds the others' int32 sums (exact in any order), epilogue, its outlier steps,
+    part p            steps p, p + S, ...   then the others' float32 outlier sums in the order of p: always the same bits
+
+Partial sums travel from registers into the leader's shared memory; nothing goes through global memory.
+
+Weight-only (`bits = 16`): the same kernel with 16-bit activations: weights widen to the activations' dtype, the first product
+accumulates in float32, and its epilogue is `acc * scale + bias`.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from quikjax.pallas_kernels import hopper
+
+K_STEP = 128  # base columns per step: a swizzle of 128 bytes of int8
+COMPUTE = 2  # compute warpgroups
+_MEMORY_REGISTERS = 40
+_COMPUTE_REGISTERS = 232
+
+
+@dataclasses.dataclass(frozen=True)
+class MatmulTiles:
+    """A warpgroup's tile is `n x m`; a block holds two of them along `n`, and a ring of `stages` slots.
+
+    `strip`: how many tiles along `m` are walked together for each tile along `n`. `splits`: blocks that share a tile along K.
+    """
+
+    n: int = 128
+    m: int = 128
+    stages: int = 5
+    strip: int = 8
+    splits: int = 1
+
+
+def default_tiles(rows: int, outputs: int, base: int, weight_bits: int, bits: int, cores: int) -> MatmulTiles:
+    """Tiles where nothing was tuned, reasoned from the machine's sizes and not measured."""
+    if rows <= 64:
+        m = next(m for m in (8, 16, 32, 64) if rows <= m)
+        blocks = math.ceil(outputs / (COMPUTE * 64))
+        # Enough blocks for nine tenths of the multiprocessors, while each keeps four steps and the sums fit beside the ring.
+        splits = next((s for s in (1, 2, 4) if blocks * s >= 0.9 * cores), 4)
+        while splits > 1 and (base // K_STEP < 4 * splits or (splits - 1) * m > 64):
+            splits //= 2
+        tiles = MatmulTiles(64, m, 8, 1, splits)
+    else:
+        tiles = MatmulTiles(128, 128, 5)
+    while shared_memory(tiles, weight_bits, bits) > hopper.SHARED_MEMORY:
+        tiles = dataclasses.replace(tiles, stages=tiles.stages - 1)
+    return tiles
+
+
+def outlier_step(weight_bits: int) -> int:
+    """Outlier columns per step: as many as fill exactly the bytes of a slot of weight codes."""
+    return K_STEP * weight_bits // 16
+
+
+def shared_memory(tiles: MatmulTiles, weight_bits: int, bits: int) -> int:
+    """Bytes of shared memory that the kernel allocates."""
+    slot = (COMPUTE * tiles.n * weight_bits + tiles.m * max(8, bits)) * K_STEP // 8
+    partial = (tiles.splits - 1) * COMPUTE * tiles.n * tiles.m * 8
+    return tiles.stages * slot + COMPUTE * tiles.m * min(64, tiles.n) * 2 + partial
+
+
+def why_not(tiles: MatmulTiles, base: int, weight_bits: int, bits: int) -> str | None:
+    """`None` when the kernel compiles with these tiles, otherwise the reason. `base` is padded."""
+    if tiles.n % 64 or tiles.m % 8 or not 8 <= tiles.m <= 256:
+        return f"tiles of {tiles.n} x {tiles.m} are not multiples of the tensor core's 64 x 8"
+    if tiles.n * tiles.m > 128 * 128:
+        return f"an accumulator of {tiles.n} x {tiles.m} does not fit into the registers of a warpgroup"
+    if base % K_STEP or base == 0:
+        return f"{base} base columns are not a positive multiple of {K_STEP}"
+    if not 1 <= tiles.splits <= min(8, base // K_STEP):
+        return f"{tiles.splits} parts along K do not fit a cluster or {base // K_STEP} steps"
+    if (needed := shared_memory(tiles, weight_bits, bits)) > hopper.SHARED_MEMORY:
+        return f"{needed} bytes of slots do not fit into shared memory"
+    return None
+
+
+def _swizzled(shape: tuple[int, ...], dtype: Any) -> Any:
+    bits = jnp.finfo(dtype).bits if jnp.issubdtype(dtype, jnp.floating) else jnp.iinfo(dtype).bits
+    swizzle = plgpu.find_swizzle(shape[-1] * bits)
+    transforms = (plgpu.TilingTransform((8, swizzle * 8 // bits)), plgpu.SwizzleTransform(swizzle))
+    return plgpu.SMEM(shape, dtype, transforms=transforms)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Problem:
+    """What a kernel is specialized to."""
+
+    tiles: MatmulTiles
+    bits: int
+    grid: tuple[int, int]
+    base_steps: int
+    outlier_steps: int
+    has_bias: bool
+    out_dtype: Any
+
+
+def quik_matmul(
+    tokens: jax.Array,
+    x_scale: jax.Array | None,
+    x_zero: jax.Array | None,
+    x_outliers: jax.Array | None,
+    qweight: jax.Array,
+    scale: jax.Array,
+    reduced: jax.Array | None,
+    w_outliers: jax.Array | None,
+    bias: jax.Array | None,
+    bits: int,
+    outputs: int,
+    out_dtype: Any,
+    tiles: MatmulTiles,
+    cores: int,
+) -> jax.Array:
+    """`y [M, outputs]` of split activations and a weight, both in tile form (`layout.py`).
+
+    Args:
+        tokens: int8 codes `[M, at least B]`, or the base columns themselves in 16 bits when `bits` is 16. `M` is a multiple of 8.
+        x_scale, x_zero: float32 `[M rounded up to tiles.m]`; None when `bits` is 16.
+        x_outliers: 16-bit `[M, at least O]`, or None when there are none.
+        qweight: int4 or int8 `[N, B]`, `B` a multiple of 128 and `N` of `tiles.n`.
+        scale, reduced: float32 `[N]`; w_outliers: `[N, O]` in the dtype of x_outliers, `O` a multiple of 64; bias: float32 `[N]`.
+        bits: of the activations: 4, 8 or 16. outputs: the true `N`, a multiple of 8. cores: multiprocessors of the device.
+    """
+    m = tokens.shape[0]
+    n, base = qweight.shape
+    weight_bits = jnp.iinfo(qweight.dtype).bits
+    block_n = COMPUTE * tiles.n
+    grid = (math.ceil(m / tiles.m), math.ceil(n / block_n))
+    step = outlier_step(weight_bits)
+    problem = _Problem(
+        tiles=tiles,
+        bits=bits,
+        grid=grid,
+        base_steps=base // K_STEP,
+        outlier_steps=0 if w_outliers is None else w_outliers.shape[1] // step,
+        has_bias=bias is not None,
+        out_dtype=jnp.dtype(out_dtype),
+    )
+    scratch: dict[str, Any] = {
+        "weights": _swizzled((tiles.stages, block_n, K_STEP), qweight.dtype),
+        "tokens": _swizzled((tiles.stages, tiles.m, K_STEP), tokens.dtype),
+        "out": _swizzled((COMPUTE, tiles.m, min(64, tiles.n)), out_dtype),
+        "full": plgpu.Barrier(num_arrivals=2, num_barriers=tiles.stages),
+        "empty": plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=tiles.stages),
+    }
+    if w_outliers is not None:
+        # Same bytes per slot as the ring of codes, so slot i of one ring is slot i of the other.
+        assert x_outliers is not None
+        scratch["weights"] = plgpu.RefUnion(scratch["weights"], _swizzled((tiles.stages, block_n, step), w_outliers.dtype))
+        pieces = K_STEP * tokens.dtype.itemsize // (2 * step)
+        scratch["tokens"] = plgpu.RefUnion(scratch["tokens"], _swizzled((tiles.stages, pieces, tiles.m, step), x_outliers.dtype))
+    if tiles.splits > 1:
+        others = (tiles.splits - 1, COMPUTE, tiles.n, tiles.m)
+        scratch["base_sums"] = _swizzled(others, jnp.int32 if bits < 16 else jnp.float32)
+        scratch["outlier_sums"] = _swizzled(others, jnp.float32)
+        scratch["arrived"] = plgpu.Barrier(num_arrivals=tiles.splits - 1, num_barriers=2 * COMPUTE)
+    tile_count = grid[0] * grid[1]
+    kernel = plgpu.kernel(
+        functools.partial(_kernel, problem),
+        out_type=jax.ShapeDtypeStruct((m, outputs), out_dtype),
+        grid=(tile_count if tiles.splits > 1 else min(cores, tile_count),),
+        grid_names=("core",),
+        cluster=(tiles.splits,) if tiles.splits > 1 else (),
+        cluster_names=("part",) if tiles.splits > 1 else (),
+        num_threads=COMPUTE + 1,
+        thread_name="warpgroup",
+        scratch_types=scratch,
+        compiler_params=hopper.COMPILER_PARAMS,
+    )
+    optional = [x_scale, x_zero, reduced, x_outliers, w_outliers, bias]
+    return kernel(tokens, qweight, scale, *[array for array in optional if array is not None])
+
+
+def _kernel(problem: _Problem, *refs: Any, **scratch: Any) -> None:
+    operands = _Operands(problem, refs)
+    group = lax.axis_index("warpgroup")
+
+    @pl.when(group == COMPUTE)
+    def _memory() -> None:
+        plgpu.set_max_registers(_MEMORY_REGISTERS, action="decrease")
+        _fetch(problem, operands, scratch)
+
+    @pl.when(group < COMPUTE)
+    def _compute() -> None:
+        plgpu.set_max_registers(_COMPUTE_REGISTERS, action="increase")
+        _multiply(problem, operands, scratch, group)
+
+
+class _Operands:
+    """The kernel's global arrays by name."""
+
+    def __init__(self, problem: _Problem, refs: tuple[Any, ...]):
+        rest = list(refs)
+        self.tokens, self.qweight, self.scale = rest[:3]
+        del rest[:3]
+        quantized, outliers = problem.bits < 16, problem.outlier_steps > 0
+        self.x_scale, self.x_zero = (rest.pop(0), rest.pop(0)) if quantized else (None, None)
+        self.reduced = rest.pop(0) if quantized else None
+        self.x_outliers, self.w_outliers = (rest.pop(0), rest.pop(0)) if outliers else (None, None)
+        self.bias = rest.pop(0) if problem.has_bias else None
+        (self.y,) = rest
+
+
+class _Walk:
+    """One block's share of a tile: where the tile is, and which steps along K are its own."""
+
+    def __init__(self, problem: _Problem, loop: plgpu.NDLoopInfo):
+        tiles, splits = problem.tiles, problem.tiles.splits
+        i, j = plgpu.planar_snake(loop.index[0], problem.grid, 0, tiles.strip)
+        self.first_m, self.first_n = i * tiles.m, j * COMPUTE * tiles.n
+        self.splits = splits
+        self.part: Any = lax.axis_index("part") if splits > 1 else 0
+        # Outlier steps are dealt from the other end, so that no part gets the odd step of both.
+        self._reverse: Any = splits - 1 - self.part
+        self.base = (problem.base_steps - self.part + splits - 1) // splits
+        self.outliers = (problem.outlier_steps - self._reverse + splits - 1) // splits
+        self.before = loop.local_index * (problem.base_steps + problem.outlier_steps) if splits == 1 else 0
+
+    def base_step(self, k: Any) -> Any:
+        return self.part + k * self.splits
+
+    def outlier_step(self, k: Any) -> Any:
+        return self._reverse + k * self.splits
+
+
+def _fetch(problem: _Problem, operands: _Operands, scratch: dict[str, Any]) -> None:
+    """The memory warpgroup: fill the ring, step after step, tile after tile."""
+    tiles, full, empty = problem.tiles, scratch["full"], scratch["empty"]
+    weights, weights16, tokens, tokens16 = _rings(problem, scratch)
+
+    @plgpu.nd_loop((problem.grid[0] * problem.grid[1],), collective_axes="core")
+    def _tile(loop: plgpu.NDLoopInfo) -> None:
+        walk = _Walk(problem, loop)
+        rows, columns = pl.ds(walk.first_m, tiles.m), pl.ds(walk.first_n, COMPUTE * tiles.n)
+
+        def acquire(step: Any) -> Any:
+            slot = lax.rem(step, tiles.stages)
+
+            @pl.when(step >= tiles.stages)
+            def _() -> None:
+                plgpu.barrier_wait(empty.at[slot])
+
+            return slot
+
+        @pl.loop(0, walk.base)
+        def _base(k: Any) -> None:
+            slot = acquire(walk.before + k)
+            span = pl.ds(walk.base_step(k) * K_STEP, K_STEP)
+            plgpu.copy_gmem_to_smem(operands.qweight.at[columns, span], weights.at[slot], full.at[slot])
+            plgpu.copy_gmem_to_smem(operands.tokens.at[rows, span], tokens.at[slot], full.at[slot])
+
+        if problem.outlier_steps:
+            width = weights16.shape[-1]
+
+            @pl.loop(0, walk.outliers)
+            def _outliers(k: Any) -> None:
+                slot = acquire(walk.before + walk.base + k)
+                span = pl.ds(walk.outlier_step(k) * width, width)
+                plgpu.copy_gmem_to_smem(operands.w_outliers.at[columns, span], weights16.at[slot], full.at[slot])
+                plgpu.copy_gmem_to_smem(operands.x_outliers.at[rows, span], tokens16.at[slot, 0], full.at[slot])
+
+
+def _rings(problem: _Problem, scratch: dict[str, Any]) -> tuple[Any, Any, Any, Any]:
+    if problem.outlier_steps:
+        (weights, weights16), (tokens, tokens16) = scratch["weights"], scratch["tokens"]
+        return weights, weights16, tokens, tokens16
+    return scratch["weights"], None, scratch["tokens"], None
+
+
+def _multiply(problem: _Problem, operands: _Operands, scratch: dict[str, Any], group: Any) -> None:
+    """A compute warpgroup: both products and the epilogue of its `n` rows of each tile."""
+    tiles, full, empty, out = problem.tiles, scratch["full"], scratch["empty"], scratch["out"]
+    weights, weights16, tokens, tokens16 = _rings(problem, scratch)
+    shape = (tiles.n, tiles.m)
+    mine = pl.ds(group * tiles.n, tiles.n)
+    quantized = problem.bits < 16
+    sum_dtype = jnp.int32 if quantized else jnp.float32
+    operand_dtype = jnp.int8 if quantized else tokens.dtype
+
+    @plgpu.nd_loop((problem.grid[0] * problem.grid[1],), collective_axes="core")
+    def _tile(loop: plgpu.NDLoopInfo) -> None:
+        walk = _Walk(problem, loop)
+
+        def base_products(accumulator: Any) -> Any:
+            @pl.loop(0, walk.base)
+            def _(k: Any) -> None:
+                slot = lax.rem(walk.before + k, tiles.stages)
+                plgpu.barrier_wait(full.at[slot])
+                # Eight-bit weights are the tensor core's own: they go to it from shared memory, without passing registers.
+                narrow = weights.dtype != operand_dtype
+                left = weights[slot, mine].astype(operand_dtype) if narrow else weights.at[slot, mine]
+                plgpu.wgmma(accumulator, left, plgpu.transpose_ref(tokens.at[slot], (1, 0)))
+                plgpu.wgmma_wait(0)
+                plgpu.barrier_arrive(empty.at[slot])
+
+            return accumulator[...]
+
+        def outlier_products(accumulator: Any) -> None:
+            @pl.loop(0, walk.outliers)
+            def _(k: Any) -> None:
+                slot = lax.rem(walk.before + walk.base + k, tiles.stages)
+                plgpu.barrier_wait(full.at[slot])
+                plgpu.wgmma(accumulator, weights16.at[slot, mine], plgpu.transpose_ref(tokens16.at[slot, 0], (1, 0)))
+                plgpu.wgmma_wait(0)
+                plgpu.barrier_arrive(empty.at[slot])
+
+        def outliers_onto(value: jax.Array) -> jax.Array:
+            return pl.run_state(outlier_products)(plgpu.ACC.init(value)) if problem.outlier_steps else value
+
+        sums = pl.run_scoped(base_products, plgpu.ACC(shape, sum_dtype))
+        if tiles.splits == 1:
+            _store(problem, walk, group, out, operands, outliers_onto(_epilogue(problem, operands, walk, group, sums)))
+            return
+        base_sums, outlier_sums, arrived = scratch["base_sums"], scratch["outlier_sums"], scratch["arrived"]
+        send = functools.partial(plgpu.async_store_smem, cluster_idx=0, cluster_dim="part", optimized=False)
+
+        @pl.when(walk.part > 0)
+        def _member() -> None:
+            send(sums, base_sums.at[walk.part - 1, group], arrived.at[group])
+            if problem.outlier_steps:
+                start = plgpu.layout_cast(jnp.zeros(shape, jnp.float32), plgpu.Layout.WGMMA)
+                send(outliers_onto(start), outlier_sums.at[walk.part - 1, group], arrived.at[COMPUTE + group])
+
+        @pl.when(walk.part == 0)
+        def _leader() -> None:
+            plgpu.barrier_wait(arrived.at[group])
+            total = sums
+            for other in range(tiles.splits - 1):
+                total = total + hopper.load(base_sums.at[other, group], plgpu.Layout.WGMMA)
+            value = outliers_onto(_epilogue(problem, operands, walk, group, total))
+            if problem.outlier_steps:
+                plgpu.barrier_wait(arrived.at[COMPUTE + group])
+                for other in range(tiles.splits - 1):
+                    value = value + hopper.load(outlier_sums.at[other, group], plgpu.Layout.WGMMA)
+            _store(problem, walk, group, out, operands, value)
+
+    plgpu.wait_smem_to_gmem(0)
+
+
+def _epilogue(problem: _Problem, operands: _Operands, walk: _Walk, group: Any, sums: jax.Array) -> jax.Array:
+    """The float32 tile of `y` without its outlier product."""
+    tiles = problem.tiles
+    shape = (tiles.n, tiles.m)
+    # The last block's second warpgroup may lie past the last row: it reads vectors that exist, its store is clipped.
+    last = operands.scale.shape[0] - tiles.n
+    ours = pl.ds(jnp.minimum(walk.first_n + group * tiles.n, last), tiles.n)
+    theirs = pl.ds(walk.first_m, tiles.m)
+
+    def of_weight(ref: Any) -> jax.Array:
+        return lax.broadcast_in_dim(hopper.load(ref.at[ours], plgpu.Layout.WGMMA.reduce(1)), shape, (0,))
+
+    def of_token(vector: jax.Array) -> jax.Array:
+        return lax.broadcast_in_dim(vector, shape, (1,))
+
+    if problem.bits < 16:
+        s = hopper.load(operands.x_scale.at[theirs], plgpu.Layout.WGMMA.reduce(0))
+        z = hopper.load(operands.x_zero.at[theirs], plgpu.Layout.WGMMA.reduce(0))
+        value = sums.astype(jnp.float32) * of_token(s) * of_weight(operands.scale)
+        value = value + of_token(z + np.float32(2 ** (problem.bits - 1)) * s) * of_weight(operands.reduced)
+    else:
+        value = sums * of_weight(operands.scale)
+    return value if operands.bias is None else value + of_weight(operands.bias)
+
+
+def _store(problem: _Problem, walk: _Walk, group: Any, out: Any, operands: _Operands, value: jax.Array) -> None:
+    """Cast, transpose and store a warpgroup's tile; rows and columns past the end of `y` are clipped by the copy engine."""
+    tiles, width = problem.tiles, out.shape[-1]
+    value = value.astype(problem.out_dtype)
+    for first in range(0, tiles.n, width):
+        # The previous part must have left shared memory before it is overwritten.
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        piece = plgpu.layout_cast(value[first : first + width], plgpu.Layout.WGMMA)
+        plgpu.transpose_ref(out.at[group], (1, 0))[...] = plgpu.layout_cast(piece, plgpu.Layout.WGMMA_TRANSPOSED)
+        plgpu.commit_smem()
+        target = pl.ds(walk.first_n + group * tiles.n + first, width)
+        plgpu.copy_smem_to_gmem(out.at[group], operands.y.at[pl.ds(walk.first_m, tiles.m), target])

@@ -1,0 +1,320 @@
+"""`split_quantize` as one Mosaic GPU kernel for Hopper, with what stands before it (a norm, SiLU(gate) * up) fused in.
+
+Schedule. A block owns `rows` tokens and has `warpgroups` groups of 128 threads:
+
+    TMA     x[row] ------> shared memory           each byte of x leaves HBM once, in order
+    gather  shared memory -> registers             base columns in the weight's order, a chunk per warpgroup in turn
+    norm    sum of squares (and of values)         only for the fused norms; one barrier
+    min/max registers -> a slot per warp           one barrier, then every thread folds the same slots
+    write   codes, outliers, scale, zero           in order, straight from registers
+
+Columns come in tile form (`layout.tile_columns`): base padded to a multiple of `COLUMN_TILE` by repeating the first base column,
+which changes neither minimum nor maximum and meets zero codes in the weight; outliers padded likewise.
+
+Bits: codes are those of `reference.py` for the same quantizer input; every operation of the quantizer is one IEEE operation
+(`div.rn`, `cvt.rni`), none of them contracted or flushed.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from quikjax.pallas_kernels import hopper
+from quikjax.pallas_kernels.reference import SMALLEST_SCALE
+from quikjax.pallas_kernels.split_quantize.producers import Identity, LayerNorm, Producer, RmsNorm, SiluMul
+
+# Registers of a multiprocessor, the most a thread can have, and what the kernel needs beside the values it holds.
+_REGISTERS, _MOST_REGISTERS, _OTHER_REGISTERS = 65536, 255, 32
+
+
+@dataclasses.dataclass(frozen=True)
+class SplitTiles:
+    """`rows` tokens per block, `warpgroups` per block (they share each row). Both small powers of two."""
+
+    rows: int = 1
+    warpgroups: int = 1
+
+
+def default_tiles(rows: int, columns: int, producer: Producer) -> SplitTiles:
+    """Tiles where nothing was tuned: many threads per token when there are few tokens, several tokens per block otherwise.
+
+    Several tokens share one reading of the column indices, which are twice the bytes of a 16-bit row.
+    """
+    if rows <= 256:
+        return SplitTiles(1, min(8, max(1, columns // 1024)))
+    if columns <= (8192 if producer.parameters else 16384):
+        return SplitTiles(2, math.ceil(columns / 4096))
+    return SplitTiles(1, math.ceil(columns / 8192))
+
+
+def why_not(columns: int, base: int, outliers: int, dtype: Any, producer: Producer, tiles: SplitTiles) -> str | None:
+    """`None` when the kernel can run on these (static) properties, otherwise the reason. `base` and `outliers` are padded."""
+    if jnp.dtype(dtype) not in (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16), jnp.dtype(jnp.float32)):
+        return f"activations are {jnp.dtype(dtype)}; the kernel reads bfloat16, float16 and float32"
+    if base == 0:
+        return "there are no base columns to quantize"
+    if hopper.row_unit(columns) is None:
+        return f"{columns} input columns are not a multiple of 8, which the copy engine needs"
+    needed = tiles.rows * producer.inputs * columns * jnp.dtype(dtype).itemsize
+    if needed > hopper.SHARED_MEMORY:
+        return f"{needed} bytes of rows do not fit into shared memory"
+    threads = tiles.warpgroups * hopper.WARPGROUP
+    if threads > 1024:
+        return f"{tiles.warpgroups} warpgroups are more than the 1024 threads of a block"
+    held = tiles.rows + producer.parameters  # a norm's weights stay in registers too
+    values = math.ceil(held * (base + outliers) / threads)
+    room = min(_MOST_REGISTERS, _REGISTERS // threads) - _OTHER_REGISTERS
+    if values > room:
+        return f"{values} values per thread do not fit into {room} registers"
+    return None
+
+
+def split_quantize(
+    inputs: tuple[jax.Array, ...],
+    columns: jax.Array,
+    base: int,
+    padded_base: int,
+    bits: int,
+    producer: Producer,
+    parameters: tuple[jax.Array, ...],
+    tiles: SplitTiles,
+    row_padding: int,
+    interpret: Any = None,
+) -> tuple[jax.Array, jax.Array | None, jax.Array, jax.Array]:
+    """Split and quantize `inputs`, `[M, K]` each, in tile form.
+
+    Args:
+        inputs: what `producer` reads: `(x,)`, or `(gate, up)`.
+        columns: int32, tile form: `padded_base` base columns, then the padded outlier columns.
+        base: the true number of base columns.
+        bits: 4 or 8.
+        parameters: the norm's weight (and bias), float, `[K]` each; empty for the others.
+        row_padding: `scale` and `zero` are allocated up to a multiple of this, so that a product's last tile may read them.
+
+    Returns:
+        `codes` int8 `[M up to 8, padded_base]`, `outliers` `[M up to 8, padded outliers]` in the inputs' dtype or None, `scale`
+        and `zero` float32 `[M up to row_padding]`. Rows past `M` are not written.
+    """
+    m, k = inputs[0].shape
+    dtype = inputs[0].dtype
+    padded_outliers = columns.shape[0] - padded_base
+    unit = hopper.row_unit(k)
+    assert unit is not None, "why_not refuses such widths"
+    padded_rows = math.ceil(m / row_padding) * row_padding
+    tiled_rows = math.ceil(m / 8) * 8  # a tiled TMA copy wants whole groups of eight rows
+    outputs = [jax.ShapeDtypeStruct((tiled_rows, padded_base), jnp.int8)]
+    if padded_outliers:
+        outputs.append(jax.ShapeDtypeStruct((tiled_rows, padded_outliers), dtype))
+    outputs += [jax.ShapeDtypeStruct((padded_rows,), jnp.float32)] * 2
+    body = functools.partial(
+        _kernel, base=base, padded_base=padded_base, bits=bits, producer=producer, tiles=tiles, parameters=len(parameters)
+    )
+    kernel = plgpu.kernel(
+        body,
+        out_type=outputs,
+        grid=(math.ceil(m / tiles.rows),),
+        grid_names=("rows",),
+        num_threads=tiles.warpgroups,
+        thread_name="warpgroup",
+        scratch_types={
+            "staged": plgpu.SMEM((tiles.rows, len(inputs), k // unit, unit), dtype),
+            # Two reductions for the norm, two for minimum and maximum, each with a slot per warp and row.
+            "slots": plgpu.SMEM((4 * tiles.rows * tiles.warpgroups * hopper.WARPS,), jnp.float32),
+            "arrived": plgpu.Barrier(num_arrivals=tiles.rows * len(inputs) * math.ceil(k // unit / hopper.LONGEST_BOX)),
+            "meet": plgpu.Barrier(num_arrivals=tiles.warpgroups),
+        },
+        compiler_params=hopper.COMPILER_PARAMS,
+        interpret=interpret,
+    )
+    results = kernel(*[x.reshape(m, k // unit, unit) for x in inputs], columns, *parameters)
+    codes, scale, zero = results[0], results[-2], results[-1]
+    return codes, results[1] if padded_outliers else None, scale, zero
+
+
+def _kernel(
+    *refs: Any, base: int, padded_base: int, bits: int, producer: Producer, tiles: SplitTiles, parameters: int, **scratch: Any
+) -> None:
+    inputs, columns = refs[: producer.inputs], refs[producer.inputs]
+    norm = refs[producer.inputs + 1 : producer.inputs + 1 + parameters]
+    outputs = refs[producer.inputs + 1 + parameters :]
+    codes, scales, zeros = outputs[0], outputs[-2], outputs[-1]
+    outliers = outputs[1] if len(outputs) == 4 else None
+    staged, slots, arrived, meet = scratch["staged"], scratch["slots"], scratch["arrived"], scratch["meet"]
+
+    m, lines, unit = inputs[0].shape
+    group = lax.axis_index("warpgroup")
+    block = lax.axis_index("rows")
+    # Past the last row the block does the last row again: the same values to the same place.
+    rows = [jnp.minimum(block * tiles.rows + i, m - 1) for i in range(tiles.rows)]
+
+    @pl.when(group == 0)
+    def _stage() -> None:
+        for i, row in enumerate(rows):
+            for j, x in enumerate(inputs):
+                for first in range(0, lines, hopper.LONGEST_BOX):
+                    part = pl.ds(first, min(hopper.LONGEST_BOX, lines - first))
+                    plgpu.copy_gmem_to_smem(x.at[row, part], staged.at[i, j, part], arrived)
+
+    plgpu.barrier_wait(arrived)
+
+    def meet_all() -> None:
+        plgpu.barrier_arrive(meet)
+        plgpu.barrier_wait(meet)
+
+    padded_outliers = columns.shape[0] - padded_base
+    chunk = _chunk(padded_base, padded_outliers)
+    gather = functools.partial(_gather, columns, staged, inputs[0].dtype, producer, tiles, group, chunk)
+    parts = gather(0, padded_base, base, norm)
+    if outliers is not None:
+        parts += gather(padded_base, padded_outliers, lines * unit - base, norm)
+    slot = _Slots(slots, group, tiles)
+    if isinstance(producer, RmsNorm | LayerNorm):
+        _normalize(parts, producer, lines * inputs[0].shape[2], slot, tiles, meet_all)
+
+    # What comes out of the producer is rounded to the activations' dtype, as a model that does not fuse would.
+    for part in parts:
+        part.values = [v.astype(inputs[0].dtype) for v in part.values]
+    base_parts = [part for part in parts if part.first < padded_base]
+    for i in range(tiles.rows):
+        values = [part.values[i].astype(jnp.float32) for part in base_parts]
+        slot.store(2, i, functools.reduce(jnp.minimum, values), base_parts[0].layout, "min")
+        slot.store(3, i, functools.reduce(jnp.maximum, values), base_parts[0].layout, "max")
+    meet_all()
+
+    levels = 2**bits - 1
+    for i, row in enumerate(rows):
+        zero = slot.read(2, i, jnp.minimum)
+        spread = slot.read(3, i, jnp.maximum) - zero
+        scale = jnp.maximum(spread * np.float32(1 / levels), np.float32(SMALLEST_SCALE))
+        inverse = np.float32(1) / scale
+
+        @pl.when(group == 0)
+        def _write(row: Any = row, scale: Any = scale, zero: Any = zero) -> None:
+            scales[row] = scale
+            zeros[row] = zero
+
+        for part in parts:
+            place = pl.ds(part.start, part.length)
+            if part.first >= padded_base:
+                assert outliers is not None
+                outliers[row, pl.ds(part.start - padded_base, part.length)] = part.values[i]
+            else:
+                steps = jnp.round((part.values[i].astype(jnp.float32) - zero) * inverse)
+                level = jnp.clip(steps, np.float32(0), np.float32(levels)) - np.float32(2 ** (bits - 1))
+                codes[row, place] = level.astype(jnp.int8)
+
+
+class _Slots:
+    """Places in shared memory for four reductions over all warps of the block, one set per row."""
+
+    def __init__(self, slots: Any, group: jax.Array, tiles: SplitTiles):
+        self._slots, self._group, self._tiles = slots, group, tiles
+        self._warps = tiles.warpgroups * hopper.WARPS
+
+    def _first(self, reduction: int, row: int) -> int:
+        return (reduction * self._tiles.rows + row) * self._warps
+
+    def store(self, reduction: int, row: int, values: jax.Array, layout: Any, operation: str) -> None:
+        first = self._first(reduction, row) + self._group * hopper.WARPS
+        hopper.store_warp_partials(self._slots, first, values, layout, operation)
+
+    def read(self, reduction: int, row: int, combine: Any) -> Any:
+        return hopper.read_partials(self._slots, self._first(reduction, row), self._warps, combine)
+
+
+@dataclasses.dataclass
+class _Part:
+    """One chunk of gathered columns: where it starts, its values per row, and which of them are not padding."""
+
+    first: int  # the section's first column: 0 for base, the padded base for outliers
+    start: Any  # the chunk's first column, a traced scalar
+    length: int
+    layout: Any
+    values: list[jax.Array]
+    real: jax.Array | None  # 1.0 where the column counts once in a norm, 0.0 for padding and repetition
+    weights: list[jax.Array]
+
+
+def _chunk(base: int, outliers: int) -> tuple[int, Any]:
+    """Length and layout of a chunk, equal for both sections: up to four neighbours per thread, so that stores are wide."""
+    vector = next(v for v in (4, 2, 1) if base % (hopper.WARPGROUP * v) == outliers % (hopper.WARPGROUP * v) == 0)
+    length = hopper.WARPGROUP * vector
+    return length, plgpu.Layout.WG_STRIDED((length,), vec_size=vector)
+
+
+def _gather(
+    columns: Any,
+    staged: Any,
+    dtype: Any,
+    producer: Producer,
+    tiles: SplitTiles,
+    group: jax.Array,
+    shape: tuple[int, Any],
+    first: int,
+    width: int,
+    true_width: int,
+    norm: tuple[Any, ...],
+) -> list[_Part]:
+    """This warpgroup's chunks of one section (base or outliers), in turns with the other warpgroups."""
+    length, layout = shape
+    chunks = width // length
+    parts = []
+    for turn in range(math.ceil(chunks / tiles.warpgroups)):
+        wanted = turn * tiles.warpgroups + group
+        # A warpgroup without a chunk left repeats the last one: harmless to minimum, maximum and what is written.
+        chunk = jnp.minimum(wanted, chunks - 1)
+        start = first + chunk * length
+        positions = hopper.load(columns.at[pl.ds(start, length)], layout)
+        values = []
+        for i in range(tiles.rows):
+            raw = [hopper.gather_row(staged.at[i, j], positions, layout, dtype) for j in range(producer.inputs)]
+            if isinstance(producer, Identity):
+                values.append(raw[0])
+            else:
+                wide = [value.astype(jnp.float32) for value in raw]
+                values.append(_silu(wide[0]) * wide[1] if isinstance(producer, SiluMul) else wide[0])
+        real, weights = None, []
+        if norm:
+            inside = plgpu.broadcasted_iota(jnp.int32, (length,), 0, layout=layout) + chunk * length < true_width
+            counts = jnp.where(wanted < chunks, np.float32(1), np.float32(0))
+            real = jnp.where(inside, counts, np.float32(0))
+            weights = [hopper.gather_row(weight, positions, layout, weight.dtype).astype(jnp.float32) for weight in norm]
+        parts.append(_Part(first, start, length, layout, values, real, weights))
+    return parts
+
+
+def _silu(x: jax.Array) -> jax.Array:
+    return x / (np.float32(1) + jnp.exp(-x))
+
+
+def _normalize(
+    parts: list[_Part], producer: RmsNorm | LayerNorm, columns: int, slot: _Slots, tiles: SplitTiles, meet_all: Any
+) -> None:
+    """Replace the parts' values by the normalized ones: every column was gathered exactly once, so sums over parts are sums."""
+    share = np.float32(1 / columns)
+
+    def total(reduction: int, term: Any) -> list[Any]:
+        for i in range(tiles.rows):
+            sums = [term(part.values[i]) * part.real for part in parts]
+            slot.store(reduction, i, functools.reduce(jnp.add, sums), parts[0].layout, "add")
+        meet_all()
+        return [slot.read(reduction, i, jnp.add) * share for i in range(tiles.rows)]
+
+    if isinstance(producer, LayerNorm):
+        means = total(0, lambda v: v)
+        for part in parts:
+            part.values = [v - means[i] for i, v in enumerate(part.values)]
+    squares = total(1, lambda v: v * v)
+    for part in parts:
+        normal = [v * lax.rsqrt(squares[i] + np.float32(producer.epsilon)) for i, v in enumerate(part.values)]
+        part.values = [v * part.weights[0] for v in normal]
+        if len(part.weights) == 2:
+            part.values = [v + part.weights[1] for v in part.values]

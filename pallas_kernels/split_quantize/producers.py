@@ -1,0 +1,85 @@
+"""What may stand directly before a split and be fused into it, with its definition in plain `jnp`.
+
+A producer computes in float32 and rounds once, to its input's dtype; the split reads that rounded value.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+
+@dataclasses.dataclass(frozen=True)
+class Producer:
+    """Base of the producers. `inputs`: how many tensors `[..., K]` it reads; `parameters`: how many vectors `[K]`."""
+
+    @property
+    def inputs(self) -> int:
+        return 1
+
+    @property
+    def parameters(self) -> int:
+        return 0
+
+    def __call__(self, *arrays: Float[Array, "..."]) -> Float[Array, "..."]:
+        """The definition: inputs, then parameters, to the tensor that is split."""
+        raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True)
+class Identity(Producer):
+    """Nothing stands before the split."""
+
+    def __call__(self, *arrays: Float[Array, "..."]) -> Float[Array, "..."]:
+        (x,) = arrays
+        return x
+
+
+@dataclasses.dataclass(frozen=True)
+class RmsNorm(Producer):
+    """`x * rsqrt(mean(x^2) + epsilon) * weight`."""
+
+    epsilon: float = 1e-5
+
+    @property
+    def parameters(self) -> int:
+        return 1
+
+    def __call__(self, *arrays: Float[Array, "..."]) -> Float[Array, "..."]:
+        x, weight = arrays
+        wide = x.astype(jnp.float32)
+        inverse = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.epsilon)
+        return (wide * inverse * weight.astype(jnp.float32)).astype(x.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerNorm(Producer):
+    """`(x - mean(x)) * rsqrt(var(x) + epsilon) * weight + bias`, the variance in two passes."""
+
+    epsilon: float = 1e-5
+
+    @property
+    def parameters(self) -> int:
+        return 2
+
+    def __call__(self, *arrays: Float[Array, "..."]) -> Float[Array, "..."]:
+        x, weight, bias = arrays
+        wide = x.astype(jnp.float32)
+        centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
+        inverse = jax.lax.rsqrt(jnp.mean(centred * centred, axis=-1, keepdims=True) + self.epsilon)
+        return (centred * inverse * weight.astype(jnp.float32) + bias.astype(jnp.float32)).astype(x.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class SiluMul(Producer):
+    """`silu(gate) * up`, `silu(x) = x / (1 + exp(-x))`: the input of a gated MLP's last layer."""
+
+    @property
+    def inputs(self) -> int:
+        return 2
+
+    def __call__(self, *arrays: Float[Array, "..."]) -> Float[Array, "..."]:
+        gate, up = arrays
+        wide = gate.astype(jnp.float32)
+        return (wide / (1 + jnp.exp(-wide)) * up.astype(jnp.float32)).astype(gate.dtype)
