@@ -67,15 +67,25 @@ def _softmax_attention(
     slopes: Float[Array, " heads"] | None,
 ) -> Float[Array, "batch length heads head"]:
     batch, length, heads, head = query.shape
-    kv_heads = key.shape[2]
-    grouped = query.reshape(batch, length, kv_heads, heads // kv_heads, head)
-    scores = jnp.einsum("btkgd,bskd->bkgts", grouped, key, preferred_element_type=jnp.float32) * scale
+    slots, kv_heads = key.shape[1:3]
+    group = heads // kv_heads
+    # Heads that share a key become rows of one matrix product; XLA on CPU is slow at products over inner axes.
+    rows = query.reshape(batch, length, kv_heads, group, head).transpose(0, 2, 3, 1, 4).reshape(batch, kv_heads, -1, head)
+    over_head = (((3,), (3,)), ((0, 1), (0, 2)))
+    scores = jax.lax.dot_general(rows, key, over_head, preferred_element_type=jnp.float32) * scale
+    scores = scores.reshape(batch, kv_heads, group, length, slots)
     if slopes is not None:
-        bias = slopes.reshape(kv_heads, -1)[None, :, :, None] * key_positions[:, None, None, :].astype(jnp.float32)
+        bias = slopes.reshape(kv_heads, group)[None, :, :, None] * key_positions[:, None, None, :].astype(jnp.float32)
         scores = scores + bias[:, :, :, None, :]
     visible = (key_positions[:, None, :] >= 0) & (key_positions[:, None, :] <= query_positions[:, :, None])
     # The most negative finite number, not infinity: a row that sees nothing must not become NaN.
     scores = jnp.where(visible[:, None, None], scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-    mixed = jnp.einsum("bkgts,bskd->btkgd", weights, value, preferred_element_type=jnp.float32)
-    return mixed.astype(query.dtype).reshape(batch, length, heads, head)
+    weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    over_slots = (((3,), (1,)), ((0, 1), (0, 2)))
+    mixed = jax.lax.dot_general(
+        weights.astype(value.dtype).reshape(batch, kv_heads, -1, slots), value, over_slots, preferred_element_type=jnp.float32
+    ).reshape(batch, kv_heads, group, length, head)
+    # Divided after the product: as exact, and `head` numbers a row instead of `slots`.
+    mixed = (mixed / total).astype(query.dtype)
+    return mixed.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, head)

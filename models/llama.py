@@ -15,7 +15,8 @@ from jaxtyping import Array, Float, Int, Int32
 from quikjax.errors import QuikError
 from quikjax.models.attention import attend
 from quikjax.models.base import Block, CausalLM, Config, Embedding, KeyValues, Linear, Observe, Place, project, unembed
-from quikjax.models.rope import Rope, rotate
+from quikjax.models.published import Fields
+from quikjax.models.rope import Rope, published_rope, rotate
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,7 +25,7 @@ class LlamaConfig(Config):
 
     intermediate_size: int
     norm_eps: float
-    rope: Rope = Rope()
+    rope: Rope = dataclasses.field(default_factory=Rope)
     tied: bool = False
     attention_bias: bool = False
     mlp_bias: bool = False
@@ -36,32 +37,37 @@ class LlamaConfig(Config):
         Raises:
             QuikError: a field is missing, or asks for mathematics that this family does not have.
         """
-        try:
-            hidden, heads = fields["hidden_size"], fields["num_attention_heads"]
-            activation = fields.get("hidden_act", "silu")
-            if activation != "silu":
-                raise QuikError(f'LLaMA with hidden_act "{activation}" is not supported, only "silu"')
-            rope = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
-            kind = rope.get("rope_type", rope.get("type", "default"))
-            if kind != "default":
-                raise QuikError(f'rotary scaling "{kind}" is not supported yet')
-            return cls(
-                vocab_size=fields["vocab_size"],
-                hidden_size=hidden,
-                layers=fields["num_hidden_layers"],
-                heads=heads,
-                kv_heads=fields.get("num_key_value_heads") or heads,
-                head_size=fields.get("head_dim") or hidden // heads,
-                context_length=fields.get("max_position_embeddings", 2048),
-                intermediate_size=fields["intermediate_size"],
-                norm_eps=fields.get("rms_norm_eps", 1e-6),
-                rope=Rope(theta=rope.get("rope_theta") or fields.get("rope_theta") or 10000.0),
-                tied=fields.get("tie_word_embeddings", False),
-                attention_bias=fields.get("attention_bias", False),
-                mlp_bias=fields.get("mlp_bias", False),
-            )
-        except KeyError as missing:
-            raise QuikError(f"the model's configuration has no field {missing}, which LLaMA needs") from None
+        known = Fields(fields, "LLaMA")
+        known.only("hidden_act", "silu")
+        known.only("rope_interleaved", False)
+        hidden, heads = known.integer("hidden_size"), known.integer("num_attention_heads")
+        kv_heads = known.integer("num_key_value_heads", heads)
+        if known.optional("head_dim") is None and hidden % heads:
+            raise QuikError(f"LLaMA's hidden_size {hidden} is not a multiple of its num_attention_heads {heads}")
+        head_size = known.integer("head_dim", hidden // heads)
+        if heads % kv_heads:
+            raise QuikError(f"LLaMA's num_attention_heads {heads} is not a multiple of its num_key_value_heads {kv_heads}")
+        if head_size % 2:
+            raise QuikError(f"LLaMA's heads of size {head_size} cannot be rotated in pairs")
+        rope, reach = published_rope(known, known.integer("max_position_embeddings", 2048))
+        config = cls(
+            vocab_size=known.integer("vocab_size"),
+            hidden_size=hidden,
+            layers=known.integer("num_hidden_layers"),
+            heads=heads,
+            kv_heads=kv_heads,
+            head_size=head_size,
+            # LongChat and Vicuna publish under this name what their stretched positions reach.
+            context_length=max(reach, known.integer("max_sequence_length", reach)),
+            intermediate_size=known.integer("intermediate_size"),
+            norm_eps=known.number("rms_norm_eps", 1e-6),
+            rope=rope,
+            tied=known.flag("tie_word_embeddings", False),
+            attention_bias=known.flag("attention_bias", False),
+            mlp_bias=known.flag("mlp_bias", False),
+        )
+        known.finish()
+        return config
 
 
 class RMSNorm(nnx.Module):

@@ -1,0 +1,120 @@
+"""Every family against Hugging Face's PyTorch: `model_variants.py` lists the models, `make_golden.py` says what was computed."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from model_variants import VARIANTS
+from random_weights import checksum, random_weights
+
+from quikjax.models.base import PADDING
+from quikjax.models.registry import abstract_model, dotted, nested, pure_params
+
+GOLDEN = Path(__file__).parent / "golden"
+
+# The largest error of any logit, relative to the root mean square of all. Measured: 4e-6 to 1e-5.
+FLOAT32 = 2e-4
+# The root mean square error in units of PyTorch's own in the type, which relative to the logits is 1.6e-2 to 2.8e-2 in
+# bfloat16 and 2e-3 to 3e-3 in float16. Measured: 0.88 to 1.03 of it (rotation and scores stay float32 here).
+HALF = 1.15
+# One row for each kind of block; the others repeat much of it and are left to the slow tests.
+HALF_VARIANTS = ("llama-2-70b", "opt-125m", "opt-350m", "falcon-7b", "falcon-40b", "falcon-rw-1b")
+
+
+class Case(NamedTuple):
+    """A golden file, and the same model here."""
+
+    golden: dict[str, np.ndarray]
+    graphdef: Any
+    params: dict[str, Any]
+    forward: Callable[..., jax.Array]
+
+
+def load(name: str) -> Case:
+    with np.load(GOLDEN / f"{name}.npz") as file:
+        golden = dict(file)
+    assert json.loads(str(golden["config"])) == VARIANTS[name], "the golden file is older than its row: run make_golden.py"
+    graphdef, _ = nnx.split(model := abstract_model(VARIANTS[name]))
+    weights = random_weights({path: leaf.shape for path, leaf in dotted(pure_params(model)).items()}, int(golden["seed"]))
+    assert checksum(weights) == int(golden["checksum"]), "names, shapes or NumPy's random numbers differ from PyTorch's side"
+    forward = jax.jit(lambda params, ids, positions: nnx.merge(graphdef, params)(ids, positions))
+    return Case(golden, graphdef, nested(weights), forward)
+
+
+def assert_close(logits: Any, expected: np.ndarray) -> None:
+    assert logits.shape == expected.shape
+    error = np.abs(np.asarray(logits) - expected).max() / np.sqrt(np.mean(expected**2))
+    assert error < FLOAT32
+
+
+@pytest.fixture(params=VARIANTS, scope="module")
+def case(request: pytest.FixtureRequest) -> Iterator[Case]:
+    yield load(request.param)
+    jax.clear_caches()
+
+
+def both_rows(golden: dict[str, np.ndarray]) -> tuple[jax.Array, jax.Array]:
+    ids = jnp.asarray(golden["ids"], jnp.int32)
+    return ids, jnp.broadcast_to(jnp.arange(ids.shape[1], dtype=jnp.int32), ids.shape)
+
+
+def test_whole_sequences(case: Case) -> None:
+    logits = case.forward(case.params, *both_rows(case.golden))
+    assert logits.dtype == jnp.float32
+    assert_close(logits[:, case.golden["kept"]], case.golden["logits"])
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_padded_row(case: Case, side: str) -> None:
+    ids, positions = both_rows(case.golden)
+    length, short = ids.shape[1], int(case.golden["short"])
+    there = slice(length - short, length) if side == "left" else slice(0, short)
+    row, where = jnp.full(length, 7), jnp.full(length, PADDING)
+    row, where = row.at[there].set(ids[1, :short]), where.at[there].set(positions[1, :short])
+    logits = case.forward(case.params, ids.at[1].set(row), positions.at[1].set(where))
+    assert_close(logits[1, there], case.golden[side])
+    assert_close(logits[0, case.golden["kept"]], case.golden["logits"][0])
+
+
+def test_greedy_tokens_with_a_cache(case: Case) -> None:
+    prompt, count = case.golden["prompt"], len(case.golden["tokens"])
+
+    @jax.jit
+    def generate(params: dict[str, Any], ids: jax.Array) -> tuple[jax.Array, jax.Array]:
+        model = nnx.merge(case.graphdef, params)
+        logits, cache = model.prefill(ids, ids.shape[1] + count)
+
+        def step(carry: Any, position: jax.Array) -> Any:
+            logits, cache = carry
+            token = jnp.argmax(logits, axis=-1).astype(jnp.int32)[:, None]
+            after, cache = model.extend(token, position[None, None], cache)
+            return (after[:, 0], cache), (token[0, 0], logits[0])
+
+        positions = ids.shape[1] + jnp.arange(count, dtype=jnp.int32)
+        return jax.lax.scan(step, (logits, cache), positions)[1]
+
+    tokens, steps = generate(case.params, jnp.asarray(prompt, jnp.int32)[None])
+    assert_close(steps, case.golden["steps"])
+    assert tokens.tolist() == case.golden["tokens"].tolist()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize(
+    "case",
+    [name if name in HALF_VARIANTS else pytest.param(name, marks=pytest.mark.slow) for name in VARIANTS],
+    indirect=True,
+    scope="module",
+)
+def test_half_precision(case: Case, dtype: str) -> None:
+    half = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), case.params)
+    logits = case.forward(half, *both_rows(case.golden))
+    assert logits.dtype == jnp.float32
+    expected = case.golden["logits"]
+    error = np.sqrt(np.mean((np.asarray(logits)[:, case.golden["kept"]] - expected) ** 2) / np.mean(expected**2))
+    assert error < HALF * case.golden[dtype]
