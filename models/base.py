@@ -17,8 +17,9 @@ from jaxtyping import Array, Float, Int, Int32
 from quikjax.linear import linears
 from quikjax.weight import QuikWeight
 
-# Called by a block with the name of a group of layers and the tensor they all read: how calibration sees a block's inside.
-Observe = Callable[[str, Array], None]
+# Called by a block with the name of a group of layers and the tensor they all read; the block goes on with what it returns. This is
+# how calibration sees a block's inside, and spares what led to a tensor that it has kept from an earlier pass.
+Observe = Callable[[str, Array], Array]
 
 PADDING = -1  # the position of a token that is not there
 
@@ -183,6 +184,23 @@ class Embedding(nnx.Module):
 
     def __call__(self, ids: Int[Array, "*batch"]) -> Float[Array, "*batch width"]:
         return jnp.take(self.weight.get_value(), ids, axis=0, mode="clip")
+
+
+class LayerNorm(nnx.Module):
+    """`(x - mean) / sqrt(variance + eps) * weight + bias`, computed in float32; without `affine` neither weight nor bias."""
+
+    def __init__(self, width: int, eps: float, *, affine: bool = True, dtype: Any) -> None:
+        self.weight = nnx.Param(jnp.ones((width,), dtype)) if affine else None
+        self.bias = nnx.Param(jnp.zeros((width,), dtype)) if affine else None
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "*batch width"]) -> Float[Array, "*batch width"]:
+        wide = x.astype(jnp.float32)
+        centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
+        unit = centred * jax.lax.rsqrt(jnp.mean(centred * centred, axis=-1, keepdims=True) + self.eps)
+        if self.weight is not None and self.bias is not None:
+            unit = unit * self.weight.get_value().astype(jnp.float32) + self.bias.get_value().astype(jnp.float32)
+        return unit.astype(x.dtype)
 
 
 def unembed(hidden: Float[Array, "*batch width"], weight: Float[Array, "vocab width"]) -> Float[Array, "*batch vocab"]:

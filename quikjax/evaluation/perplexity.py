@@ -1,0 +1,192 @@
+"""Perplexity over non-overlapping windows, and how far a model is from another one on the same tokens.
+
+The protocol of the quantization papers: the text as one row of tokens, cut into windows that do not overlap, each read from an
+empty context; all tokens of a window but the first are predicted, and `perplexity = exp(mean cross-entropy)`.
+"""
+
+import dataclasses
+import time
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Float32, Int, Int32
+
+from quikjax.errors import QuikError
+from quikjax.models.base import CausalLM
+from quikjax.models.registry import pure_params
+
+# Logits are made for this many tokens at a time: a vocabulary of 50 000 makes 100 MB of them.
+_CHUNK = 512
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """What one model did on some windows. `stderr` is the perplexity's standard error over tokens.
+
+    Against another model: `kl` is the mean of `KL(other || this)` per token in nats, with its standard error, and
+    `top1_agreement` the share of tokens to which both give the same most likely successor.
+    """
+
+    perplexity: float
+    stderr: float
+    tokens: int
+    windows: int
+    window: int
+    seconds: float
+    tokens_per_second: float
+    kl: float | None = None
+    kl_stderr: float | None = None
+    top1_agreement: float | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """A JSON object; figures against another model only where there was one."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
+
+
+class Reference(NamedTuple):
+    """Another model and what it made of the same windows, so that several models can be held against it."""
+
+    model: CausalLM
+    hidden: list[np.ndarray]
+
+
+def windows(tokens: Sequence[int] | np.ndarray, length: int, count: int | None = None) -> Int32[np.ndarray, "count length"]:
+    """The first `count` (all, if `None`) non-overlapping windows of `length` tokens; a shorter rest is left out.
+
+    Raises:
+        QuikError: the text is shorter than one window, or than `count` of them.
+    """
+    if length < 2:
+        raise QuikError(f"a window needs at least 2 tokens to predict one, not {length}")
+    available = len(tokens) // length
+    if available == 0:
+        raise QuikError(
+            f"the text has {len(tokens)} tokens, fewer than one window of {length}; use more text or a smaller window"
+        )
+    if count is not None and count < 1:
+        raise QuikError(f"the number of windows must be positive, not {count}")
+    if count is not None and count > available:
+        raise QuikError(f"the text has {available} windows of {length} tokens, {count} were asked for")
+    used = count or available
+    return np.asarray(tokens[: used * length], np.int32).reshape(used, length)
+
+
+def reference(model: CausalLM, ids: Int[np.ndarray, "count length"]) -> Reference:
+    """Run a model over windows once, to hold others against it."""
+    graphdef, params = nnx.split(model)[0], pure_params(model)
+    return Reference(model, [np.asarray(_hidden(graphdef, params, row[None])) for row in _checked(model, ids)])
+
+
+def evaluate(model: CausalLM, ids: Int[np.ndarray, "count length"], against: Reference | None = None) -> Evaluation:
+    """Perplexity of a model on windows of tokens, and its distance to `against`.
+
+    `seconds` and `tokens_per_second` are of the model's own forward passes, compilation not counted.
+
+    Raises:
+        QuikError: a window is longer than the model's context, a token outside its vocabulary, or a logit not finite.
+    """
+    graphdef, params = nnx.split(model)[0], pure_params(model)
+    other = None if against is None else (nnx.split(against.model)[0], pure_params(against.model))
+    run = _hidden.lower(graphdef, params, ids[:1]).compile()
+    losses, divergences, agreements, seconds = [], [], [], 0.0
+    for index, row in enumerate(_checked(model, ids)):
+        start = time.perf_counter()
+        hidden = jax.block_until_ready(run(params, row[None]))
+        loss = jax.block_until_ready(_loss(graphdef, params, hidden, row[None]))
+        if index:
+            seconds += time.perf_counter() - start
+        elif len(ids) == 1:
+            # The head is compiled in the first pass, so a single window is passed over twice for its time.
+            start = time.perf_counter()
+            jax.block_until_ready(_loss(graphdef, params, run(params, row[None]), row[None]))
+            seconds = time.perf_counter() - start
+        losses.append(np.asarray(loss, np.float64))
+        if other is not None and against is not None:
+            kl, same = _distance(graphdef, params, hidden, *other, against.hidden[index])
+            divergences.append(np.asarray(kl, np.float64))
+            agreements.append(np.asarray(same, np.float64))
+    loss = np.concatenate(losses)
+    if not np.isfinite(loss).all():
+        raise QuikError("the model's logits are not finite; a weight or an activation overflowed, try dtype float32")
+    perplexity = float(np.exp(np.mean(loss)))
+    timed = max(1, len(ids) - 1) * ids.shape[1]
+    kl = np.concatenate(divergences) if divergences else None
+    return Evaluation(
+        perplexity=perplexity,
+        stderr=perplexity * float(np.std(loss, ddof=1) / np.sqrt(loss.size)) if loss.size > 1 else float("nan"),
+        tokens=int(loss.size),
+        windows=ids.shape[0],
+        window=ids.shape[1],
+        seconds=seconds,
+        tokens_per_second=timed / seconds,
+        kl=None if kl is None else float(np.mean(kl)),
+        kl_stderr=None if kl is None or kl.size < 2 else float(np.std(kl, ddof=1) / np.sqrt(kl.size)),
+        top1_agreement=None if kl is None else float(np.mean(np.concatenate(agreements))),
+    )
+
+
+def _checked(model: CausalLM, ids: Int[np.ndarray, "count length"]) -> Int[np.ndarray, "count length"]:
+    if ids.shape[1] > model.config.context_length:
+        raise QuikError(f"a window of {ids.shape[1]} tokens exceeds the model's context of {model.config.context_length}")
+    if ids.size and (ids.min() < 0 or ids.max() >= model.config.vocab_size):
+        raise QuikError(f"a token is outside the model's vocabulary of {model.config.vocab_size}; is this its tokenizer?")
+    return ids
+
+
+@partial(jax.jit, static_argnums=0)
+def _hidden(
+    graphdef: nnx.GraphDef[CausalLM], params: Mapping[str, Any], ids: Int[Array, "batch length"]
+) -> Float[Array, "batch length hidden"]:
+    return nnx.merge(graphdef, params).hidden(ids)[0]
+
+
+def _chunks(hidden: Float[Array, "1 length hidden"]) -> Float[Array, "chunks chunk hidden"]:
+    rows = hidden[0]
+    return jnp.pad(rows, ((0, -rows.shape[0] % _CHUNK), (0, 0))).reshape(-1, _CHUNK, rows.shape[1])
+
+
+@partial(jax.jit, static_argnums=0)
+def _loss(
+    graphdef: nnx.GraphDef[CausalLM],
+    params: Mapping[str, Any],
+    hidden: Float[Array, "1 length hidden"],
+    ids: Int[Array, "1 length"],
+) -> Float32[Array, " predicted"]:
+    """Cross-entropy of every token but the first."""
+    model = nnx.merge(graphdef, params)
+    length = ids.shape[1]
+    targets = jnp.pad(ids[0, 1:], (0, 1 + -length % _CHUNK)).reshape(-1, _CHUNK)
+
+    def chunk(parts: tuple[Array, Array]) -> Array:
+        logits = model.head(parts[0][None])[0]
+        chosen = jnp.take_along_axis(logits, parts[1][:, None], axis=1)[:, 0]
+        return jax.nn.logsumexp(logits, axis=1) - chosen
+
+    return jax.lax.map(chunk, (_chunks(hidden), targets)).reshape(-1)[: length - 1]
+
+
+@partial(jax.jit, static_argnums=(0, 3))
+def _distance(
+    graphdef: nnx.GraphDef[CausalLM],
+    params: Mapping[str, Any],
+    hidden: Float[Array, "1 length hidden"],
+    other_graphdef: nnx.GraphDef[CausalLM],
+    other_params: Mapping[str, Any],
+    other_hidden: Float[Array, "1 length other"],
+) -> tuple[Float32[Array, " length"], Float32[Array, " length"]]:
+    """Per token `KL(other || this)` in nats, and 1 where both have the same most likely successor."""
+    model, other = nnx.merge(graphdef, params), nnx.merge(other_graphdef, other_params)
+
+    def chunk(parts: tuple[Array, Array]) -> tuple[Array, Array]:
+        mine = jax.nn.log_softmax(model.head(parts[0][None])[0])
+        theirs = jax.nn.log_softmax(other.head(parts[1][None])[0])
+        kl = jnp.sum(jnp.exp(theirs) * (theirs - mine), axis=1)
+        return kl, (jnp.argmax(mine, axis=1) == jnp.argmax(theirs, axis=1)).astype(jnp.float32)
+
+    kl, same = jax.lax.map(chunk, (_chunks(hidden), _chunks(other_hidden)))
+    return kl.reshape(-1)[: hidden.shape[1]], same.reshape(-1)[: hidden.shape[1]]

@@ -1,0 +1,1 @@
+"""One algorithm, one file of pure maths on matrices: no trees, no files, no models."""

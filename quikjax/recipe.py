@@ -1,0 +1,156 @@
+"""Recipes: which layers are quantized, to how many bits, with how many outliers, by which method.
+
+A recipe is an ordered list of rules; the first whose pattern is found in a parameter's path applies, and a parameter that no
+rule matches stays as it is. Recipes are data: they serialize to JSON and travel with an artifact.
+"""
+
+import re
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from quikjax.errors import QuikError, did_you_mean
+
+Count = Annotated[int, Field(strict=True, ge=0)]
+Fraction = Annotated[float, Field(strict=True, ge=0.0, le=1.0)]
+
+
+class Rule(BaseModel):
+    """How one kind of layer is quantized. Unknown fields are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    match: str
+    """Regular expression, searched in the dotted path: `model.layers.0.mlp.down_proj.weight`, `params.Dense_0.kernel`."""
+    weight_bits: Literal[4, 8] = 4
+    activation_bits: Literal[4, 8, 16] = 4
+    """16: weights only, activations keep their dtype."""
+    method: Literal["gptq", "rtn"] = "gptq"
+    outliers: Count | Fraction | Literal["auto"] = "auto"
+    """Columns kept in 16 bits, for a layer as wide as the hidden state: a count, a fraction of it, or the paper's choice."""
+    scale_outliers: bool = False
+    """Grow the number of outliers in proportion to the layer's input width (LLaMA's down_proj, Falcon's dense_4h_to_h)."""
+    zero_threshold: float = Field(0.0, ge=0)
+    """No outliers where the largest activation is at most this (twice this for 8-bit layers); 0 turns it off."""
+    outlier_dtype: Literal["float16", "bfloat16"] = "float16"
+    clip: bool = True
+    """Search each row's scale instead of taking its maximum."""
+    damping: float = Field(0.01, gt=0)
+    """GPTQ: added to the Hessian's diagonal, relative to its mean."""
+    block_size: int = Field(128, gt=0, multiple_of=16)
+    in_axes: tuple[int, ...] | None = None
+    """Input axes of the kernel. Left out: `(1,)` for a published `weight` `[out, in]`, `(0,)` for a Flax `kernel` `[in, out]`."""
+
+    @field_validator("match")
+    @classmethod
+    def _compiles(cls, value: str) -> str:
+        try:
+            re.compile(value)
+        except re.error as error:
+            raise ValueError(f"not a regular expression: {error}") from None
+        return value
+
+    def needs_data(self) -> bool:
+        """Whether the rule wants statistics of activations: for GPTQ, or to choose outliers."""
+        return self.method == "gptq" or self.outliers != 0
+
+    def outlier_count(self, inputs: int, hidden_size: int | None) -> int:
+        """How many of `inputs` columns are outliers in a model of width `hidden_size` (left out: the layer's own width).
+
+        "auto" is the paper's 256 from a width of 4096 on, and 1/16 of the width below.
+        """
+        hidden = hidden_size or inputs
+        if self.outliers == "auto":
+            count = 256 if hidden >= 4096 else round(hidden / 16)
+        elif isinstance(self.outliers, float):
+            count = round(self.outliers * hidden)
+        else:
+            count = int(self.outliers)
+        if self.scale_outliers:
+            count = round(count * inputs / hidden)
+        return min(count, inputs)
+
+
+class Recipe(BaseModel):
+    """An ordered list of rules with a name. Unknown fields are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    rules: tuple[Rule, ...]
+
+    def rule_for(self, path: str) -> Rule | None:
+        """The first rule whose pattern is found in `path`, or `None`: the parameter stays as it is."""
+        return next((rule for rule in self.rules if re.search(rule.match, path)), None)
+
+    def needs_data(self) -> bool:
+        """Whether any rule wants statistics of activations."""
+        return any(rule.needs_data() for rule in self.rules)
+
+    def with_outliers(self, outliers: int | float) -> "Recipe":
+        """The same recipe with another number (int) or fraction (float) of outliers in every rule."""
+        try:
+            rules = [Rule(**{**rule.model_dump(), "outliers": outliers}) for rule in self.rules]
+        except ValidationError:
+            raise QuikError(f"outliers must be a count or a fraction between 0 and 1, not {outliers}") from None
+        return self.model_copy(update={"rules": tuple(rules)})
+
+
+# The layers of a block, by published name: LLaMA; OPT; Falcon. Embeddings, norms and heads match nothing.
+_FALCON_WIDE = r"\.dense_4h_to_h\.weight$"
+_FALCON = r"\.(query_key_value|dense|dense_h_to_4h)\.weight$"
+_WIDE = r"\.down_proj\.weight$"
+_LAYERS = r"\.(q_proj|k_proj|v_proj|o_proj|out_proj|gate_proj|up_proj|fc1|fc2)\.weight$"
+
+
+def _rules(wide: Rule, other: Rule) -> tuple[Rule, ...]:
+    """One rule for the layers with a wide input (8-bit in QUIK-4B), one for the others; Falcon's damping is the paper's 0.5."""
+
+    def at(rule: Rule, match: str, damping: float) -> Rule:
+        return rule.model_copy(update={"match": match, "damping": damping})
+
+    wide = wide.model_copy(update={"scale_outliers": True})
+    return (at(wide, _FALCON_WIDE, 0.5), at(other, _FALCON, 0.5), at(wide, _WIDE, 0.01), at(other, _LAYERS, 0.01))
+
+
+def _uniform(name: str, rule: Rule) -> Recipe:
+    return Recipe(name=name, rules=_rules(rule, rule))
+
+
+_W4A4 = Rule(match="", weight_bits=4, activation_bits=4)
+_W8A8 = Rule(match="", weight_bits=8, activation_bits=8)
+
+RECIPES: dict[str, Recipe] = {
+    recipe.name: recipe
+    for recipe in (
+        Recipe(name="quik-4b", rules=_rules(wide=_W8A8, other=_W4A4)),
+        _uniform("quik-8b", _W8A8),
+        _uniform("w4a8", Rule(match="", weight_bits=4, activation_bits=8)),
+        _uniform("rtn-w4a4", Rule(match="", weight_bits=4, activation_bits=4, method="rtn", outliers=0, clip=False)),
+        _uniform("gptq-w4a16", Rule(match="", weight_bits=4, activation_bits=16, outliers=0, clip=False)),
+        Recipe(name="fp", rules=()),
+    )
+}
+
+
+def recipe(name: str | Path | Recipe) -> Recipe:
+    """A recipe by its name, from a JSON file (a name that ends in `.json`), or as it is.
+
+    Raises:
+        QuikError: no recipe has that name, or the file is not a recipe.
+    """
+    if isinstance(name, Recipe):
+        return name
+    if str(name).endswith(".json"):
+        try:
+            return Recipe.model_validate_json(Path(name).read_text())
+        except OSError as error:
+            raise QuikError(f"cannot read the recipe {name}: {error.strerror}") from None
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raise QuikError(f"{name} is not a recipe: {where}: {first['msg']}") from None
+    if name not in RECIPES:
+        raise QuikError(f'there is no recipe "{name}"; {did_you_mean(str(name), RECIPES)}')
+    return RECIPES[str(name)]
