@@ -1,0 +1,125 @@
+"""Artifacts: a model on disk, with everything needed to use it and to know what it is.
+
+    DIR/quikjax.json          the manifest: configuration, recipe, provenance, parts, fingerprint
+    DIR/arrays/NAME/          one part's arrays (Orbax); a part is a transformer block, or "rest"
+    DIR/arrays/NAME.json      one part's manifest: dtype, shape and SHA-256 of every array, static fields, files
+    DIR/tokenizer/            as transformers saves it; absent without one
+    DIR/report.jsonl          one line per layer; absent without one
+
+Saving the same twice gives the same bytes. A killed save leaves the old artifact or none. Restored arrays have the bits that were
+saved, or an error names the file that changed.
+"""
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from quikjax.checkpoint.manifest import Manifest, Part
+from quikjax.checkpoint.reader import Reader, read_manifest
+from quikjax.checkpoint.shapes import check_parameters, expected_shapes
+from quikjax.checkpoint.writer import Writer, stored_shapes
+from quikjax.errors import QuikError
+from quikjax.models.base import CausalLM
+
+__all__ = ["REST", "Manifest", "Part", "Reader", "Writer", "read_manifest", "restore", "restore_params", "save", "split_parts"]
+
+REST = "rest"
+
+
+def split_parts(params: Mapping[str, Any], block_path: tuple[str, ...]) -> dict[str, dict[str, Any]]:
+    """Full parameter names, divided into parts: one per block below `block_path`, and the rest.
+
+    >>> split_parts({"layers.0.w": 1, "layers.1.w": 2, "norm": 3}, ("layers",))
+    {'layers.0': {'layers.0.w': 1}, 'layers.1': {'layers.1.w': 2}, 'rest': {'norm': 3}}
+    """
+    divided: dict[str, dict[str, Any]] = {}
+    depth = len(block_path) + 1
+    for path, leaf in params.items():
+        steps = path.split(".")
+        in_block = tuple(steps[: depth - 1]) == block_path and len(steps) > depth
+        divided.setdefault(".".join(steps[:depth]) if in_block else REST, {})[path] = leaf
+    return divided
+
+
+def save(
+    path: str | os.PathLike[str],
+    model: CausalLM,
+    *,
+    config: Mapping[str, Any] | None = None,
+    tokenizer: Any = None,
+    recipe: Mapping[str, Any] | None = None,
+    provenance: Mapping[str, Any] | None = None,
+    report: Iterable[Mapping[str, Any]] | None = None,
+    force: bool = False,
+) -> str:
+    """Save a model, dense or quantized, as the artifact `path`, and return its fingerprint.
+
+    Args:
+        path: a directory that does not exist, or with `force` an artifact, which is replaced once the new one is whole.
+        model: one of ours, with its weights.
+        config: its published configuration; needed only if the model was not built by `abstract_model`.
+        tokenizer, report: see `Writer.finish`.
+        recipe, provenance: see `Writer`.
+
+    Raises:
+        QuikError: `path` exists, the parameters are not those of the configuration, a weight breaks its invariant, the disk is
+            full or refuses. What was at `path` is untouched, and nothing else is left.
+    """
+    from quikjax.models.registry import dotted, pure_params
+
+    if config is None and model.published is None:
+        raise QuikError("the model does not know its published configuration; pass it as config")
+    published = json.loads(model.published or "null") if config is None else config
+    params = dotted(pure_params(model))
+    # Before anything is written: a mismatch with the configuration would make an artifact that nobody can restore.
+    check_parameters(expected_shapes(dict(published)), {name: tuple(leaf.shape) for name, leaf in params.items()}, whole=True)
+    with Writer(path, config=published, recipe=recipe, provenance=provenance, force=force) as writer:
+        for name, members in split_parts(params, model.block_path).items():
+            writer.write_part(name, members)
+        return writer.finish(tokenizer=tokenizer, report=report)
+
+
+def restore(path: str | os.PathLike[str], *, verify: bool = True) -> tuple[CausalLM, Any]:
+    """The model and the tokenizer (or `None`) of an artifact. The bits of every weight are those that were saved.
+
+    Args:
+        path: the artifact's directory.
+        verify: compare the SHA-256 of every file and every array with the manifest; without, names, sizes, dtypes and shapes.
+
+    Raises:
+        QuikError: there is no artifact, or something in it is not as it was saved, which is named. Nothing is handed out then.
+    """
+    from flax import nnx
+
+    from quikjax.models.registry import abstract_model
+
+    reader = Reader(path, verify=verify)
+    if reader.manifest.config is None:
+        raise QuikError(f"{reader.path} holds parameters without a model configuration; read it with restore_params")
+    held = {name: shape for part in reader.parts.values() for name, shape in stored_shapes(part).items()}
+    check_parameters(expected_shapes(reader.manifest.config), held, whole=True)
+    graphdef = nnx.split(abstract_model(reader.manifest.config, reader.manifest.dtype))[0]
+    return nnx.merge(graphdef, _params(reader)), reader.tokenizer()
+
+
+def restore_params(path: str | os.PathLike[str], *, verify: bool = True) -> dict[str, Any]:
+    """The parameters of an artifact as nested dictionaries, for a model of one's own.
+
+    Raises:
+        QuikError: as `restore`.
+    """
+    return _params(Reader(path, verify=verify))
+
+
+def _params(reader: Reader) -> dict[str, Any]:
+    """Every part, read, checked and put on JAX's default device."""
+    import jax
+    import jax.numpy as jnp
+
+    from quikjax.models.registry import nested
+
+    flat: dict[str, Any] = {}
+    for name in reader.parts:
+        flat.update({path: jax.tree.map(jnp.asarray, leaf) for path, leaf in reader.read_part(name).items()})
+    return nested(flat)

@@ -1,0 +1,115 @@
+"""Reading an artifact, part by part, nothing handed out before it is checked."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from quikjax.checkpoint import atomic, parts
+from quikjax.checkpoint.manifest import MANIFEST, FileRow, Json, Manifest, Part, checksum, unseal_manifest
+from quikjax.checkpoint.writer import ARRAYS, REPORT, TOKENIZER
+from quikjax.errors import QuikError, did_you_mean
+
+
+def read_manifest(path: str | os.PathLike[str]) -> Manifest:
+    """The manifest of the artifact in directory `path`, its own checksum and fingerprint verified.
+
+    Raises:
+        QuikError: there is no artifact, it is unfinished, from a newer format, or its manifest is damaged.
+    """
+    directory = Path(os.path.realpath(path))
+    _refuse_foreign(directory)
+    with atomic.told(f"cannot read {directory}"):
+        manifest = unseal_manifest(directory / MANIFEST)
+    if not isinstance(manifest, Manifest):
+        raise QuikError(f"{directory} is an unfinished artifact; run what was writing it again")
+    if manifest.with_fingerprint() != manifest:
+        raise QuikError(f"{directory / MANIFEST} is damaged: the fingerprint does not match its contents")
+    for name in manifest.parts:
+        if not parts.valid_name(name):
+            raise QuikError(f'{directory / MANIFEST} names a part "{name}", which no artifact has')
+    return manifest
+
+
+class Reader:
+    """An artifact, opened: the manifest is read, and every file is there with its recorded size. Parts are read one by one.
+
+    Raises:
+        QuikError: there is no artifact, it is from a newer format, or a file is missing, truncated, damaged or was added.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, verify: bool = True) -> None:
+        self.path = Path(os.path.realpath(path))
+        self.verify = verify
+        self.manifest = read_manifest(path)
+        with atomic.told(f"cannot read {self.path}"):
+            self.parts = self._read_labels()
+            self._check_listing()
+
+    def _read_labels(self) -> dict[str, Part]:
+        found = {}
+        for name, row in self.manifest.parts.items():
+            label = self.path / ARRAYS / f"{name}.json"
+            if not label.is_file():
+                raise QuikError(f"{label} is missing")
+            found[name] = parts.read_label(self.path / ARRAYS, name)
+            if checksum(found[name]) != row.checksum:
+                raise QuikError(f"{label} is not the one that {MANIFEST} was written with")
+        return found
+
+    def _check_listing(self) -> None:
+        labels = {f"{ARRAYS}/{name}.json" for name in self.parts} | {MANIFEST}
+        rows: dict[str, FileRow] = dict(self.manifest.files)
+        for name, part in self.parts.items():
+            rows.update({f"{ARRAYS}/{name}/{path}": row for path, row in part.files.items()})
+        present = [path for path in atomic.files_below(self.path) if path not in labels]
+        parts.compare_files(self.path, rows, present, contents=False)
+        if self.verify:
+            beside = self.manifest.files
+            parts.compare_files(self.path, beside, sorted(beside), contents=True)
+
+    def read_part(self, name: str) -> dict[str, Any]:
+        """One part, checked: full parameter names to host arrays and packed weights.
+
+        Raises:
+            QuikError: there is no such part, or what is on disk is not what was saved.
+        """
+        if name not in self.parts:
+            raise QuikError(f'{self.path} has no part "{name}"; {did_you_mean(name, self.parts)}')
+        with atomic.told(f"cannot read {self.path}"):
+            return parts.read(self.path / ARRAYS, name, self.parts[name], verify=self.verify)
+
+    def tokenizer(self) -> Any:
+        """The tokenizer, or `None` if the artifact has none."""
+        if not any(path.startswith(f"{TOKENIZER}/") for path in self.manifest.files):
+            return None
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(str(self.path / TOKENIZER), local_files_only=True)
+
+    def report(self) -> list[Json]:
+        """The lines of the report, empty if the artifact has none."""
+        if REPORT not in self.manifest.files:
+            return []
+        return [json.loads(line) for line in (self.path / REPORT).read_text(encoding="utf-8").splitlines()]
+
+
+def _refuse_foreign(directory: Path) -> None:
+    if not os.path.lexists(directory):
+        beside = _artifacts_beside(directory)
+        hint = f"; {did_you_mean(directory.name, beside)}" if beside else ""
+        raise QuikError(f"there is no directory {directory}{hint}")
+    if not directory.is_dir():
+        raise QuikError(f"{directory} is a file, not the directory of an artifact")
+    with atomic.told(f"cannot read {directory}"):
+        entries = os.listdir(directory)
+    if MANIFEST not in entries:
+        hint = " but of a published checkpoint: quantize it first" if "config.json" in entries else ""
+        raise QuikError(f"{directory} has no {MANIFEST}: it is not the directory of an artifact{hint}")
+
+
+def _artifacts_beside(directory: Path) -> list[str]:
+    """Names of artifacts in the same place, and what a killed replacement may have left."""
+    if not directory.parent.is_dir() or not os.access(directory.parent, os.R_OK | os.X_OK):
+        return []
+    return sorted(entry.name for entry in directory.parent.iterdir() if (entry / MANIFEST).is_file())

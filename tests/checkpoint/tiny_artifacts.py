@@ -1,0 +1,82 @@
+"""Tiny random models, dense and packed by hand."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from quikjax.models.base import CausalLM
+from quikjax.models.registry import abstract_model, dotted, nested, pure_params
+from quikjax.weight import QuikWeight
+
+CONFIG: dict[str, Any] = {
+    "model_type": "llama",
+    "vocab_size": 64,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 32,
+    "tie_word_embeddings": True,
+}
+
+
+def pack(
+    rng: np.random.Generator,
+    shape: tuple[int, ...],
+    *,
+    bits: int = 4,
+    outliers: int = 2,
+    dtype: Any = jnp.float16,
+    group: str | None = None,
+) -> QuikWeight:
+    """A valid packed `[N, K]` weight of random numbers."""
+    n, k = shape
+    base = k - outliers
+    scale = rng.uniform(0.01, 0.1, n).astype(np.float32)
+    codes = rng.integers(-(1 << bits - 1), 1 << bits - 1, (n, base))
+    return QuikWeight(
+        qweight=jnp.asarray(codes, jnp.int4 if bits == 4 else jnp.int8),
+        scale=jnp.asarray(scale),
+        reduced=jnp.asarray((scale.astype(np.float64) * codes.sum(axis=1)).astype(np.float32)),
+        outliers=jnp.asarray(rng.normal(size=(n, outliers)), dtype),
+        columns=jnp.asarray(rng.permutation(k), jnp.int32),
+        weight_bits=bits,
+        activation_bits=bits,
+        shape=shape,
+        in_axes=(1,),
+        base=base,
+        group=group,
+    )
+
+
+def random_params(
+    seed: int = 0, *, packed: bool = True, dtype: Any = jnp.float32, config: dict[str, Any] = CONFIG
+) -> dict[str, Any]:
+    """Parameters of the tiny model by full name; with `packed`, its linear layers in QUIK format, down_proj in 8 bits."""
+    rng = np.random.default_rng(seed)
+    params: dict[str, Any] = {}
+    for path, leaf in dotted(pure_params(abstract_model(config, dtype))).items():
+        if packed and "proj" in path:
+            params[path] = pack(rng, leaf.shape, bits=8 if "down_proj" in path else 4)
+        else:
+            params[path] = jnp.asarray(rng.normal(size=leaf.shape), leaf.dtype)
+    return params
+
+
+def build(params: dict[str, Any], config: dict[str, Any] = CONFIG) -> CausalLM:
+    """The model of `config` with these parameters."""
+    return nnx.merge(nnx.split(abstract_model(config))[0], nested(params))
+
+
+def assert_same_bits(left: Any, right: Any) -> None:
+    """Two trees have the same structure, static fields included, and the same dtypes, shapes and bits."""
+    assert str(jax.tree.structure(left)) == str(jax.tree.structure(right))
+    for one, other in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True):
+        assert one.dtype == other.dtype
+        assert one.shape == other.shape
+        wide = (np.asarray(array).astype(np.int8) if array.dtype == jnp.int4 else np.asarray(array) for array in (one, other))
+        assert next(wide).tobytes() == next(wide).tobytes()
