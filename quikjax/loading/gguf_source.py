@@ -87,7 +87,8 @@ class GGUFSource(Source):
             return raw.reshape(tensor.shape)
         rows = raw.reshape(*tensor.shape[:-1], -1)
         try:
-            return dequantize(rows, GGMLQuantizationType[tensor.kind]).reshape(tensor.shape)
+            with np.errstate(all="ignore"):  # a scale that is not finite is reported by `read`, with the tensor's name
+                return dequantize(rows, GGMLQuantizationType[tensor.kind]).reshape(tensor.shape)
         except NotImplementedError:
             raise QuikError(
                 f"{self.where}: the block format {tensor.kind} cannot be read; convert the file to F16 or Q8_0"

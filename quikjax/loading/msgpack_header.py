@@ -1,7 +1,7 @@
 """The layout of a Flax msgpack file: where each array's bytes lie, found without reading them.
 
-Flax writes nested maps whose leaves are extension values, each a small msgpack tuple (shape, dtype, bytes), and cuts arrays beyond
-a gigabyte into chunks. `flax.serialization` decodes the whole file at once, which a large model has no memory for.
+Flax writes nested maps whose leaves are extension values, each a small msgpack tuple (shape, dtype, bytes), and cuts arrays
+beyond a gigabyte into chunks. `flax.serialization` decodes the whole file at once, which a large model has no memory for.
 """
 
 import math
