@@ -21,7 +21,7 @@ from quikjax.errors import QuikError
 from quikjax.models.base import Block, CausalLM, Place, default_positions
 from quikjax.models.registry import dotted, nested, pure_params
 from quikjax.quantization import LayerReport, Report, quantize_block
-from quikjax.recipe import Recipe
+from quikjax.recipe import Recipe, find_recipe
 from quikjax.weight import QuikWeight, dequantize
 
 # The parameters of one block, flat, by dotted path within it.
@@ -43,13 +43,13 @@ class QuantizedBlock:
 
 
 def quantize_model(
-    model: CausalLM, recipe: Recipe, batches: Iterable[Int[Array, "batch length"]], *, report: Report | None = None
+    model: CausalLM, recipe: Recipe | str, batches: Iterable[Int[Array, "batch length"]], *, report: Report | None = None
 ) -> dict[str, Any]:
     """Quantize a model that is in memory, sequentially: each block's statistics come through the quantized ones before it.
 
     Args:
         model: any of our models, dense.
-        recipe: what to do; one that needs no data ignores `batches`.
+        recipe: what to do, or a recipe's name; one that needs no data ignores `batches`.
         batches: calibration tokens, `[batch, length]` each, without padding.
         report: called with each layer's `LayerReport` as it is done.
 
@@ -59,6 +59,7 @@ def quantize_model(
     Raises:
         QuikError: there is nothing to calibrate on, or weights or activations are not finite.
     """
+    recipe = find_recipe(recipe)
     params = dotted(pure_params(model))
     prefix = ".".join(model.block_path) + "."
 

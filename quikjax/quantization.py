@@ -19,7 +19,7 @@ from quikjax.linear import linear
 from quikjax.numerics import outlier_columns, reduced_rows, relative_error, signal_to_noise
 from quikjax.quantizers.gptq import gptq, inverse_factor, revive_dead_columns
 from quikjax.quantizers.rtn import rtn
-from quikjax.recipe import Recipe, Rule
+from quikjax.recipe import Recipe, Rule, find_recipe
 from quikjax.weight import QuikWeight, as_matrix, dequantize
 
 
@@ -56,7 +56,7 @@ Report = Callable[[LayerReport], None]
 
 def quantize_params(
     params: Any,
-    recipe: Recipe,
+    recipe: Recipe | str,
     stats: Mapping[str, LayerStats] | None = None,
     *,
     hidden_size: int | None = None,
@@ -66,7 +66,7 @@ def quantize_params(
 
     Args:
         params: any pytree of arrays: our models' nested dictionaries, an `nnx.State`, a Linen `params` collection.
-        recipe: rules over dotted paths.
+        recipe: rules over dotted paths, or a recipe's name.
         stats: statistics of each matched kernel's input, by dotted path. May be `None` for a recipe that needs no data.
         hidden_size: the model's width, to which numbers of outliers refer; left out, each layer's own input width.
         report: called with one `LayerReport` per layer, in the tree's order.
@@ -75,6 +75,7 @@ def quantize_params(
         QuikError: a recipe with rules matches nothing; statistics are missing, of another width or not finite; a weight is not
             finite, or an outlier overflows its dtype; a kernel's input axes cannot be known.
     """
+    recipe = find_recipe(recipe)
     leaves, structure = jax.tree_util.tree_flatten_with_path(params, is_leaf=lambda leaf: isinstance(leaf, QuikWeight))
     paths = [dotted_path(path) for path, _ in leaves]
     rules = [
@@ -99,7 +100,7 @@ def quantize_params(
 
 def quantize_block(
     params: Mapping[str, Any],
-    recipe: Recipe,
+    recipe: Recipe | str,
     stats: Mapping[str, LayerStats | None],
     *,
     prefix: str = "",
@@ -115,6 +116,7 @@ def quantize_block(
     Raises:
         QuikError: as `quantize_params`.
     """
+    recipe = find_recipe(recipe)
     factors: dict[Any, Factor] = {}
     result = dict(params)
     for path, layer in stats.items():

@@ -134,7 +134,7 @@ RECIPES: dict[str, Recipe] = {
 }
 
 
-def recipe(name: str | Path | Recipe) -> Recipe:
+def find_recipe(name: str | Path | Recipe) -> Recipe:
     """A recipe by its name, from a JSON file (a name that ends in `.json`), or as it is.
 
     Raises:

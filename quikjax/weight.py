@@ -133,7 +133,7 @@ def from_matrix(matrix: Float[Array, "n k"], shape: tuple[int, ...], in_axes: tu
     """The inverse of `as_matrix`."""
     out_axes = [axis for axis in range(len(shape)) if axis not in in_axes]
     order = [*out_axes, *in_axes]
-    return jnp.transpose(matrix.reshape([shape[axis] for axis in order]), np.argsort(order))
+    return jnp.transpose(matrix.reshape([shape[axis] for axis in order]), np.argsort(order).tolist())
 
 
 def dequantize(weight: QuikWeight) -> Float32[Array, "..."]:

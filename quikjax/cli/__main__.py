@@ -1,0 +1,3 @@
+from quikjax.cli import main
+
+main()

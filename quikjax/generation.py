@@ -1,0 +1,156 @@
+"""Generation under `jit`: one executable reads the prompt, one runs the whole decoding loop."""
+
+import dataclasses
+import time
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int, Int32
+
+from quikjax.errors import QuikError
+from quikjax.models.base import Cache, CausalLM
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Generation:
+    """What was generated, and how fast.
+
+    `tokens` int32 `[batch, new]`: the continuation of each row, from `lengths[row]` on filled with the stop token (the stop token
+    itself is not counted). Seconds of `prefill` and `decode` are of running alone; `compile` is apart.
+    """
+
+    tokens: np.ndarray
+    lengths: np.ndarray
+    prompt_tokens: int
+    prefill_seconds: float
+    decode_seconds: float
+    compile_seconds: float
+
+    @property
+    def prefill_tokens_per_second(self) -> float:
+        """Prompt tokens read per second, over the whole batch."""
+        return self.prompt_tokens / self.prefill_seconds
+
+    @property
+    def decode_tokens_per_second(self) -> float:
+        """Tokens decoded per second, over the whole batch; 0 where the prefill gave the only one."""
+        decoded = int(self.tokens.shape[0] * max(self.steps - 1, 0))
+        return decoded / self.decode_seconds if decoded else 0.0
+
+    @property
+    def steps(self) -> int:
+        """Tokens generated before every row had stopped."""
+        return int(min(self.lengths.max(initial=0) + 1, self.tokens.shape[1]))
+
+
+def generate(
+    graphdef: nnx.GraphDef[CausalLM],
+    params: Mapping[str, Any],
+    ids: Int[Any, "batch length"] | Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int = 64,
+    stop: int | None = None,
+) -> Generation:
+    """Continue prompts greedily: the most likely token, again and again.
+
+    Args:
+        graphdef: `nnx.split(model)[0]`.
+        params: nested dictionaries, dense or with packed weights.
+        ids: prompts of equal length.
+        max_new_tokens: how many tokens to add at most.
+        stop: a row ends before this token; with all rows ended, decoding ends.
+
+    Raises:
+        QuikError: a prompt is empty, has a token outside the vocabulary, or does not fit the context with what is asked for.
+    """
+    model = _abstract(graphdef, params)
+    prompt = np.asarray(ids, np.int32)
+    _check(model, prompt, max_new_tokens)
+    capacity = prompt.shape[1] + max_new_tokens
+    batch = prompt.shape[0]
+
+    start = time.perf_counter()
+    prefill = _prefill.lower(graphdef, params, prompt, capacity).compile()
+    shapes = jax.eval_shape(partial(_prefill, graphdef, capacity=capacity), params, prompt)
+    decode = _decode.lower(graphdef, params, *shapes, np.int32(0), max_new_tokens).compile()
+    compiled = time.perf_counter()
+    first, cache = jax.block_until_ready(prefill(params, prompt))
+    read = time.perf_counter()
+    tokens, lengths = jax.block_until_ready(decode(params, first, cache, np.int32(-1 if stop is None else stop)))
+    done = time.perf_counter()
+    return Generation(
+        tokens=np.asarray(tokens),
+        lengths=np.asarray(lengths),
+        prompt_tokens=batch * prompt.shape[1],
+        prefill_seconds=read - compiled,
+        decode_seconds=done - read,
+        compile_seconds=compiled - start,
+    )
+
+
+def _abstract(graphdef: nnx.GraphDef[CausalLM], params: Mapping[str, Any]) -> CausalLM:
+    return nnx.merge(graphdef, params)
+
+
+def _check(model: CausalLM, prompt: np.ndarray, max_new_tokens: int) -> None:
+    config = model.config
+    if prompt.ndim != 2 or prompt.size == 0:
+        raise QuikError("the prompt is empty; give at least one token")
+    if max_new_tokens < 1:
+        raise QuikError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
+    if prompt.min() < 0 or prompt.max() >= config.vocab_size:
+        raise QuikError(f"the prompt has a token outside the model's vocabulary of {config.vocab_size}")
+    if prompt.shape[1] + max_new_tokens > config.context_length:
+        raise QuikError(
+            f"a prompt of {prompt.shape[1]} tokens and {max_new_tokens} new ones exceed the model's context of "
+            f"{config.context_length}; shorten one of them"
+        )
+
+
+@partial(jax.jit, static_argnums=(0, 3))
+def _prefill(
+    graphdef: nnx.GraphDef[CausalLM], params: Mapping[str, Any], ids: Int[Array, "batch length"], capacity: int
+) -> tuple[Int32[Array, " batch"], Cache]:
+    logits, cache = nnx.merge(graphdef, params).prefill(ids, capacity)
+    return _choose(logits), cache
+
+
+@partial(jax.jit, static_argnums=(0, 5), donate_argnums=(3,))
+def _decode(
+    graphdef: nnx.GraphDef[CausalLM],
+    params: Mapping[str, Any],
+    first: Int32[Array, " batch"],
+    cache: Cache,
+    stop: Int32[Array, ""],
+    count: int,
+) -> tuple[Int32[Array, "batch count"], Int32[Array, " batch"]]:
+    """From the prompt's successor on: `count` tokens, fewer if all rows stop; the cache is donated and carried."""
+    model = nnx.merge(graphdef, params)
+    batch = first.shape[0]
+    tokens = jnp.full((batch, count), jnp.maximum(stop, 0), jnp.int32).at[:, 0].set(first)
+    position = jnp.max(cache.positions, axis=1, keepdims=True) + 1
+
+    def alive(state: tuple[Array, Array, Array, Cache]) -> Array:
+        step, _tokens, running, _ = state
+        return (step < count) & running.any()
+
+    def advance(state: tuple[Array, Array, Array, Cache]) -> tuple[Array, Array, Array, Cache]:
+        step, tokens, running, cache = state
+        last = jax.lax.dynamic_slice(tokens, (0, step - 1), (batch, 1))
+        logits, cache = model.extend(last, position + step - 1, cache)
+        chosen = jnp.where(running, _choose(logits[:, 0]), jnp.maximum(stop, 0))
+        tokens = jax.lax.dynamic_update_slice(tokens, chosen[:, None], (0, step))
+        return step + 1, tokens, running & (chosen != stop), cache
+
+    _, tokens, _, _ = jax.lax.while_loop(alive, advance, (jnp.int32(1), tokens, first != stop, cache))
+    ended = tokens == stop
+    return tokens, jnp.where(ended.any(axis=1), jnp.argmax(ended, axis=1), count)
+
+
+def _choose(logits: Float[Array, "batch vocab"]) -> Int32[Array, " batch"]:
+    return jnp.argmax(logits, axis=-1).astype(jnp.int32)

@@ -1,0 +1,116 @@
+"""Texts to calibrate and evaluate on: files, and a few names. What is offline by default ships inside every CPython."""
+
+import hashlib
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Int32
+
+from quikjax.errors import QuikError, did_you_mean
+
+# Of pydoc's topics every fourth, in alphabetical order, is kept for evaluation.
+_EVERY = 4
+NAMES = ("pydoc", "wikitext2")
+
+
+class Text(NamedTuple):
+    """A text and, for people, where it came from."""
+
+    origin: str
+    content: str
+
+
+def calibration_text(name: str | Path) -> Text:
+    """A text to calibrate on: a file, "pydoc" (three quarters of `pydoc_data.topics`), or "wikitext2" (its training set).
+
+    Raises:
+        QuikError: no such file or name, the file is empty or not UTF-8, or the data set cannot be had.
+    """
+    return _text(name, evaluation=False)
+
+
+def evaluation_text(name: str | Path) -> Text:
+    """A text to evaluate on: a file, "pydoc" (the quarter that calibration never sees), or "wikitext2" (its test set).
+
+    Raises:
+        QuikError: as `calibration_text`.
+    """
+    return _text(name, evaluation=True)
+
+
+def _text(name: str | Path, *, evaluation: bool) -> Text:
+    path = Path(name)
+    if path.is_file():
+        return Text(path.name, _read(path))
+    if str(name) == "pydoc":
+        return _pydoc(evaluation=evaluation)
+    if str(name) == "wikitext2":
+        return _wikitext2("test" if evaluation else "train")
+    if path.is_dir():
+        raise QuikError(f"{path} is a directory; give a text file, or one of: {', '.join(NAMES)}")
+    raise QuikError(f'there is no text file "{name}"; {did_you_mean(str(name), NAMES)}')
+
+
+def _read(path: Path) -> str:
+    try:
+        content = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise QuikError(f"{path} is not UTF-8 text (byte {error.start}); convert it first") from None
+    except OSError as error:
+        raise QuikError(f"cannot read {path}: {error.strerror}") from None
+    if not content.strip():
+        raise QuikError(f"{path} is empty; give a file with text")
+    return content
+
+
+def _pydoc(*, evaluation: bool) -> Text:
+    from pydoc_data.topics import topics
+
+    # Some topics repeat others word for word; a repetition must not stand on both sides of the split.
+    unique = list(dict.fromkeys(topics[key] for key in sorted(topics)))
+    chosen = [text for index, text in enumerate(unique) if (index % _EVERY == _EVERY - 1) == evaluation]
+    part = "every fourth topic" if evaluation else "three of four topics"
+    return Text(f"pydoc_data.topics ({part})", "\n\n".join(chosen))
+
+
+def _wikitext2(split: str) -> Text:
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        raise QuikError(
+            "wikitext2 comes through the package `datasets`; run: pip install 'quikjax[datasets]', or give a text file"
+        ) from None
+    try:
+        rows = load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split=split)
+    except Exception as error:  # whatever the network and the hub raise
+        raise QuikError(f"wikitext2 could not be loaded ({str(error).splitlines()[0]}); give a text file instead") from None
+    return Text(f"wikitext-2-raw-v1 ({split})", "\n\n".join(rows["text"]))
+
+
+def tokenize(tokenizer: Any, text: str) -> Int32[np.ndarray, " tokens"]:
+    """The text as one row of tokens, with whatever the tokenizer puts around a text."""
+    return np.asarray(tokenizer(text, verbose=False)["input_ids"], np.int32)
+
+
+def calibration_windows(tokens: Int32[np.ndarray, " tokens"], samples: int, length: int) -> Int32[np.ndarray, "samples length"]:
+    """`samples` windows of `length` tokens that do not overlap, evenly spread over the text.
+
+    Raises:
+        QuikError: the text is too short, or a number is not positive.
+    """
+    if samples < 1 or length < 1:
+        raise QuikError(f"samples and seqlen must be positive, not {samples} and {length}")
+    available = len(tokens) // length
+    if available < samples:
+        raise QuikError(
+            f"the calibration text has {len(tokens)} tokens, {samples} x {length} = {samples * length} are needed; "
+            "give more text, or lower --samples or --seqlen"
+        )
+    starts = np.arange(samples) * available // samples * length
+    return np.stack([tokens[start : start + length] for start in starts])
+
+
+def tokens_fingerprint(tokens: Int32[np.ndarray, "..."]) -> str:
+    """SHA-256 over the tokens and their shape."""
+    return hashlib.sha256(repr(tokens.shape).encode() + np.ascontiguousarray(tokens, "<i4").tobytes()).hexdigest()
