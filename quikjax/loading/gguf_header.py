@@ -76,7 +76,24 @@ class _Cursor:
             raise _Short
         if inner in _SCALARS:
             return list(self.unpack(f"{count}{_SCALARS[inner]}"))
-        return [self.value(inner) for _ in range(count)]
+        return self.strings(count) if inner == _STRING else [self.value(inner) for _ in range(count)]
+
+    def strings(self, count: int) -> list[str]:
+        """Many strings at once: a vocabulary and its merges are 100000, too many for three calls each."""
+        data, at, end = self.data, self.at, len(self.data)
+        length_of = struct.Struct("<Q").unpack_from
+        found = []
+        for _ in range(count):
+            if end - at < 8:
+                raise _Short
+            (length,) = length_of(data, at)
+            at += 8
+            if length > end - at:
+                raise _Short
+            found.append(data[at : at + length].decode("utf-8"))
+            at += length
+        self.at = at
+        return found
 
 
 def read_header(path: Path) -> GGUFHeader:

@@ -13,6 +13,7 @@ from quikjax.errors import QuikError, did_you_mean
 from quikjax.loading.tokenizer import import_transformers
 
 _PREFIX = "tokenizer.ggml."
+_SPACE = "▁"  # how SentencePiece writes a space
 
 
 class _Kind(enum.IntEnum):
@@ -117,7 +118,18 @@ def _llama3_split() -> Any:
     )
 
 
+def _default_split() -> Any:
+    """What llama.cpp does where a file's converter did not know the rule."""
+    return _regex_split(
+        r"[\p{P}\$\+<=>\^~\|]+",
+        r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)",
+        r"\p{N}+",
+        r"[0-9][0-9][0-9]",
+    )
+
+
 _SPLITS: dict[str, Callable[[], Any]] = {
+    "default": _default_split,
     "gpt-2": _gpt2_split,
     "llama-bpe": _llama3_split,
     "smollm": _smollm_split,
@@ -125,7 +137,52 @@ _SPLITS: dict[str, Callable[[], Any]] = {
 
 
 def _sentencepiece(where: str, metadata: Mapping[str, Any]) -> Any:
-    raise QuikError(f'{where}: tokenizers of kind "llama" (SentencePiece) cannot be rebuilt yet')
+    """SentencePiece BPE: spaces become "▁", one is put in front, and characters without a piece become bytes."""
+    import tokenizers
+    from tokenizers import decoders, models, normalizers
+
+    if metadata.get(f"{_PREFIX}remove_extra_whitespaces") or metadata.get(f"{_PREFIX}precompiled_charsmap"):
+        raise QuikError(f"{where}: a SentencePiece tokenizer that rewrites its text (normalization) is not supported")
+    tokens: list[str] = metadata[f"{_PREFIX}tokens"]
+    scores: list[float] = metadata[f"{_PREFIX}scores"]
+    kinds: list[int] = metadata[f"{_PREFIX}token_type"]
+    if not len(tokens) == len(scores) == len(kinds):
+        raise QuikError(f"{where}: its tokenizer has {len(tokens)} tokens, {len(scores)} scores and {len(kinds)} types")
+    unknown = next((token for token, kind in zip(tokens, kinds, strict=True) if kind == _Kind.UNKNOWN), None)
+    merges = merges_from_scores(tokens, scores, kinds)
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    tokenizer = tokenizers.Tokenizer(
+        models.BPE(vocabulary, merges, unk_token=unknown, fuse_unk=True, byte_fallback=_Kind.BYTE in kinds)
+    )
+    prefixed = metadata.get(f"{_PREFIX}add_space_prefix", True)
+    tokenizer.normalizer = normalizers.Sequence(
+        [*([normalizers.Prepend(_SPACE)] if prefixed else []), normalizers.Replace(" ", _SPACE)]
+    )
+    steps = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    tokenizer.decoder = decoders.Sequence([*steps, *([decoders.Strip(" ", 1, 0)] if prefixed else [])])
+    return tokenizer
+
+
+def merges_from_scores(tokens: list[str], scores: list[float], kinds: list[int]) -> list[tuple[str, str]]:
+    """The merges that do what SentencePiece does with scores: of all neighbours that together are a piece, join the best first.
+
+    A piece gives one merge for every cut into two pieces, so that each way of reaching it has the piece's rank; the
+    better score comes first, and among equal ones the lower token.
+
+    >>> merges_from_scores(["a", "b", "ab", "aba"], [0.0, 0.0, -1.0, -2.0], [1, 1, 1, 1])
+    [('a', 'b'), ('ab', 'a')]
+    """
+    # Control, unknown and byte tokens never come out of a merge; unused ones fill a table up and are nobody's text.
+    merged = {
+        token: i for i, (token, kind) in enumerate(zip(tokens, kinds, strict=True)) if kind in (_Kind.NORMAL, _Kind.USER_DEFINED)
+    }
+    ranked = []
+    for token, i in merged.items():
+        for cut in range(1, len(token)):
+            left, right = token[:cut], token[cut:]
+            if left in merged and right in merged:
+                ranked.append((-scores[i], i, -cut, left, right))
+    return [(left, right) for *_, left, right in sorted(ranked)]
 
 
 def _add_special(tokenizer: Any, tokens: list[str], metadata: Mapping[str, Any]) -> None:
