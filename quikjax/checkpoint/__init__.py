@@ -15,16 +15,34 @@ import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
 from quikjax.checkpoint.manifest import Manifest, Part
+from quikjax.checkpoint.parts import REST
 from quikjax.checkpoint.reader import Reader, read_manifest
-from quikjax.checkpoint.shapes import check_parameters, expected_shapes
+from quikjax.checkpoint.shapes import check_parameters, shapes_of
+from quikjax.checkpoint.sizes import Sizes, sizes
 from quikjax.checkpoint.writer import Writer, stored_shapes
 from quikjax.errors import QuikError
 from quikjax.models.base import CausalLM
+from quikjax.models.registry import abstract_model, dotted, nested, pure_params
 
-__all__ = ["REST", "Manifest", "Part", "Reader", "Writer", "read_manifest", "restore", "restore_params", "save", "split_parts"]
-
-REST = "rest"
+__all__ = [
+    "REST",
+    "Manifest",
+    "Part",
+    "Reader",
+    "Sizes",
+    "Writer",
+    "read_manifest",
+    "restore",
+    "restore_params",
+    "save",
+    "sizes",
+    "split_parts",
+]
 
 
 def split_parts(params: Mapping[str, Any], block_path: tuple[str, ...]) -> dict[str, dict[str, Any]]:
@@ -66,15 +84,13 @@ def save(
         QuikError: `path` exists, the parameters are not those of the configuration, a weight breaks its invariant, the disk is
             full or refuses. What was at `path` is untouched, and nothing else is left.
     """
-    from quikjax.models.registry import dotted, pure_params
-
     if config is None and model.published is None:
         raise QuikError("the model does not know its published configuration; pass it as config")
     published = json.loads(model.published or "null") if config is None else config
     params = dotted(pure_params(model))
-    # Before anything is written: a mismatch with the configuration would make an artifact that nobody can restore.
-    check_parameters(expected_shapes(dict(published)), {name: tuple(leaf.shape) for name, leaf in params.items()}, whole=True)
     with Writer(path, config=published, recipe=recipe, provenance=provenance, force=force) as writer:
+        # First: a mismatch with the configuration would make an artifact that nobody can restore.
+        writer.check_whole(shapes_of(model))
         for name, members in split_parts(params, model.block_path).items():
             writer.write_part(name, members)
         return writer.finish(tokenizer=tokenizer, report=report)
@@ -90,17 +106,13 @@ def restore(path: str | os.PathLike[str], *, verify: bool = True) -> tuple[Causa
     Raises:
         QuikError: there is no artifact, or something in it is not as it was saved, which is named. Nothing is handed out then.
     """
-    from flax import nnx
-
-    from quikjax.models.registry import abstract_model
-
     reader = Reader(path, verify=verify)
     if reader.manifest.config is None:
         raise QuikError(f"{reader.path} holds parameters without a model configuration; read it with restore_params")
+    abstract = abstract_model(reader.manifest.config, reader.manifest.dtype)
     held = {name: shape for part in reader.parts.values() for name, shape in stored_shapes(part).items()}
-    check_parameters(expected_shapes(reader.manifest.config), held, whole=True)
-    graphdef = nnx.split(abstract_model(reader.manifest.config, reader.manifest.dtype))[0]
-    return nnx.merge(graphdef, _params(reader)), reader.tokenizer()
+    check_parameters(shapes_of(abstract), held, whole=True)
+    return nnx.merge(nnx.split(abstract)[0], _params(reader)), reader.tokenizer()
 
 
 def restore_params(path: str | os.PathLike[str], *, verify: bool = True) -> dict[str, Any]:
@@ -114,11 +126,6 @@ def restore_params(path: str | os.PathLike[str], *, verify: bool = True) -> dict
 
 def _params(reader: Reader) -> dict[str, Any]:
     """Every part, read, checked and put on JAX's default device."""
-    import jax
-    import jax.numpy as jnp
-
-    from quikjax.models.registry import nested
-
     flat: dict[str, Any] = {}
     for name in reader.parts:
         flat.update({path: jax.tree.map(jnp.asarray, leaf) for path, leaf in reader.read_part(name).items()})

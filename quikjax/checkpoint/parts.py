@@ -24,6 +24,8 @@ from quikjax.errors import QuikError
 from quikjax.models.registry import dotted, nested
 from quikjax.weight import QuikWeight
 
+REST = "rest"  # the part of everything that is in no transformer block
+
 # The packed formats, by class name. A new one is a frozen pytree dataclass with `shape`, `bits()` and `validate()`: one entry.
 PACKED: dict[str, type[Any]] = {"QuikWeight": QuikWeight}
 

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from quikjax.checkpoint import atomic, parts
+from quikjax.checkpoint import atomic, parts, tokenizers
 from quikjax.checkpoint.manifest import MANIFEST, FileRow, Json, Manifest, Part, checksum, unseal_manifest
 from quikjax.checkpoint.writer import ARRAYS, REPORT, TOKENIZER
 from quikjax.errors import QuikError, did_you_mean
@@ -68,6 +68,11 @@ class Reader:
             beside = self.manifest.files
             parts.compare_files(self.path, beside, sorted(beside), contents=True)
 
+    @property
+    def disk_bytes(self) -> int:
+        """The size of all files together."""
+        return sum((self.path / path).stat().st_size for path in atomic.files_below(self.path))
+
     def read_part(self, name: str) -> dict[str, Any]:
         """One part, checked: full parameter names to host arrays and packed weights.
 
@@ -83,9 +88,7 @@ class Reader:
         """The tokenizer, or `None` if the artifact has none."""
         if not any(path.startswith(f"{TOKENIZER}/") for path in self.manifest.files):
             return None
-        from transformers import AutoTokenizer
-
-        return AutoTokenizer.from_pretrained(str(self.path / TOKENIZER), local_files_only=True)
+        return tokenizers.load(self.path / TOKENIZER)
 
     def report(self) -> list[Json]:
         """The lines of the report, empty if the artifact has none."""

@@ -2,20 +2,16 @@
 
 from collections.abc import Mapping
 
-from quikjax.checkpoint.manifest import Json
 from quikjax.errors import QuikError
-from quikjax.models.registry import abstract_model, dotted, pure_params
+from quikjax.models.base import CausalLM
+from quikjax.models.registry import dotted, pure_params
 
 Shapes = Mapping[str, tuple[int, ...]]
 
 
-def expected_shapes(config: Json) -> dict[str, tuple[int, ...]]:
-    """The shape of every parameter of the model that a published configuration describes.
-
-    Raises:
-        QuikError: the configuration is of no supported model.
-    """
-    return {path: tuple(leaf.shape) for path, leaf in dotted(pure_params(abstract_model(config))).items()}
+def shapes_of(model: CausalLM) -> dict[str, tuple[int, ...]]:
+    """The shape of every parameter of a model, abstract or not, by full name."""
+    return {path: tuple(leaf.shape) for path, leaf in dotted(pure_params(model)).items()}
 
 
 def check_parameters(expected: Shapes, found: Shapes, *, whole: bool) -> None:

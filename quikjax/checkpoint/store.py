@@ -5,6 +5,8 @@ What Orbax does not promise is promised elsewhere: bits and dtypes by the manife
 
 import contextlib
 import logging
+import sys
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,14 +19,36 @@ CHUNK_BYTES = 1 << 26
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Orbax warns through absl about things that are as we want them (no OCDBT, no sharding file)."""
-    logger = logging.getLogger("absl")
+    """Keep Orbax from talking: what is wrong is raised.
+
+    Through absl it warns about things that are as we want them (no OCDBT, no sharding file) and repeats the errors it raises. And
+    when one array fails, the others, still being written, find its event loop closed and print that as if nobody caught it.
+    """
+    logger, hook = logging.getLogger("absl"), sys.unraisablehook
     level = logger.level
-    logger.setLevel(logging.ERROR)
+
+    def filtered(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            hook(unraisable)
+
+    logger.setLevel(logging.CRITICAL)
+    sys.unraisablehook = filtered
     try:
         yield
     finally:
         logger.setLevel(level)
+        sys.unraisablehook = hook
+
+
+def _settle(directory: Path, still: float = 0.1, patience: float = 30.0) -> None:
+    """After a failure, wait until the writes that Orbax left behind have ended: until nothing changes for a while."""
+    before, end = None, time.monotonic() + patience
+    while time.monotonic() < end:
+        now = [(path, path.stat().st_size) for path in sorted(directory.rglob("*")) if path.exists()]
+        if now == before:
+            return
+        before = now
+        time.sleep(still)
 
 
 def save_tree(directory: Path, tree: Mapping[str, Any]) -> None:
@@ -42,6 +66,9 @@ def save_tree(directory: Path, tree: Mapping[str, Any]) -> None:
         try:
             arguments = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), tree)
             handler.save(epath.Path(directory), args=ocp.args.PyTreeSave(tree, save_args=arguments))
+        except BaseException:
+            _settle(directory)
+            raise
         finally:
             handler.close()
 

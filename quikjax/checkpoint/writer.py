@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from quikjax import __version__
-from quikjax.checkpoint import atomic, parts
+from quikjax.checkpoint import atomic, parts, tokenizers
 from quikjax.checkpoint.manifest import (
     MANIFEST,
     ArrayRow,
@@ -28,8 +28,9 @@ from quikjax.checkpoint.manifest import (
     to_json,
     unseal_manifest,
 )
-from quikjax.checkpoint.shapes import check_parameters, expected_shapes
+from quikjax.checkpoint.shapes import check_parameters, shapes_of
 from quikjax.errors import QuikError
+from quikjax.models.registry import abstract_model
 
 ARRAYS, TOKENIZER, REPORT = "arrays", "tokenizer", "report.jsonl"
 OURS = {MANIFEST, f"{MANIFEST}.tmp", ARRAYS, TOKENIZER, REPORT}
@@ -81,7 +82,8 @@ class Writer:
             recipe=None if recipe is None else to_json(dict(recipe), "recipe"),
             provenance=to_json(dict(provenance or {}), "provenance"),
         )
-        self._shapes = None if self._inputs.config is None else expected_shapes(self._inputs.config)
+        config = self._inputs.config
+        self._shapes = None if config is None else shapes_of(abstract_model(config))
         self._parts: dict[str, Part] = {}
         self._refuse_existing()
         with atomic.told(f"cannot write {self.partial}"):
@@ -91,11 +93,14 @@ class Writer:
                 need, have = expected_bytes / 1e6, free / 1e6
                 raise QuikError(f"{self.path} needs about {need:.0f} MB, the disk has {have:.0f} MB left; nothing was written")
             self.partial.mkdir(exist_ok=True)
+            strangers = sorted(set(os.listdir(self.partial)) - OURS)
+            if strangers:
+                raise QuikError(f"{self.partial} is needed to write {self.path} but holds {strangers[0]}; move it away")
             self._lock = atomic.lock(self.partial)
             try:
                 self._open()
-            except BaseException:
-                os.close(self._lock)
+            except BaseException as error:
+                self.__exit__(type(error), error, None)
                 raise
 
     def _refuse_existing(self) -> None:
@@ -110,9 +115,6 @@ class Writer:
 
     def _open(self) -> None:
         """Take over what an earlier run left, or empty the directory."""
-        strangers = sorted(set(os.listdir(self.partial)) - OURS)
-        if strangers:
-            raise QuikError(f"{self.partial} is needed to write {self.path} but holds {strangers[0]}; move it away")
         manifest = self.partial / MANIFEST
         if self._resume and manifest.exists():
             self._compare_inputs(manifest)
@@ -165,6 +167,15 @@ class Writer:
             raise QuikError(f'part "{name}" of {self.path} is not finished')
         return parts.read(self.partial / ARRAYS, name, self._parts[name])
 
+    def check_whole(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Compare the shapes of all parameters with the configuration's, before any is written. `finish` does it in any case.
+
+        Raises:
+            QuikError: naming parameters that are missing, unknown, or of another shape.
+        """
+        if self._shapes is not None:
+            check_parameters(self._shapes, shapes, whole=True)
+
     def write_part(self, name: str, params: Mapping[str, Any]) -> Part:
         """Write a part: full parameter names to arrays or packed weights. An earlier part of that name is replaced.
 
@@ -197,13 +208,10 @@ class Writer:
         Raises:
             QuikError: parameters of the configuration are missing; the disk is full or refuses.
         """
-        if self._shapes is not None:
-            held = {path: shape for part in self._parts.values() for path, shape in stored_shapes(part).items()}
-            check_parameters(self._shapes, held, whole=True)
+        self.check_whole({path: shape for part in self._parts.values() for path, shape in stored_shapes(part).items()})
         with atomic.told(f"cannot save {self.path}", self._consequence()):
             if tokenizer is not None:
-                tokenizer.save_pretrained(str(self.partial / TOKENIZER))
-                atomic.sync_tree(self.partial / TOKENIZER)
+                tokenizers.save(tokenizer, self.partial / TOKENIZER)
             if report is not None:
                 atomic.write_text(self.partial / REPORT, "".join(_report_line(row) for row in report))
             beside = [path for path in atomic.files_below(self.partial) if path.split("/")[0] in (TOKENIZER, REPORT)]

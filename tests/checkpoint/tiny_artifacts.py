@@ -1,5 +1,6 @@
 """Tiny random models, dense and packed by hand."""
 
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -80,3 +81,20 @@ def assert_same_bits(left: Any, right: Any) -> None:
         assert one.shape == other.shape
         wide = (np.asarray(array).astype(np.int8) if array.dtype == jnp.int4 else np.asarray(array) for array in (one, other))
         assert next(wide).tobytes() == next(wide).tobytes()
+
+
+def tiny_tokenizer() -> Any:
+    """A tokenizer of two words."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Whitespace
+    from transformers import PreTrainedTokenizerFast
+
+    inner = Tokenizer(WordLevel({"[UNK]": 0, "hello": 1, "world": 2}, unk_token="[UNK]"))
+    inner.pre_tokenizer = Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="[UNK]")
+
+
+def read_directory(directory: Path) -> dict[str, bytes]:
+    """Every file below a directory: its relative path and its bytes."""
+    return {path.relative_to(directory).as_posix(): path.read_bytes() for path in sorted(directory.rglob("*")) if path.is_file()}
