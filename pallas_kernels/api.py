@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from quikjax.pallas_kernels import layout, reference
+from quikjax.pallas_kernels import reference
 from quikjax.pallas_kernels.choice import BACKENDS, BackendError, Choice, Problem, choose
 from quikjax.pallas_kernels.devices import Device, current_device
 from quikjax.pallas_kernels.layout import Packed, from_tiles, pack, to_tiles
@@ -71,7 +71,7 @@ def _problem(rows: int, packed: Packed, bits: int, dtype: Any, producer: Produce
         inputs=packed.inputs,
         outputs=packed.outputs,
         base=packed.base,
-        weight_bits=packed.weight_bits,
+        weight_dtype=jnp.dtype(packed.qweight.dtype),
         bits=bits,
         dtype=jnp.dtype(dtype),
         outlier_dtype=jnp.dtype(packed.outliers.dtype),
@@ -103,7 +103,7 @@ def split_quantize(
     device = device or current_device()
     outlier_dtype = inputs[0].dtype
     # Outputs play no part in a split; a multiple of 8 keeps the product's own conditions out of the choice.
-    problem = Problem(rows, k, 8, base, 8, bits, jnp.dtype(inputs[0].dtype), jnp.dtype(outlier_dtype), producer)
+    problem = Problem(rows, k, 8, base, jnp.int8, bits, jnp.dtype(inputs[0].dtype), jnp.dtype(outlier_dtype), producer)
     taken = choose(problem, device, backend).backend
     flat = tuple(x.reshape(rows, k) for x in inputs)
     if taken == "mosaic":

@@ -22,14 +22,15 @@ class BackendError(ValueError):
 class Problem:
     """One layer's call, by what is static: everything a predicate may look at.
 
-    `bits` of the activations is 4, 8 or 16 (weight-only); `dtype` is theirs, `outlier_dtype` the weight's outliers'.
+    `bits` of the activations is 4, 8 or 16 (weight-only); `dtype` is theirs, `weight_dtype` that of the weight's codes and
+    `outlier_dtype` that of its outliers.
     """
 
     rows: int
     inputs: int
     outputs: int
     base: int
-    weight_bits: int
+    weight_dtype: Any
     bits: int
     dtype: Any
     outlier_dtype: Any
@@ -62,6 +63,8 @@ def why_not_xla(problem: Problem, device: Device) -> str | None:
 
 def _why_no_kernel(problem: Problem) -> str | None:
     """What both kernel backends ask of a problem, whatever the device."""
+    if jnp.dtype(problem.weight_dtype) not in (jnp.dtype(jnp.int4), jnp.dtype(jnp.int8)):
+        return f"weight codes are {jnp.dtype(problem.weight_dtype)}; the tensor cores would read them as signed integers"
     if problem.bits < 16 and problem.base > MAX_BASE:
         return f"{problem.base} base columns could overflow an int32 accumulator; at most {MAX_BASE} are exact"
     if problem.rows == 0:

@@ -19,7 +19,7 @@ import numpy as np
 from jax.experimental.mosaic.gpu import FragmentedArray
 from jax.experimental.mosaic.gpu import utils as mosaic_utils
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, memref, vector
+from jaxlib.mlir.dialects import arith, llvm, memref, vector
 
 WARPGROUP = 128
 WARPS = 4
@@ -68,8 +68,8 @@ def gather_row(row: Any, positions: jax.Array, layout: Any, dtype: Any) -> jax.A
                 position = vector.extract(register, dynamic_position=[], static_position=[lane])
                 place = [position]
                 if staged:
-                    line = arith.shrui(position, arith.constant(position.type, shift))
-                    place = [line, arith.andi(position, arith.constant(position.type, mask))]
+                    line = arith.shrui(position, mosaic_utils.c(shift, position.type))
+                    place = [line, arith.andi(position, mosaic_utils.c(mask, position.type))]
                 elements.append(memref.load(source, [arith.index_cast(index, coordinate) for coordinate in place]))
             registers.append(vector.from_elements(ir.VectorType.get((length,), element), elements))
         return FragmentedArray(
@@ -101,7 +101,7 @@ def store_warp_partials(slots: Any, first: jax.Array, values: jax.Array, layout:
         # A butterfly leaves the warp's result in all its lanes, which then all store the same value.
         for distance in (1, 2, 4, 8, 16):
             partial = combine(partial, mosaic_utils.shfl_bfly(partial, distance))
-        warp = arith.remui(mosaic_utils.warp_idx(), arith.constant(i32, WARPS))
+        warp = arith.remui(mosaic_utils.warp_idx(), mosaic_utils.c(WARPS, i32))
         slot = arith.addi(offset.registers.item(), warp)
         memref.store(partial, target, [arith.index_cast(ir.IndexType.get(), slot)])
 
@@ -113,6 +113,25 @@ _COMBINE: dict[str, Callable[[Any, Any], Any]] = {
     "min": lambda a, b: arith.minimumf(a, b),
     "max": lambda a, b: arith.maximumf(a, b),
 }
+
+
+def reciprocal(x: jax.Array) -> jax.Array:
+    """`1 / x` of a float32 scalar, correctly rounded.
+
+    A division in a kernel comes out as `rcp.approx` or `div.full`, a unit in the last place off now and then: enough to move a
+    code that lies on the boundary between two.
+    """
+
+    scalar = plgpu.Layout.WG_SPLAT(())
+
+    @plgpu.inline_mgpu(arg_types=(scalar,), return_type=plgpu.ShapeDtypeStruct((), np.float32, layout=scalar))
+    def exact(ctx: Any, operand: FragmentedArray) -> FragmentedArray:
+        del ctx
+        value = operand.registers.item()
+        result = llvm.inline_asm(value.type, [value], "rcp.rn.f32 $0, $1;", "=f,f")
+        return FragmentedArray.splat(result, ())
+
+    return exact(x)
 
 
 def read_partials(slots: Any, first: int, count: int, combine: Callable[[Any, Any], Any]) -> Any:

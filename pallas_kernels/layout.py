@@ -79,7 +79,7 @@ def up(count: int, tile: int) -> int:
     return -(-count // tile) * tile
 
 
-def pad_to(array: Shaped[Array, "..."], shape: tuple[int, ...], value: float = 0) -> Shaped[Array, "..."]:
+def pad_to(array: Shaped[Array, "..."], shape: tuple[int, ...], value: int = 0) -> Shaped[Array, "..."]:
     """`array` padded at the end of every axis to `shape` with `value`; itself where nothing is missing."""
     if array.shape == shape:
         return array

@@ -67,7 +67,8 @@ def tile_split(exact: Split, packed: Packed) -> TileSplit:
 
 def exact_split(tiled: TileSplit, rows: int, base: int, outliers: int) -> Split:
     """The split without padding, as `reference.split_quantize` returns it."""
-    assert tiled.scale is not None and tiled.zero is not None, "a weight-only split is not quantized"
+    if tiled.scale is None or tiled.zero is None:
+        raise ValueError("a weight-only split is not quantized")
     kept = jnp.zeros((rows, 0), tiled.tokens.dtype) if tiled.outliers is None else tiled.outliers[:rows, :outliers]
     return Split(tiled.tokens[:rows, :base], kept, tiled.scale[:rows], tiled.zero[:rows])
 

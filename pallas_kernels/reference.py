@@ -143,7 +143,8 @@ def weight_only_matmul(
 ) -> Float32[Array, "*batch n"]:
     """16-bit activations: `y = (x_base @ qweight^T) * scale + x_out @ outliers^T + bias`, float32 throughout."""
     x_base, x_out = split_columns(x, columns, qweight.shape[1])
-    y = float_matmul(x_base, qweight.astype(jnp.int8)) * scale
+    # Through int8: not every backend of XLA converts int4 to floats.
+    y = float_matmul(x_base, qweight.astype(jnp.int8).astype(jnp.float32)) * scale
     if outliers.shape[1]:
         y = y + float_matmul(x_out, outliers)
     if bias is not None:

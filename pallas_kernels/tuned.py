@@ -1,6 +1,6 @@
 """Tiles per GPU model: JSON package data written by `benchmarks/tune.py`, reasoned defaults where nothing was measured.
 
-A file `tiles/<device>.json` holds `{"device", "versions", "command", "split_quantize": {key: tiles}, "quik_matmul": {key: tiles}}`.
+A file `tiles/<device>.json` holds device, versions and command, and under `split_quantize` and `quik_matmul` tiles by key.
 Rows are bucketed to the next power of two: a tile found for 2048 rows serves 1025 to 2048.
 """
 

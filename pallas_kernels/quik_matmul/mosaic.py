@@ -225,10 +225,12 @@ class _Operands:
         self.tokens, self.qweight, self.scale = rest[:3]
         del rest[:3]
         quantized, outliers = problem.bits < 16, problem.outlier_steps > 0
-        self.x_scale, self.x_zero = (rest.pop(0), rest.pop(0)) if quantized else (None, None)
-        self.reduced = rest.pop(0) if quantized else None
-        self.x_outliers, self.w_outliers = (rest.pop(0), rest.pop(0)) if outliers else (None, None)
-        self.bias = rest.pop(0) if problem.has_bias else None
+        self.x_scale: Any = rest.pop(0) if quantized else None
+        self.x_zero: Any = rest.pop(0) if quantized else None
+        self.reduced: Any = rest.pop(0) if quantized else None
+        self.x_outliers: Any = rest.pop(0) if outliers else None
+        self.w_outliers: Any = rest.pop(0) if outliers else None
+        self.bias: Any = rest.pop(0) if problem.has_bias else None
         (self.y,) = rest
 
 
@@ -343,7 +345,7 @@ def _multiply(problem: _Problem, operands: _Operands, scratch: dict[str, Any], g
             _store(problem, walk, group, out, operands, outliers_onto(_epilogue(problem, operands, walk, group, sums)))
             return
         base_sums, outlier_sums, arrived = scratch["base_sums"], scratch["outlier_sums"], scratch["arrived"]
-        send = functools.partial(plgpu.async_store_smem, cluster_idx=0, cluster_dim="part", optimized=False)
+        send = functools.partial(plgpu.async_store_smem, cluster_idx=jnp.int32(0), cluster_dim="part", optimized=False)
 
         @pl.when(walk.part > 0)
         def _member() -> None:

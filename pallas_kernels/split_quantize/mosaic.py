@@ -12,7 +12,7 @@ Columns come in tile form (`layout.tile_columns`): base padded to a multiple of 
 which changes neither minimum nor maximum and meets zero codes in the weight; outliers padded likewise.
 
 Bits: codes are those of `reference.py` for the same quantizer input; every operation of the quantizer is one IEEE operation
-(`div.rn`, `cvt.rni`), none of them contracted or flushed.
+(`rcp.rn`, `cvt.rni`), none of them contracted or flushed.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ from quikjax.pallas_kernels.reference import SMALLEST_SCALE
 from quikjax.pallas_kernels.split_quantize.producers import Identity, LayerNorm, Producer, RmsNorm, SiluMul
 
 # Registers of a multiprocessor, the most a thread can have, and what the kernel needs beside the values it holds.
-_REGISTERS, _MOST_REGISTERS, _OTHER_REGISTERS = 65536, 255, 32
+_REGISTERS, _MOST_REGISTERS, _OTHER_REGISTERS = 65536, 255, 40
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,10 +49,25 @@ def default_tiles(rows: int, columns: int, producer: Producer) -> SplitTiles:
     Several tokens share one reading of the column indices, which are twice the bytes of a 16-bit row.
     """
     if rows <= 256:
-        return SplitTiles(1, min(8, max(1, columns // 1024)))
+        tiles = SplitTiles(1, min(8, max(1, columns // 1024)))
+        # Each thread needs registers beside its values, so where values are many, fewer threads hold more of them.
+        while tiles.warpgroups > 1 and _values(tiles, columns + 512, producer) > _room(tiles):
+            tiles = SplitTiles(1, tiles.warpgroups - 1)
+        return tiles
     if columns <= (8192 if producer.parameters else 16384):
         return SplitTiles(2, math.ceil(columns / 4096))
     return SplitTiles(1, math.ceil(columns / 8192))
+
+
+def _values(tiles: SplitTiles, columns: int, producer: Producer) -> int:
+    """Registers a thread spends on values; a norm's weights stay in registers too."""
+    held = tiles.rows + producer.parameters
+    return math.ceil(held * columns / (tiles.warpgroups * hopper.WARPGROUP))
+
+
+def _room(tiles: SplitTiles) -> int:
+    """Registers a thread has for values."""
+    return min(_MOST_REGISTERS, _REGISTERS // (tiles.warpgroups * hopper.WARPGROUP)) - _OTHER_REGISTERS
 
 
 def why_not(columns: int, base: int, outliers: int, dtype: Any, producer: Producer, tiles: SplitTiles) -> str | None:
@@ -66,14 +81,10 @@ def why_not(columns: int, base: int, outliers: int, dtype: Any, producer: Produc
     needed = tiles.rows * producer.inputs * columns * jnp.dtype(dtype).itemsize
     if needed > hopper.SHARED_MEMORY:
         return f"{needed} bytes of rows do not fit into shared memory"
-    threads = tiles.warpgroups * hopper.WARPGROUP
-    if threads > 1024:
+    if tiles.warpgroups * hopper.WARPGROUP > 1024:
         return f"{tiles.warpgroups} warpgroups are more than the 1024 threads of a block"
-    held = tiles.rows + producer.parameters  # a norm's weights stay in registers too
-    values = math.ceil(held * (base + outliers) / threads)
-    room = min(_MOST_REGISTERS, _REGISTERS // threads) - _OTHER_REGISTERS
-    if values > room:
-        return f"{values} values per thread do not fit into {room} registers"
+    if (values := _values(tiles, base + outliers, producer)) > _room(tiles):
+        return f"{values} values per thread do not fit into {_room(tiles)} registers"
     return None
 
 
@@ -194,7 +205,7 @@ def _kernel(
         zero = slot.read(2, i, jnp.minimum)
         spread = slot.read(3, i, jnp.maximum) - zero
         scale = jnp.maximum(spread * np.float32(1 / levels), np.float32(SMALLEST_SCALE))
-        inverse = np.float32(1) / scale
+        inverse = hopper.reciprocal(scale)
 
         @pl.when(group == 0)
         def _write(row: Any = row, scale: Any = scale, zero: Any = zero) -> None:
@@ -215,7 +226,7 @@ def _kernel(
 class _Slots:
     """Places in shared memory for four reductions over all warps of the block, one set per row."""
 
-    def __init__(self, slots: Any, group: jax.Array, tiles: SplitTiles):
+    def __init__(self, slots: Any, group: Any, tiles: SplitTiles):
         self._slots, self._group, self._tiles = slots, group, tiles
         self._warps = tiles.warpgroups * hopper.WARPS
 
@@ -256,7 +267,7 @@ def _gather(
     dtype: Any,
     producer: Producer,
     tiles: SplitTiles,
-    group: jax.Array,
+    group: Any,
     shape: tuple[int, Any],
     first: int,
     width: int,

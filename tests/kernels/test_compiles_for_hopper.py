@@ -1,0 +1,103 @@
+"""The Mosaic kernels compiled to an H100's machine code without one: about thirty representative cases.
+
+`make gpu-compile` does the same for every distinct kernel of `arg_specs`.
+"""
+
+import dataclasses
+
+import absent_gpu
+import jax
+import jax.numpy as jnp
+import kernel_cases
+import pytest
+
+from quikjax.pallas_kernels import api
+from quikjax.pallas_kernels.arg_specs import MODELS, LinearSpec
+from quikjax.pallas_kernels.split_quantize.producers import SiluMul
+
+pytestmark = pytest.mark.skipif(absent_gpu.missing() is not None, reason=str(absent_gpu.missing()))
+
+
+def _spec(model: str, name: str) -> LinearSpec:
+    return next(spec for spec in MODELS[model] if spec.name == name)
+
+
+CASES = [
+    (_spec("llama-2-7b", "q"), 1),
+    (_spec("llama-2-7b", "q"), 17),
+    (_spec("llama-2-7b", "q"), 2048),
+    (_spec("llama-2-7b", "down"), 1),
+    (_spec("llama-2-7b", "down"), 2048),
+    (_spec("llama-2-13b", "gate"), 129),
+    (_spec("llama-2-70b", "k"), 8),
+    (_spec("llama-2-70b", "gate"), 64),
+    (_spec("llama-2-70b", "down"), 64),
+    (_spec("llama-2-70b", "down"), 8192),
+    (_spec("opt-6.7b", "fc1"), 3),
+    (_spec("opt-66b", "fc2"), 2),
+    (_spec("opt-66b", "fc2"), 2048),
+    (_spec("falcon-7b", "qkv"), 2048),
+    (_spec("falcon-7b", "4h_to_h"), 17),
+    (_spec("falcon-40b", "h_to_4h"), 64),
+    (_spec("smollm2-135m", "k"), 3),
+    (_spec("smollm2-135m", "down"), 129),
+    (LinearSpec("outliers", "none", 4096, 4096, 0), 2048),
+    (LinearSpec("outliers", "one", 4096, 4096, 1), 8),
+    (LinearSpec("outliers", "many", 4096, 4096, 1024), 64),
+    (LinearSpec("bits", "w8a4", 4096, 4096, 256, 8, 4), 2048),
+    (LinearSpec("bits", "w4a8", 4096, 4096, 256, 4, 8), 2048),
+    (LinearSpec("bits", "w4a16", 4096, 4096, 256, 4, 16), 1),
+    (LinearSpec("bits", "w4a16", 4096, 4096, 256, 4, 16), 2048),
+    (LinearSpec("bits", "w8a16", 4096, 4096, 256, 8, 16), 64),
+]
+
+
+@pytest.mark.parametrize(("spec", "rows"), CASES, ids=[f"{s.model}-{s.name}-{m}" for s, m in CASES])
+def test_layer_compiles_to_integer_wgmma_without_spills(spec: LinearSpec, rows: int) -> None:
+    function, shapes = kernel_cases.layer_shapes(spec, rows)
+    compiled = absent_gpu.compile_for("h100", function, *shapes)
+    assert compiled.kernels == (1 if spec.bits == 16 else 2), "one kernel splits, one multiplies"
+    assert compiled.complaints(exact_division=not isinstance(spec.producer, SiluMul)) == []
+    integer = [product for product in compiled.products if product.endswith(".s32.s8.s8")]
+    floating = [product for product in compiled.products if ".f32.bf16.bf16" in product]
+    assert len(integer) + len(floating) == len(compiled.products)
+    assert bool(integer) == (spec.bits < 16)
+    assert bool(floating) == (spec.bits == 16 or spec.outliers > 0)
+
+
+@pytest.mark.parametrize(("bits", "rows"), [(4, 8), (16, 8), (4, 2048)])
+def test_float16_compiles(bits: int, rows: int) -> None:
+    function, shapes = kernel_cases.layer_shapes(LinearSpec("bits", "f16", 1024, 1024, 64, 4, bits), rows, jnp.float16)
+    compiled = absent_gpu.compile_for("h100", function, *shapes)
+    assert compiled.complaints() == []
+    assert any(".f32.f16.f16" in product for product in compiled.products)
+
+
+def test_quantizer_uses_exact_instructions() -> None:
+    """Bit-identical codes hang on these: IEEE division, rounding half to even, nothing flushed to zero."""
+    function, shapes = kernel_cases.layer_shapes(LinearSpec("exact", "alone", 640, 640, 64), 640)
+    log = absent_gpu.compile_for("h100", function, *shapes).log
+    assert "rcp.rn.f32" in log
+    assert "rcp.approx" not in log
+    assert "cvt.rni.f32.f32" in log
+
+
+def test_unsigned_codes_are_refused() -> None:
+    """An unsigned operand in shared memory silently becomes a signed product on the device: it must not get that far."""
+    spec = _spec("llama-2-7b", "o")
+    function, (inputs, packed, bias, parameters) = kernel_cases.layer_shapes(spec, 64)
+    unsigned = dataclasses.replace(packed, qweight=jax.ShapeDtypeStruct(packed.qweight.shape, jnp.uint8))
+    with pytest.raises(ValueError, match="uint8"):
+        absent_gpu.lower("h100", function, inputs, unsigned, bias, parameters)
+
+
+def test_named_backend_is_the_one_that_is_compiled() -> None:
+    """The Mosaic layer is two custom calls; the reference on the same device has none of them."""
+    spec = _spec("smollm2-135m", "o")
+    function, shapes = kernel_cases.layer_shapes(spec, 8)
+    assert "mosaic_gpu" in absent_gpu.lower("h100", function, *shapes).as_text()
+
+    def reference(inputs: tuple[jax.Array, ...], packed: api.Packed, bias: None, parameters: tuple[jax.Array, ...]) -> jax.Array:
+        return api.linears(inputs, [packed], [bias], spec.bits, backend="xla")[0]
+
+    assert "mosaic_gpu" not in absent_gpu.lower("h100", reference, *shapes).as_text()
