@@ -47,7 +47,7 @@ def fetch(name: str) -> tuple[Path, str]:
 
 def _snapshot(repository: str, revision: str, patterns: list[str]) -> Path:
     import huggingface_hub
-    from huggingface_hub import errors
+    from huggingface_hub import constants, errors
 
     try:
         found: Any = huggingface_hub.snapshot_download(
@@ -65,7 +65,7 @@ def _snapshot(repository: str, revision: str, patterns: list[str]) -> Path:
     except errors.IncompleteSnapshotError:
         raise QuikError(f"the hub cannot be reached and the cache holds only a part of {repository}@{revision}") from None
     except errors.LocalEntryNotFoundError:
-        offline = " (HF_HUB_OFFLINE is set)" if huggingface_hub.constants.HF_HUB_OFFLINE else ""
+        offline = " (HF_HUB_OFFLINE is set)" if constants.HF_HUB_OFFLINE else ""
         raise QuikError(
             f'"{repository}" is not here, the hub cannot be reached{offline}, and its cache does not hold revision "{revision}"'
         ) from None
