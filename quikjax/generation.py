@@ -81,7 +81,7 @@ def generate(
     compiled = time.perf_counter()
     first, cache = jax.block_until_ready(prefill(params, prompt))
     read = time.perf_counter()
-    tokens, lengths = jax.block_until_ready(decode(params, first, cache, np.int32(-1 if stop is None else stop)))
+    tokens, lengths, _ = jax.block_until_ready(decode(params, first, cache, np.int32(-1 if stop is None else stop)))
     done = time.perf_counter()
     return Generation(
         tokens=np.asarray(tokens),
@@ -128,8 +128,11 @@ def _decode(
     cache: Cache,
     stop: Int32[Array, ""],
     count: int,
-) -> tuple[Int32[Array, "batch count"], Int32[Array, " batch"]]:
-    """From the prompt's successor on: `count` tokens, fewer if all rows stop; the cache is donated and carried."""
+) -> tuple[Int32[Array, "batch count"], Int32[Array, " batch"], Cache]:
+    """From the prompt's successor on: `count` tokens, fewer if all rows stop.
+
+    The cache is donated, carried, and returned only so that its memory is used again.
+    """
     model = nnx.merge(graphdef, params)
     batch = first.shape[0]
     tokens = jnp.full((batch, count), jnp.maximum(stop, 0), jnp.int32).at[:, 0].set(first)
@@ -147,9 +150,9 @@ def _decode(
         tokens = jax.lax.dynamic_update_slice(tokens, chosen[:, None], (0, step))
         return step + 1, tokens, running & (chosen != stop), cache
 
-    _, tokens, _, _ = jax.lax.while_loop(alive, advance, (jnp.int32(1), tokens, first != stop, cache))
+    _, tokens, _, cache = jax.lax.while_loop(alive, advance, (jnp.int32(1), tokens, first != stop, cache))
     ended = tokens == stop
-    return tokens, jnp.where(ended.any(axis=1), jnp.argmax(ended, axis=1), count)
+    return tokens, jnp.where(ended.any(axis=1), jnp.argmax(ended, axis=1), count).astype(jnp.int32), cache
 
 
 def _choose(logits: Float[Array, "batch vocab"]) -> Int32[Array, " batch"]:

@@ -26,7 +26,8 @@ def row_scales(W: Float32[Array, "n b"], bits: int) -> Float32[Array, " n"]:
     if W.shape[1] == 0:
         return jnp.ones(W.shape[0], jnp.float32)
     s = jnp.max(jnp.abs(W), axis=1) * np.float32(1 / largest_code(bits))
-    return jnp.where(s > 0, s, 1.0)
+    # Whether a smaller number is zero differs between platforms; a row of them is a row of zeros.
+    return jnp.where(s >= jnp.finfo(jnp.float32).tiny, s, 1.0)
 
 
 def codes(W: Float32[Array, "n b"], s: Float32[Array, " n"], bits: int) -> Int8[Array, "n b"]:

@@ -164,7 +164,8 @@ def _factor(path: str, rule: Rule, stats: LayerStats, count: int) -> Factor:
     U, damping = inverse_factor(H, jnp.float32(rule.damping))
     if not bool(jnp.isfinite(U).all()):
         raise QuikError(f"the Hessian of {path} stays indefinite up to a damping of {float(damping):.3g}; calibrate on more text")
-    return Factor(columns, U, dead, float(damping))
+    # Seven digits are all a float32 has; the rest would only look precise.
+    return Factor(columns, U, dead, float(f"{float(damping):.7g}"))
 
 
 def _quantize_kernel(

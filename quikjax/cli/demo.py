@@ -131,7 +131,7 @@ def _print(figures: dict[str, Any], source_size: int) -> None:
     print(table(head, [cells(row) for row in figures["rows"]]))
     print()
     print(
-        "Bits and size are of the transformer blocks' linear layers, everything counted; the original's are those of FP16. On disk "
-        f"is the whole model: the original's {megabytes(source_size)} are its source file, itself a 4-bit one (Q4_1, "
+        "Bits and size are of the transformer blocks' linear layers, everything counted; the original's are those of FP16. "
+        f"On disk is the whole model: the original's {megabytes(source_size)} are its source file, itself a 4-bit one (Q4_1, "
         "embeddings in Q8_0); artifacts keep embeddings in float32."
     )

@@ -1,0 +1,43 @@
+"""What all tests share: the CPU, quiet libraries, one tiny checkpoint per session."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+# Before JAX starts: tests run on the CPU also where a GPU, or only its compiler, is installed.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import pytest
+
+from quikjax.testing import write_tiny_checkpoint
+
+Run = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A published directory with a tiny random LLaMA and a byte tokenizer."""
+    return write_tiny_checkpoint(tmp_path_factory.mktemp("published") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def quikjax_command() -> Run:
+    """Run the command line in a process of its own, as a person does."""
+
+    def run(
+        *arguments: str | Path, stdin: str | None = None, env: dict[str, str] | None = None
+    ) -> "subprocess.CompletedProcess[str]":
+        return subprocess.run(
+            [sys.executable, "-m", "quikjax.cli", *map(str, arguments)],
+            input=stdin,
+            capture_output=True,
+            text=True,
+            env={**os.environ, **(env or {})},
+            timeout=300,
+            check=False,
+        )
+
+    return run
