@@ -61,11 +61,11 @@ class FlaxSource(DirectorySource):
     def _read(self, name: str) -> np.ndarray:
         path, array, transposed = self._arrays[name]
         flat = np.empty(sum(piece.size for piece in array.pieces), np.uint8)
-        at = 0
+        room, at = flat.data, 0
         with path.open("rb") as stream:
             for piece in array.pieces:
                 stream.seek(piece.offset)
-                if stream.readinto(memoryview(flat)[at : at + piece.size]) != piece.size:
+                if stream.readinto(room[at : at + piece.size]) != piece.size:
                     raise OSError("the file became shorter while it was being read")
                 at += piece.size
         tensor = flat.view(array.dtype).reshape(array.shape)

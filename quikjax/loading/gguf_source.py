@@ -29,7 +29,7 @@ _IN_BLOCK = {
 }
 # Their content is in `config`: rotary factors are recognised there, or refused.
 _IN_CONFIG = ("rope_freqs.weight",)
-_PLAIN = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "F64": np.dtype(np.float64)}
+_PLAIN: dict[str, np.dtype[Any]] = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "F64": np.dtype(np.float64)}
 
 
 class GGUFSource(Source):

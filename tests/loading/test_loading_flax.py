@@ -64,7 +64,7 @@ def test_shards(tmp_path: Path, weights: Weights) -> None:
         "flax_model-00001-of-00002.msgpack": {"model": {"decoder": {"layers": tree["layers"]}}},
         "flax_model-00002-of-00002.msgpack": {"model": {"decoder": {k: v for k, v in tree.items() if k != "layers"}}},
     }
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for shard, part in shards.items():
         (tmp_path / shard).write_bytes(flax.serialization.to_bytes(part))
         weight_map |= {path.replace(".", "/"): shard for path in read_layout(tmp_path / shard)}

@@ -73,8 +73,14 @@ def test_values_beyond_float16_are_refused_by_name(tmp_path: Path, weights: Weig
 
 def test_one_block_alone(tmp_path: Path, weights: Weights, monkeypatch: pytest.MonkeyPatch) -> None:
     source = open_source(write_sharded(tmp_path, CONFIG, weights))
-    read = []
-    monkeypatch.setattr(source, "_read", lambda name, plain=source._read: (read.append(name), plain(name))[1])
+    read: list[str] = []
+    plain = source._read
+
+    def watched(name: str) -> np.ndarray:
+        read.append(name)
+        return plain(name)
+
+    monkeypatch.setattr(source, "_read", watched)
     params = load_params(source, abstract_model(source.config), ["model.layers.1"])
     assert set(params) == {"model"}
     assert set(params["model"]["layers"]) == {"1"}

@@ -103,7 +103,7 @@ def test_a_beginning_is_added_where_the_file_asks_for_it() -> None:
         ("llama-bpe", None, [end, "he"]),  # what LLaMA 3 does unless told otherwise
         ("llama-bpe", False, ["he"]),
     ]:
-        more = {} if added is None else {"add_bos_token": added}
+        more: dict[str, Any] = {} if added is None else {"add_bos_token": added}
         tokenizer = _byte_level(split, **more)
         assert tokenizer.convert_ids_to_tokens(tokenizer.encode("he")) == expected
     both = _byte_level("smollm", add_bos_token=True, add_eos_token=True)
