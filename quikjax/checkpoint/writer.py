@@ -185,7 +185,7 @@ class Writer:
         """
         if not parts.valid_name(name):
             raise QuikError(f'a part cannot be called "{name}"')
-        shapes = {path: tuple(leaf.shape) for path, leaf in params.items()}
+        shapes = {path: tuple(getattr(leaf, "shape", ())) for path, leaf in params.items()}
         if self._shapes is not None:
             check_parameters(self._shapes, shapes, whole=False)
         for other, part in self._parts.items():
