@@ -51,6 +51,10 @@ def published_config(
     architecture = metadata.get("general.architecture")
     if architecture != "llama":
         raise QuikError(f'{where}: GGUF files of architecture "{architecture}" are not supported, only "llama"')
+    if metadata.get("split.count", 1) > 1:
+        raise QuikError(
+            f"{where}: this is one of {metadata['split.count']} parts of a model; join them with: llama-gguf-split --merge"
+        )
     fields = {key.removeprefix("llama."): value for key, value in metadata.items() if key.startswith("llama.")}
     unknown = sorted(set(fields) - _KNOWN)
     if unknown:

@@ -1,5 +1,6 @@
 """Tokenizers from the files beside published weights, through `transformers`, offline."""
 
+import importlib.util
 import os
 import sys
 from pathlib import Path
@@ -41,6 +42,10 @@ def read_tokenizer(directory: Path) -> Any | None:
     """
     if not any((directory / name).exists() for name in _TOKENIZER_FILES):
         return None
+    fast = (directory / "tokenizer.json").exists()
+    if not fast and (directory / "tokenizer.model").exists() and importlib.util.find_spec("sentencepiece") is None:
+        # transformers would fall back to another format and ask for that one's package.
+        raise QuikError(f"the tokenizer in {directory} is a SentencePiece model; to read it, run: pip install sentencepiece")
     transformers = import_transformers()
     try:
         return transformers.AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)

@@ -141,6 +141,7 @@ def test_llama3_divisors_by_the_published_rule() -> None:
 @pytest.mark.parametrize(
     ("extra", "words"),
     [
+        ({"split.count": 3}, "one of 3 parts of a model"),
         ({"llama.expert_count": 8}, "mixtures of experts"),
         ({"llama.rope.scaling.type": "yarn"}, 'rotary scaling "yarn"'),
         ({"llama.logit_scale": 2.0}, "llama.logit_scale is not known"),

@@ -1,6 +1,7 @@
 """Hugging Face directories of safetensors: what is read equals what was written, and damage is one sentence before reading."""
 
 import json
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +165,24 @@ def test_a_value_that_is_not_finite_is_named(tmp_path: Path, bad: float) -> None
 def test_verify_passes_what_is_sound(tmp_path: Path, weights: Weights) -> None:
     source = open_source(write_sharded(tmp_path, CONFIG, weights))
     verify(source, abstract_model(source.config))
+
+
+def test_reading_holds_one_tensor_at_a_time(tmp_path: Path) -> None:
+    """Peak memory of reading eight blocks is that of reading two: a few times the largest tensor, far below the whole."""
+    peaks = {}
+    for blocks in (2, 8):
+        config = CONFIG | {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": blocks}
+        source = open_source(write_single(tmp_path / str(blocks), config, llama_weights(config)))
+        model = abstract_model(source.config)
+        verify(source, model)
+        tracemalloc.start()
+        verify(source, model)
+        peaks[blocks] = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    largest = 1024 * 256 * 4
+    assert source.size > 20 * largest
+    assert peaks[8] < 3 * largest
+    assert peaks[8] < 1.2 * peaks[2]
 
 
 def test_a_missing_tensor(tmp_path: Path, weights: Weights) -> None:

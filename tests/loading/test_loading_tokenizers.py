@@ -1,5 +1,6 @@
 """Tokenizers rebuilt from GGUF metadata, and those of Hugging Face directories."""
 
+import importlib.util
 import itertools
 import os
 import subprocess
@@ -209,6 +210,14 @@ def test_a_damaged_tokenizer_file(tmp_path: Path, content: str) -> None:
     with pytest.raises(QuikError, match=r"the tokenizer in .* cannot be read") as caught:
         open_source(directory).tokenizer()
     assert "\n" not in str(caught.value)
+
+
+def test_a_sentencepiece_file_without_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory = write_single(tmp_path, CONFIG, llama_weights())
+    (directory / "tokenizer.model").write_bytes(b"\x0a")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _name: None)
+    with pytest.raises(QuikError, match="run: pip install sentencepiece"):
+        open_source(directory).tokenizer()
 
 
 def test_nothing_is_printed_and_no_setting_is_left_behind() -> None:
