@@ -24,7 +24,7 @@ def attend(
 
     Without a cache the keys are this call's; with one they are written behind its `used` slots first. Positions must grow along
     a row wherever they are not padding. A row that sees no key (padding) gets finite numbers of no meaning. `slopes` adds
-    ALiBi's `slope * key_position` to the scores.
+    ALiBi's `slope * key_position` to the scores before they are scaled, rounded to bfloat16 as Falcon was trained with it.
     """
     if cache is None:
         written, key_positions = KeyValues(key, value), place.positions
@@ -75,8 +75,10 @@ def _softmax_attention(
     scores = jax.lax.dot_general(rows, key, over_head, preferred_element_type=jnp.float32) * scale
     scores = scores.reshape(batch, kv_heads, group, length, slots)
     if slopes is not None:
-        bias = slopes.reshape(kv_heads, group)[None, :, :, None] * key_positions[:, None, None, :].astype(jnp.float32)
-        scores = scores + bias[:, :, :, None, :]
+        # Positions beyond 256 are rounded too: neighbours then share one bias. That is what the published weights know.
+        coarse = slopes.astype(jnp.bfloat16)[:, None] * key_positions[:, None, :].astype(jnp.bfloat16)
+        bias = coarse.astype(jnp.float32).reshape(coarse.shape[0], kv_heads, -1, 1, coarse.shape[-1]) * scale
+        scores = scores + bias
     visible = (key_positions[:, None, :] >= 0) & (key_positions[:, None, :] <= query_positions[:, :, None])
     # The most negative finite number, not infinity: a row that sees nothing must not become NaN.
     scores = jnp.where(visible[:, None, None], scores, jnp.finfo(jnp.float32).min)

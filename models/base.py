@@ -17,8 +17,8 @@ from jaxtyping import Array, Float, Int, Int32
 from quikjax.linear import linears
 from quikjax.weight import QuikWeight
 
-# Called by a block with the name of a group of layers and the tensor they all read; the block goes on with what it returns. This is
-# how calibration sees a block's inside, and spares what led to a tensor that it has kept from an earlier pass.
+# Called by a block with the name of a group of layers and the tensor they all read; the block goes on with what it returns.
+# This is how calibration sees a block's inside, and spares what led to a tensor that it has kept from an earlier pass.
 Observe = Callable[[str, Array], Array]
 
 PADDING = -1  # the position of a token that is not there

@@ -128,12 +128,12 @@ class LlamaBlock(Block):
         cache: KeyValues | None = None,
         observe: Observe | None = None,
     ) -> tuple[Float[Array, "batch length hidden"], KeyValues]:
-        see: Observe = observe or (lambda _group, _x: None)
+        see: Observe = observe or (lambda _group, x: x)
         attention, mlp = self.self_attn, self.mlp
         config = attention.config
 
         x = self.input_layernorm(hidden)
-        see("attention_input", x)
+        x = see("attention_input", x)
         query, key, value = (
             y.reshape(*y.shape[:-1], -1, config.head_size)
             for y in project(x, attention.q_proj, attention.k_proj, attention.v_proj)
@@ -141,14 +141,14 @@ class LlamaBlock(Block):
         query, key = rotate(query, place.positions, config.rope), rotate(key, place.positions, config.rope)
         mixed, written = attend(query, key, value, place, cache, scale=config.head_size**-0.5)
         x = mixed.reshape(*hidden.shape[:-1], -1)
-        see("attention_output", x)
+        x = see("attention_output", x)
         hidden = hidden + attention.o_proj(x)
 
         x = self.post_attention_layernorm(hidden)
-        see("mlp_input", x)
+        x = see("mlp_input", x)
         gate, up = project(x, mlp.gate_proj, mlp.up_proj)
         x = jax.nn.silu(gate) * up
-        see("mlp_output", x)
+        x = see("mlp_output", x)
         return hidden + mlp.down_proj(x), written
 
 

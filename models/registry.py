@@ -1,7 +1,7 @@
 """From a published configuration to a model without weights."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -9,11 +9,15 @@ from flax import nnx
 
 from quikjax.errors import QuikError, did_you_mean
 from quikjax.models.base import CausalLM
+from quikjax.models.falcon import FalconConfig, FalconForCausalLM
 from quikjax.models.llama import LlamaConfig, LlamaForCausalLM
+from quikjax.models.opt import OPTConfig, OPTForCausalLM
 
 # model_type: (configuration, model). A new family is one file and one row here.
-FAMILIES: dict[str, tuple[type[Any], type[CausalLM]]] = {
+FAMILIES: dict[str, tuple[type[Any], Callable[..., CausalLM]]] = {
     "llama": (LlamaConfig, LlamaForCausalLM),
+    "opt": (OPTConfig, OPTForCausalLM),
+    "falcon": (FalconConfig, FalconForCausalLM),
 }
 
 

@@ -79,11 +79,11 @@ def greedy(model: Any, prompt: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.array(tokens), np.stack(steps)
 
 
-def is_telling(tokens: np.ndarray, steps: np.ndarray) -> bool:
+def is_telling(tokens: np.ndarray, steps: np.ndarray, variety: int) -> bool:
     """No choice so close that rounding could turn it, and not one phrase over and over."""
     ordered = np.sort(steps, axis=1)
     margin = (ordered[:, -1] - ordered[:, -2]).min() / steps.std()
-    return bool(margin > 2e-3 and len(set(tokens.tolist())) >= 12)
+    return bool(margin > 2e-3 and len(set(tokens.tolist())) >= variety)
 
 
 def make(name: str) -> None:
@@ -98,7 +98,8 @@ def make(name: str) -> None:
     for seed in range(200):
         model, crc = build(fields, seed)
         tokens, steps = greedy(model, prompt)
-        if is_telling(tokens, steps):
+        # ALiBi leaves a random model little but the last tokens to go by.
+        if is_telling(tokens, steps, variety=10 if fields.get("alibi") else 12):
             break
     else:
         raise SystemExit(f"{name}: no seed gives text worth comparing")

@@ -5,21 +5,22 @@ from collections.abc import Mapping
 
 import numpy as np
 
+# Small token tables, so that a tied head does not just repeat the token it reads; positions that make OPT say something new.
+_SPREAD = {"embed_tokens": 0.1, "word_embeddings": 0.1, "embed_positions": 0.5}
+
 
 def random_weights(shapes: Mapping[str, tuple[int, ...]], seed: int) -> dict[str, np.ndarray]:
     """float32 arrays of the given shapes, by name. Each depends on `seed` and its own name only.
 
-    Matrices keep the variance of what they multiply, so that depth neither dies out nor explodes; embeddings are smaller, so that
-    a tied head does not just repeat the token it reads; biases and norms are far enough from zero and one to be missed when
-    they are left out.
+    Matrices keep the variance of what they multiply, so that depth neither dies out nor explodes; biases and norms are far
+    enough from zero and one to be missed when they are left out.
     """
     weights = {}
     for name, shape in shapes.items():
         rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
         values = rng.standard_normal(shape)
         if len(shape) == 2:
-            spread = 0.4 if "embed" in name else 1.3 / np.sqrt(shape[1])
-            values = spread * values
+            values = _SPREAD.get(name.split(".")[-2], 1.3 / np.sqrt(shape[1])) * values
         elif name.endswith("bias"):
             values = 0.3 * values
         else:
