@@ -76,6 +76,7 @@ class Writer:
         self.path = Path(os.path.realpath(path))
         self.partial = self.path.with_name(self.path.name + ".partial")
         self._force, self._resume = force, resume
+        self._keep = resume  # whether an end without `finish` leaves what there is
         self._inputs = Inputs(
             quikjax=__version__,
             config=None if config is None else to_json(dict(config), "configuration"),
@@ -224,7 +225,12 @@ class Writer:
                 files={path: atomic.file_row(self.partial / path) for path in beside},
             ).with_fingerprint()
             atomic.write_text(self.partial / MANIFEST, seal(manifest))
-            self._refuse_existing()
+            # From here on it is whole: should its name be taken after all, it stays where it is.
+            self._keep = True
+            try:
+                self._refuse_existing()
+            except QuikError as error:
+                raise QuikError(f"{error}; the finished artifact is in {self.partial}") from None
             atomic.publish(self.partial, self.path, replace=self._force)
         return manifest.fingerprint
 
@@ -239,7 +245,7 @@ class Writer:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         # Held until after the removal: nobody else may begin in a directory that is about to go.
         try:
-            if not self._resume and self.partial.exists():
+            if not self._keep and self.partial.exists():
                 atomic.discard(self.partial)
         finally:
             os.close(self._lock)

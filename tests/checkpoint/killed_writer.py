@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import orbax.checkpoint  # noqa: F401  (before the fork: the library itself imports it late, and each process would wait for it)
-from tiny_artifacts import build, pack, random_params
+from tiny_artifacts import SMALL, build, pack, random_params
 
 from quikjax import checkpoint
 
@@ -15,7 +15,7 @@ PARTS = [f"block.{index}" for index in range(4)]
 
 def save_two_by_turns(path: Path, started: Callable[[], None]) -> None:
     """Replace an artifact by another and back, without end."""
-    models = [build(random_params(seed)) for seed in (0, 1)]
+    models = [build(random_params(seed, config=SMALL), SMALL) for seed in (0, 1)]
     started()
     while True:
         for model in models:

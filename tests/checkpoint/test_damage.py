@@ -9,14 +9,12 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_artifacts import CONFIG, build, random_params, read_directory, tiny_tokenizer
+from tiny_artifacts import CONFIG, SMALL, build, random_params, read_directory, tiny_tokenizer
 
 from quikjax import checkpoint
 from quikjax.checkpoint import atomic, manifest, parts, store
 from quikjax.errors import QuikError
 from quikjax.models.registry import nested
-
-SMALL = CONFIG | {"num_hidden_layers": 1}
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from killed_writer import PARTS, save_two_by_turns, write_resumably
-from tiny_artifacts import build, random_params, read_directory
+from tiny_artifacts import SMALL, build, random_params, read_directory
 
 from quikjax import checkpoint
 
@@ -44,21 +44,22 @@ def run_and_kill(work: Work, path: Path, seconds: float) -> float | None:
 
 
 def check_kills(place: Path, kills: int, seed: int) -> None:
-    fingerprints = {checkpoint.save(place / "expected", build(random_params(seed)), force=True) for seed in (0, 1)}
+    fingerprints = {
+        checkpoint.save(place / "expected", build(random_params(seed, config=SMALL), SMALL), force=True) for seed in (0, 1)
+    }
     dice, seen = random.Random(seed), set()
     for kill in range(kills):
         path = place / ("fresh" if kill % 3 == 0 else "replaced")
         if kill % 3 == 0 and path.exists():
-            checkpoint.save(place / "old", build(random_params(1)), force=True)
             os.rename(path, place / f"moved-{kill}")
-        run_and_kill(save_two_by_turns, path, dice.uniform(0, 1.5))
+        run_and_kill(save_two_by_turns, path, dice.uniform(0, 1.0))
         if path.exists():
             checkpoint.restore(path)
             seen.add(checkpoint.read_manifest(path).fingerprint)
         assert seen <= fingerprints
     assert seen, "no process lived long enough to save anything"
     for path in (place / "fresh", place / "replaced"):  # whatever was left does not stand in the way
-        checkpoint.save(path, build(random_params(0)), force=True)
+        checkpoint.save(path, build(random_params(0, config=SMALL), SMALL), force=True)
         assert not path.with_name(path.name + ".partial").exists()
 
 

@@ -10,13 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 from killed_writer import PARTS, part
-from tiny_artifacts import CONFIG, build, pack, random_params, read_directory
+from tiny_artifacts import SMALL, build, pack, random_params, read_directory
 
 from quikjax import checkpoint
 from quikjax.checkpoint import atomic
 from quikjax.errors import QuikError
-
-SMALL = CONFIG | {"num_hidden_layers": 1}
 
 
 def small_model(seed: int = 0) -> Any:
@@ -165,6 +163,17 @@ def test_two_writers_of_one_artifact(tmp_path: Path) -> None:
             checkpoint.Writer(tmp_path / "a")
         first.finish()
     assert os.listdir(tmp_path) == ["a"]
+
+
+def test_a_name_taken_meanwhile_does_not_cost_the_work(tmp_path: Path) -> None:
+    with checkpoint.Writer(tmp_path / "a") as writer:
+        writer.write_part("one", {"w": np.zeros(3, np.float32)})
+        (tmp_path / "a").mkdir()
+        (tmp_path / "a/mine").write_text("mine")
+        with pytest.raises(QuikError, match=r"a exists and is not an artifact .* the finished artifact is in .*a\.partial"):
+            writer.finish()
+    assert (tmp_path / "a/mine").exists()
+    assert checkpoint.restore_params(tmp_path / "a.partial")["w"].shape == (3,)
 
 
 def test_too_little_room_is_told_before_anything_is_written(tmp_path: Path) -> None:

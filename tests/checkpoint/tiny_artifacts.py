@@ -23,6 +23,7 @@ CONFIG: dict[str, Any] = {
     "max_position_embeddings": 32,
     "tie_word_embeddings": True,
 }
+SMALL = CONFIG | {"num_hidden_layers": 1}
 
 
 def pack(
@@ -34,17 +35,17 @@ def pack(
     dtype: Any = jnp.float16,
     group: str | None = None,
 ) -> QuikWeight:
-    """A valid packed `[N, K]` weight of random numbers."""
+    """A valid packed `[N, K]` weight of random numbers. NumPy converts, so that nothing is compiled."""
     n, k = shape
     base = k - outliers
     scale = rng.uniform(0.01, 0.1, n).astype(np.float32)
     codes = rng.integers(-(1 << bits - 1), 1 << bits - 1, (n, base))
     return QuikWeight(
-        qweight=jnp.asarray(codes, jnp.int4 if bits == 4 else jnp.int8),
+        qweight=jnp.asarray(codes.astype(jnp.int4 if bits == 4 else np.int8)),
         scale=jnp.asarray(scale),
         reduced=jnp.asarray((scale.astype(np.float64) * codes.sum(axis=1)).astype(np.float32)),
-        outliers=jnp.asarray(rng.normal(size=(n, outliers)), dtype),
-        columns=jnp.asarray(rng.permutation(k), jnp.int32),
+        outliers=jnp.asarray(rng.normal(size=(n, outliers)).astype(dtype)),
+        columns=jnp.asarray(rng.permutation(k).astype(np.int32)),
         weight_bits=bits,
         activation_bits=bits,
         shape=shape,
@@ -64,7 +65,7 @@ def random_params(
         if packed and "proj" in path:
             params[path] = pack(rng, leaf.shape, bits=8 if "down_proj" in path else 4)
         else:
-            params[path] = jnp.asarray(rng.normal(size=leaf.shape), leaf.dtype)
+            params[path] = jnp.asarray(rng.normal(size=leaf.shape).astype(leaf.dtype))
     return params
 
 
