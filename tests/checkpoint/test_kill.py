@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import random
+import sys
 import time
 from collections.abc import Callable
 from multiprocessing.synchronize import Event
@@ -19,6 +20,12 @@ Work = Callable[[Path, Callable[[], None]], None]
 # Started once with everything imported; each process to kill is then a fork of it, in milliseconds.
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["killed_writer"])
+
+
+@pytest.fixture(autouse=True)
+def path_of_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before Python 3.12.4 the server does not get our `sys.path`, and would silently preload nothing."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), *sys.path]))
 
 
 def _child(work: Work, path: Path, ready: Event) -> None:
