@@ -123,3 +123,30 @@ def test_half_precision(case: Case, dtype: str) -> None:
     expected = case.golden["logits"]
     error = np.sqrt(np.mean((np.asarray(logits)[:, case.golden["kept"]] - expected) ** 2) / np.mean(expected**2))
     assert error < HALF * case.golden[dtype]
+
+
+@pytest.mark.parametrize("case", ["llama-3.1", "opt-350m", "falcon-7b", "falcon-rw-1b"], indirect=True, scope="module")
+def test_rows_of_unequal_length_go_on_in_one_cache(case: Case) -> None:
+    ids, positions = both_rows(case.golden)
+    whole = case.forward(case.params, ids, positions)
+    prefill = jax.jit(
+        lambda params, ids, positions: nnx.merge(case.graphdef, params).prefill(ids, 20, positions), compiler_options=QUICK
+    )
+    extend = jax.jit(
+        lambda params, ids, positions, cache: nnx.merge(case.graphdef, params).extend(ids, positions, cache),
+        compiler_options=QUICK,
+    )
+    lengths = (9, 5)
+    for side in ("left", "right"):
+        prompts, places = np.full((2, 9), 3, np.int32), np.full((2, 9), PADDING, np.int32)
+        for row, length in enumerate(lengths):
+            there = slice(9 - length, 9) if side == "left" else slice(0, length)
+            prompts[row, there], places[row, there] = ids[row, :length], np.arange(length)
+        logits, cache = prefill(case.params, prompts, places)
+        assert_close(logits, np.stack([whole[row, length - 1] for row, length in enumerate(lengths)]))
+        # Three tokens at once, twice, each row from where it stands.
+        for done in (0, 3):
+            after = np.stack([np.arange(length + done, length + done + 3, dtype=np.int32) for length in lengths])
+            logits, cache = extend(case.params, np.take_along_axis(np.asarray(ids), after, axis=1), after, cache)
+            assert_close(logits, np.take_along_axis(np.asarray(whole), after[:, :, None], axis=1))
+        assert int(cache.used) == 15
