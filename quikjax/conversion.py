@@ -11,7 +11,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 import numpy as np
@@ -21,7 +21,7 @@ from jaxtyping import Int32
 from quikjax.activations import ActivationStore
 from quikjax.checkpoint import REST, Writer
 from quikjax.errors import QuikError
-from quikjax.loading import load_params, match, open_source
+from quikjax.loading import load_params, open_source, verify
 from quikjax.loading.source import Source
 from quikjax.models.base import CausalLM
 from quikjax.models.registry import abstract_model, dotted, nested, pure_params
@@ -31,6 +31,7 @@ from quikjax.recipe import Recipe, find_recipe
 from quikjax.texts import tokens_fingerprint
 
 
+@runtime_checkable
 class Progress(Protocol):
     """What a long conversion tells while it runs."""
 
@@ -92,7 +93,7 @@ def convert(
     refuse_existing(target, force=force)
     source = model if isinstance(model, Source) else open_source(model)
     abstract = abstract_model(source.config, dtype)
-    match(source, abstract)
+    verify(source, abstract)
     check_recipe(recipe, abstract)
     tokenizer = source.tokenizer()
     tokens = None

@@ -43,7 +43,11 @@ class QuantizedBlock:
 
 
 def quantize_model(
-    model: CausalLM, recipe: Recipe | str, batches: Iterable[Int[Array, "batch length"]], *, report: Report | None = None
+    model: CausalLM,
+    recipe: Recipe | str,
+    batches: Iterable[Int[Array | np.ndarray, "batch length"]],
+    *,
+    report: Report | None = None,
 ) -> dict[str, Any]:
     """Quantize a model that is in memory, sequentially: each block's statistics come through the quantized ones before it.
 
@@ -74,7 +78,7 @@ def quantize_model(
 
 
 def calibrate(
-    graphdef: nnx.GraphDef[CausalLM], params: Mapping[str, Any], batches: Iterable[Int[Array, "batch length"]]
+    graphdef: nnx.GraphDef[CausalLM], params: Mapping[str, Any], batches: Iterable[Int[Array | np.ndarray, "batch length"]]
 ) -> dict[str, LayerStats]:
     """Statistics of every layer's input in the *unquantized* model, by dotted path, for `quantize_params`.
 
@@ -99,7 +103,7 @@ def calibrate(
     return stats
 
 
-def embed_batches(model: CausalLM, batches: Iterable[Int[Array, "batch length"]]) -> list[np.ndarray]:
+def embed_batches(model: CausalLM, batches: Iterable[Int[Array | np.ndarray, "batch length"]]) -> list[np.ndarray]:
     """The hidden states that enter the first block, one host array per batch. Only the embedding's weights are read.
 
     Raises:

@@ -22,7 +22,7 @@ class Text(NamedTuple):
 
 
 def calibration_text(name: str | Path) -> Text:
-    """A text to calibrate on: a file, "pydoc" (three quarters of `pydoc_data.topics`), or "wikitext2" (its training set).
+    """A text to calibrate on: a file, "pydoc" (three quarters of the topics in `pydoc_data.topics`), or "wikitext2" (its training set).
 
     Raises:
         QuikError: no such file or name, the file is empty or not UTF-8, or the data set cannot be had.
@@ -67,10 +67,14 @@ def _read(path: Path) -> str:
 def _pydoc(*, evaluation: bool) -> Text:
     from pydoc_data.topics import topics
 
-    # Some topics repeat others word for word; a repetition must not stand on both sides of the split.
-    unique = list(dict.fromkeys(topics[key] for key in sorted(topics)))
-    chosen = [text for index, text in enumerate(unique) if (index % _EVERY == _EVERY - 1) == evaluation]
-    part = "every fourth topic" if evaluation else "three of four topics"
+    held_out: dict[str, None] = {}
+    others: dict[str, None] = {}
+    for index, key in enumerate(sorted(topics)):
+        paragraphs = dict.fromkeys(part.strip("\n") for part in topics[key].split("\n\n") if part.strip())
+        (held_out if index % _EVERY == _EVERY - 1 else others).update(paragraphs)
+    # Topics quote each other, whole paragraphs long: none may stand on both sides of the split.
+    chosen = held_out if evaluation else [part for part in others if part not in held_out]
+    part = "every fourth topic" if evaluation else "the other three of four topics"
     return Text(f"pydoc_data.topics ({part})", "\n\n".join(chosen))
 
 

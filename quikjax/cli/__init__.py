@@ -8,23 +8,11 @@ from quikjax.errors import QuikError
 
 def main() -> None:
     """Entry point of `quikjax`. A mistake ends in one sentence and exit status 1; `--debug` shows the traceback."""
-    import click
-    import typer
-
     from quikjax.cli.app import app
 
     debug = "--debug" in sys.argv
-    command = typer.main.get_command(app)
     try:
-        command.main(standalone_mode=False)
-    except click.exceptions.Exit as end:
-        sys.exit(end.exit_code)
-    except (click.exceptions.Abort, KeyboardInterrupt):
-        print("interrupted; finished blocks are kept, run the same command again to go on", file=sys.stderr)
-        sys.exit(130)
-    except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
+        app()
     except QuikError as error:
         if debug:
             raise

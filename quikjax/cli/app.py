@@ -76,9 +76,12 @@ def quantize(
         assert text is not None
         return calibration_windows(tokenize(tokenizer, text.content), samples, seqlen)
 
-    done = convert(
-        model, out, chosen, None if text is None else windows, dtype=floating, force=force, restart=restart, progress=Lines()
-    )
+    try:
+        done = convert(
+            model, out, chosen, None if text is None else windows, dtype=floating, force=force, restart=restart, progress=Lines()
+        )
+    except KeyboardInterrupt:
+        raise QuikError("interrupted; finished blocks are kept, run the same command again to go on") from None
     layers, disk = sizes_of_layers(done.report), size_of_artifact(out)
     say(f"saved {out} ({megabytes(disk)}) in {duration(done.seconds)}, fingerprint {done.fingerprint[:16]}")
     if layers.count:
