@@ -26,7 +26,11 @@ PADDING = -1  # the position of a token that is not there
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """What every published configuration says, under one set of names. Families add their own fields."""
+    """What every published configuration says, under one set of names. Families add their own fields.
+
+    `hidden_size` is the width of the blocks (of the embedding too, but for OPT-350m). `context_length` is the longest text the
+    model is meant for: the trained length, stretched where the checkpoint publishes a scaling of its positions.
+    """
 
     vocab_size: int
     hidden_size: int

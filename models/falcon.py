@@ -24,6 +24,9 @@ from quikjax.models.base import Block, CausalLM, Config, Embedding, KeyValues, L
 from quikjax.models.published import Fields
 from quikjax.models.rope import Rope, published_rope, rotate
 
+FIRST_TYPES = ("RefinedWeb", "RefinedWebModel")
+_FIRST_NAMES = {"n_layer": "num_hidden_layers", "n_head": "num_attention_heads", "n_head_kv": "num_kv_heads"}
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FalconConfig(Config):
@@ -45,9 +48,15 @@ class FalconConfig(Config):
     def from_published(cls, fields: Mapping[str, Any]) -> "FalconConfig":
         """Read a `config.json` of `model_type` "falcon", with transformers' defaults for what it leaves out.
 
+        "RefinedWeb" and "RefinedWebModel", as Falcon and many models tuned from it were first published, are read too.
+
         Raises:
             QuikError: a field is missing, or asks for mathematics that this family does not have.
         """
+        if str(fields.get("model_type")) in FIRST_TYPES:
+            # What had several key heads was the new architecture, before it had a field of its own.
+            fields = {_FIRST_NAMES.get(name, name): value for name, value in fields.items()}
+            fields = {"new_decoder_architecture": "num_kv_heads" in fields, **fields}
         known = Fields(fields, "Falcon")
         known.only("activation", "gelu")
         known.only("apply_residual_connection_post_layernorm", False)

@@ -9,7 +9,7 @@ from flax import nnx
 
 from quikjax.errors import QuikError, did_you_mean
 from quikjax.models.base import CausalLM
-from quikjax.models.falcon import FalconConfig, FalconForCausalLM
+from quikjax.models.falcon import FIRST_TYPES, FalconConfig, FalconForCausalLM
 from quikjax.models.llama import LlamaConfig, LlamaForCausalLM
 from quikjax.models.opt import OPTConfig, OPTForCausalLM
 
@@ -17,7 +17,7 @@ from quikjax.models.opt import OPTConfig, OPTForCausalLM
 FAMILIES: dict[str, tuple[type[Any], Callable[..., CausalLM]]] = {
     "llama": (LlamaConfig, LlamaForCausalLM),
     "opt": (OPTConfig, OPTForCausalLM),
-    "falcon": (FalconConfig, FalconForCausalLM),
+    **dict.fromkeys(("falcon", *FIRST_TYPES), (FalconConfig, FalconForCausalLM)),
 }
 
 

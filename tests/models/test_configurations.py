@@ -67,6 +67,19 @@ def test_layers_of_a_group_read_what_the_block_was_given_for_it(name: str) -> No
             assert np.abs(run(doubled, None) - run(params, None)).max() > 1e-3
 
 
+@pytest.mark.parametrize(
+    ("name", "kind"), [("falcon-7b", "RefinedWebModel"), ("falcon-40b", "RefinedWeb"), ("falcon-rw-1b", "RefinedWebModel")]
+)
+def test_falcon_is_read_as_it_was_first_published(name: str, kind: str) -> None:
+    fields = dict(VARIANTS[name])
+    first = {**without(fields, "new_decoder_architecture"), "model_type": kind, "architectures": ["RWForCausalLM"]}
+    heads = first.pop("num_kv_heads", None)
+    if name == "falcon-40b":
+        first["n_head_kv"] = heads
+    first["n_head"], first["n_layer"] = first.pop("num_attention_heads"), first.pop("num_hidden_layers")
+    assert abstract_model(first).config == abstract_model(fields).config
+
+
 @pytest.mark.parametrize("family", ONE_EACH)
 @pytest.mark.parametrize("field", ["sliding_window", "logit_scale", "use_alibi_and_rope"])
 def test_an_unknown_field_is_refused_by_name(family: str, field: str) -> None:
