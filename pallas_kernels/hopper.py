@@ -124,11 +124,11 @@ def reciprocal(x: jax.Array) -> jax.Array:
 
     scalar = plgpu.Layout.WG_SPLAT(())
 
-    @plgpu.inline_mgpu(arg_types=(scalar,), return_type=plgpu.ShapeDtypeStruct((), np.float32, layout=scalar))
+    @plgpu.inline_mgpu(arg_types=(scalar,), return_type=plgpu.ShapeDtypeStruct((), np.dtype(np.float32), layout=scalar))
     def exact(ctx: Any, operand: FragmentedArray) -> FragmentedArray:
         del ctx
         value = operand.registers.item()
-        result = llvm.inline_asm(value.type, [value], "rcp.rn.f32 $0, $1;", "=f,f")
+        result: Any = llvm.inline_asm(value.type, [value], "rcp.rn.f32 $0, $1;", "=f,f")
         return FragmentedArray.splat(result, ())
 
     return exact(x)

@@ -1,36 +1,87 @@
 """One linear layer for every kind of weight, dispatched on the leaf's type."""
 
+import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from quikjax.pallas_kernels import reference
+from quikjax.pallas_kernels import api
 from quikjax.weight import QuikWeight, Weight
 
 
-def linear(x: Float[Array, "..."], weight: Weight, bias: Float[Array, "..."] | None = None) -> Float[Array, "..."]:
+def linear(
+    x: Float[Array, "..."], weight: Weight, bias: Float[Array, "..."] | None = None, backend: str | None = None
+) -> Float[Array, "..."]:
     """`y = x W^T + bias`, in the dtype of `x`.
 
     A dense `weight` is `[N, K]` (outputs, inputs) and multiplies in its promoted dtype with float32 accumulation. A
-    `QuikWeight` may stand for a kernel with several axes: `x` ends in its `in_shape`, the result in its `out_shape`.
+    `QuikWeight` may stand for a kernel with several axes: `x` ends in its `in_shape`, the result in its `out_shape`. It runs on
+    the first backend that can (`pallas_kernels.choice`), or on the one named.
+
+    Raises:
+        BackendError: the named backend cannot run this layer.
     """
-    return linears(x, [weight], [bias])[0]
+    return linears(x, [weight], [bias], backend)[0]
 
 
 def linears(
-    x: Float[Array, "..."], weights: Sequence[Weight], biases: Sequence[Float[Array, "..."] | None]
+    x: Float[Array, "..."],
+    weights: Sequence[Weight],
+    biases: Sequence[Float[Array, "..."] | None],
+    backend: str | None = None,
 ) -> list[Float[Array, "..."]]:
     """Several layers that read the same `x`: those of one `group` share one split and one quantized activation."""
-    splits: dict[tuple[str, int, int], reference.Split] = {}
-    results = []
-    for weight, bias in zip(weights, biases, strict=True):
+    results: dict[int, Float[Array, "..."]] = {}
+    groups: dict[Any, list[int]] = {}
+    for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
         if isinstance(weight, QuikWeight):
-            results.append(_quik(x, weight, bias, splits))
+            shared = weight.group if weight.group is not None else ("alone", i)
+            groups.setdefault((shared, weight.base, weight.activation_bits, weight.in_shape), []).append(i)
         else:
-            results.append(_dense(x, weight, bias))
-    return results
+            results[i] = _dense(x, weight, bias)
+    for members in groups.values():
+        quantized = [weight for i in members if isinstance(weight := weights[i], QuikWeight)]
+        for i, y in zip(members, _quik(x, quantized, [biases[i] for i in members], backend), strict=True):
+            results[i] = y
+    return [results[i] for i in range(len(weights))]
+
+
+def tile_params(params: Any) -> Any:
+    """A parameter tree whose packed weights are padded to the kernels' tiles, once: the same numbers, nothing to pad per call.
+
+    For running on a GPU. Save and validate the tree before, not after: files hold weights without padding.
+    """
+
+    def tile(leaf: Any) -> Any:
+        if not isinstance(leaf, QuikWeight):
+            return leaf
+        tiled = api.to_tiles(_packed(leaf))
+        return dataclasses.replace(
+            leaf,
+            qweight=tiled.qweight,
+            scale=tiled.scale,
+            reduced=tiled.reduced,
+            outliers=tiled.outliers,
+            columns=tiled.columns,
+        )
+
+    return jax.tree.map(tile, params, is_leaf=lambda leaf: isinstance(leaf, QuikWeight))
+
+
+def _packed(weight: QuikWeight) -> api.Packed:
+    return api.Packed(
+        qweight=weight.qweight,
+        scale=weight.scale,
+        reduced=weight.reduced,
+        outliers=weight.outliers,
+        columns=weight.columns,
+        base=weight.base,
+        inputs=weight.inputs,
+        outputs=weight.outputs,
+    )
 
 
 def _dense(x: Float[Array, "..."], weight: Array, bias: Float[Array, "..."] | None) -> Float[Array, "..."]:
@@ -42,25 +93,19 @@ def _dense(x: Float[Array, "..."], weight: Array, bias: Float[Array, "..."] | No
 
 def _quik(
     x: Float[Array, "..."],
-    weight: QuikWeight,
-    bias: Float[Array, "..."] | None,
-    splits: dict[tuple[str, int, int], reference.Split],
-) -> Float[Array, "..."]:
-    batch = x.shape[: x.ndim - len(weight.in_axes)]
-    if x.shape[len(batch) :] != weight.in_shape:
-        raise ValueError(f"x ends in {x.shape[len(batch) :]}, the weight reads {weight.in_shape}")
-    rows = x.reshape(*batch, weight.inputs)
-    flat_bias = None if bias is None else bias.reshape(-1)
-    if weight.activation_bits == 16:
-        y = reference.weight_only_matmul(rows, weight.columns, weight.qweight, weight.scale, weight.outliers, flat_bias)
-    else:
-        key = (weight.group, weight.base, weight.activation_bits) if weight.group is not None else None
-        split = splits.get(key) if key is not None else None
-        if split is None:
-            split = reference.split_quantize(rows, weight.columns, weight.base, weight.activation_bits)
-            if key is not None:
-                splits[key] = split
-        y = reference.quik_matmul(
-            split, weight.qweight, weight.scale, weight.reduced, weight.outliers, flat_bias, weight.activation_bits
-        )
-    return y.astype(x.dtype).reshape(*batch, *weight.out_shape)
+    weights: Sequence[QuikWeight],
+    biases: Sequence[Float[Array, "..."] | None],
+    backend: str | None,
+) -> list[Float[Array, "..."]]:
+    first = weights[0]
+    batch = x.shape[: x.ndim - len(first.in_axes)]
+    if x.shape[len(batch) :] != first.in_shape:
+        raise ValueError(f"x ends in {x.shape[len(batch) :]}, the weight reads {first.in_shape}")
+    results = api.linears(
+        (x.reshape(*batch, first.inputs),),
+        [_packed(weight) for weight in weights],
+        [None if bias is None else bias.reshape(-1) for bias in biases],
+        first.activation_bits,
+        backend=backend,
+    )
+    return [y.reshape(*batch, *weight.out_shape) for y, weight in zip(results, weights, strict=True)]

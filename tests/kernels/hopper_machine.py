@@ -190,7 +190,8 @@ class _Accumulator:
 
     @staticmethod
     def init(value: jax.Array) -> "_Accumulator":
-        return _Accumulator(value.shape, value.dtype, value)
+        rows, columns = value.shape
+        return _Accumulator((rows, columns), value.dtype, value)
 
     def __getitem__(self, index: Any) -> jax.Array:
         assert index is Ellipsis
@@ -385,7 +386,7 @@ def _gather_row(row: Ref, positions: jax.Array, layout: Any, dtype: Any) -> jax.
 
 def _store_partials(slots: Ref, first: Any, values: jax.Array, layout: Any, operation: str) -> None:
     del layout
-    reduce = {"add": np.sum, "min": np.min, "max": np.max}[operation]
+    reduce: Any = {"add": np.sum, "min": np.min, "max": np.max}[operation]
     for warp, part in enumerate(np.asarray(values, np.float32).reshape(hopper.WARPS, -1)):
         slots[int(first) + warp] = reduce(part)
 

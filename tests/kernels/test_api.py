@@ -6,6 +6,8 @@ import os
 import subprocess
 import sys
 import textwrap
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,9 +23,9 @@ from quikjax.pallas_kernels.devices import A100, CPU, H100, L40S
 PROBLEM = Problem(16, 4096, 4096, 3840, jnp.int4, 4, jnp.bfloat16, jnp.bfloat16)
 
 
-def ran(function: object, *arguments: object) -> set[str]:
+def ran(function: Callable[..., Any], *arguments: Any) -> set[str]:
     """The backends in a traced program, by the scopes that `api` puts around them."""
-    text = str(jax.jit(function).lower(*arguments).as_text(debug_info=True))  # type: ignore[arg-type]
+    text = str(jax.jit(function).lower(*arguments).as_text(debug_info=True))
     return {name for name in api.BACKENDS if f"quik_{name}" in text}
 
 
@@ -134,7 +136,7 @@ def test_gradient_is_that_of_the_dequantized_weight() -> None:
 
     def loss(x: jax.Array, bias: jax.Array) -> jax.Array:
         results = api.linears((x,), weights, [bias, None], 4)
-        return sum((y * jnp.asarray(c, jnp.float32)).sum() for y, c in zip(results, cotangents, strict=True))
+        return jnp.stack([(y * jnp.asarray(c, jnp.float32)).sum() for y, c in zip(results, cotangents, strict=True)]).sum()
 
     dx, d_bias = jax.jit(jax.grad(loss, (0, 1)))(x, bias)
     want = sum(c @ _dequantized(w) for c, w in zip(cotangents, weights, strict=True))

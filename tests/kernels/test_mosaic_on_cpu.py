@@ -4,6 +4,8 @@ Small shapes that still meet every branch: rows and outputs that end inside a ti
 tiles per block, K split over a cluster, every fused producer.
 """
 
+from typing import Any
+
 import jax.numpy as jnp
 import kernel_cases
 import numpy as np
@@ -41,7 +43,7 @@ def test_split(
     columns = jnp.asarray(np.random.default_rng(rows).permutation(inputs), jnp.int32)
     tensors = tuple(kernel_cases.tokens(i, (rows, inputs)) for i in range(producer.inputs))
     arguments = (tensors, columns, inputs - outliers, bits)
-    keywords = {"producer": producer, "parameters": _parameters(producer, inputs)}
+    keywords: dict[str, Any] = {"producer": producer, "parameters": _parameters(producer, inputs)}
     want = api.split_quantize(*arguments, **keywords, backend="xla")
     monkeypatch.setattr(tuned, "split_tiles", lambda *_: (tiles, True))
     with running(monkeypatch):

@@ -39,8 +39,8 @@ def test_codes_scale_and_zero_are_numpys(bits: int, dtype: jnp.dtype, shape: tup
         codes, scale, zero = reference.quantize_activations(jnp.asarray(x), bits)
         assert (codes.shape, scale.shape, zero.shape) == (shape, shape[:-1], shape[:-1])
         return
-    x = kernel_cases.tokens(1, shape, dtype, min(8, shape[-1]))
-    assert_same_split(np.asarray(x.astype(jnp.float32)), bits)
+    values = kernel_cases.tokens(1, shape, dtype, min(8, shape[-1]))
+    assert_same_split(np.asarray(values.astype(jnp.float32)), bits)
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -68,7 +68,7 @@ def test_extreme_rows(bits: int, row: list[float]) -> None:
     want_codes, want_scale, want_zero = quantize_in_numpy(x, bits)
     np.testing.assert_array_equal(codes, want_codes)
     np.testing.assert_array_equal(scale, want_scale)
-    np.testing.assert_allclose(zero, want_zero, atol=np.finfo(np.float32).tiny)
+    np.testing.assert_allclose(zero, want_zero, atol=float(np.finfo(np.float32).tiny))
     back = (codes.astype(np.float64) + 2 ** (bits - 1)) * scale[:, None] + zero[:, None]
     assert (np.abs(back - x) <= 0.5001 * scale[:, None] + 1e-30).all()
 

@@ -1,0 +1,100 @@
+"""The QUIK product in Triton: int8 tensor cores into int32, 16-bit ones into float32, one epilogue."""
+
+import jax
+import jax.numpy as jnp
+
+from quikjax.pallas_kernels.reference import Split
+from quikjax.pallas_kernels.triton_support import constexpr, jax_triton, jit, tl, triton
+
+
+@jit
+def _kernel(  # type: ignore[no-untyped-def]
+    codes,
+    x_outliers,
+    x_scale,
+    x_zero,
+    qweight,
+    scale,
+    reduced,
+    w_outliers,
+    bias,
+    y,
+    rows: constexpr,
+    outputs: constexpr,
+    base: constexpr,
+    outliers: constexpr,
+    half: constexpr,
+    block_m: constexpr,
+    block_n: constexpr,
+    block_k: constexpr,
+    block_o: constexpr,
+):
+    m = (tl.program_id(0) * block_m + tl.arange(0, block_m)).to(tl.int64)
+    n = (tl.program_id(1) * block_n + tl.arange(0, block_n)).to(tl.int64)
+    in_m, in_n = m < rows, n < outputs
+    sums = tl.zeros((block_m, block_n), tl.int32)
+    for start in range(0, base, block_k):
+        k = start + tl.arange(0, block_k)
+        left = tl.load(codes + m[:, None] * base + k[None, :], mask=in_m[:, None] & (k < base)[None, :], other=0)
+        right = tl.load(qweight + n[None, :] * base + k[:, None], mask=in_n[None, :] & (k < base)[:, None], other=0)
+        sums = tl.dot(left, right, sums)
+    s = tl.load(x_scale + m, mask=in_m, other=0.0)
+    z = tl.load(x_zero + m, mask=in_m, other=0.0)
+    value = sums.to(tl.float32) * s[:, None] * tl.load(scale + n, mask=in_n, other=0.0)[None, :]
+    value += (z + half * s)[:, None] * tl.load(reduced + n, mask=in_n, other=0.0)[None, :]
+    value += tl.load(bias + n, mask=in_n, other=0.0)[None, :]
+    for start in range(0, outliers, block_o):
+        o = start + tl.arange(0, block_o)
+        left16 = tl.load(x_outliers + m[:, None] * outliers + o[None, :], mask=in_m[:, None] & (o < outliers)[None, :], other=0.0)
+        right16 = tl.load(
+            w_outliers + n[None, :] * outliers + o[:, None], mask=in_n[None, :] & (o < outliers)[:, None], other=0.0
+        )
+        value = tl.dot(left16, right16, value)
+    target = y + m[:, None] * outputs + n[None, :]
+    tl.store(target, value.to(y.dtype.element_ty), mask=in_m[:, None] & in_n[None, :])
+
+
+def quik_matmul(
+    split: Split,
+    qweight: jax.Array,
+    scale: jax.Array,
+    reduced: jax.Array,
+    w_outliers: jax.Array,
+    bias: jax.Array,
+    bits: int,
+    out_dtype: jnp.dtype,
+    compute_capability: int | None,
+) -> jax.Array:
+    """`y [M, N]`: `qweight` int8 `[N, B]`, everything else as in `reference.quik_matmul`."""
+    rows, base = split.codes.shape
+    outputs, outliers = w_outliers.shape
+    block_m, block_n = (16, 64) if rows <= 16 else (64, 64) if rows <= 64 else (128, 128)
+    # Without outliers the kernel reads none: any buffer of the dtype will do.
+    empty = jnp.zeros((1, 1), split.outliers.dtype)
+    return jax_triton.triton_call(
+        split.codes,
+        split.outliers if outliers else empty,
+        split.scale,
+        split.zero,
+        qweight,
+        scale,
+        reduced,
+        w_outliers if outliers else empty,
+        bias,
+        kernel=_kernel,
+        out_type=jax.ShapeDtypeStruct((rows, outputs), out_dtype),
+        grid=(triton.cdiv(rows, block_m), triton.cdiv(outputs, block_n)),
+        num_warps=4 if block_m <= 64 else 8,
+        num_stages=3,
+        compute_capability=compute_capability,
+        backend_options={"ptx_version": 87},
+        rows=rows,
+        outputs=outputs,
+        base=base,
+        outliers=outliers,
+        half=2 ** (bits - 1),
+        block_m=block_m,
+        block_n=block_n,
+        block_k=128,
+        block_o=32,
+    )
