@@ -38,5 +38,5 @@ def test_quik_8b_keeps_the_logits(name: str) -> None:
     ids = jax.random.randint(jax.random.key(9), (2, 40), 0, 64, jnp.int32)
     expected, found = forward(params, ids), forward(quantized, ids)
     error = jnp.sqrt(jnp.mean((found - expected) ** 2) / jnp.mean(expected**2))
-    # Measured: 0.01 to 0.03.
+    # Measured: 0.01 to 0.034.
     assert 0 < error < 0.06
