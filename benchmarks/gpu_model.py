@@ -30,7 +30,7 @@ TINY = LLAMA_2_7B | {
     "vocab_size": 256,
     "hidden_size": 64,
     "intermediate_size": 160,
-    "num_hidden_layers": 2,
+    "num_hidden_layers": 1,
     "num_attention_heads": 4,
     "max_position_embeddings": 64,
 }

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from quikjax.pallas_kernels import reference
+from quikjax.pallas_kernels import in_place, reference
 from quikjax.pallas_kernels.choice import BACKENDS, BackendError, Choice, Problem, choose
 from quikjax.pallas_kernels.devices import Device, current_device
 from quikjax.pallas_kernels.layout import Packed, from_tiles, pack, to_tiles
@@ -308,7 +308,6 @@ def _run(call: _Call, inputs: Any, parameters: Any, weights: Any, biases: Any) -
 
 
 def _run_xla(call: _Call, inputs: Any, parameters: Any, weights: Any, biases: Any, rows: int) -> list[jax.Array]:
-    del rows
     weights = [from_tiles(weight) for weight in weights]
     x = call.producer(*inputs, *parameters)
     if call.bits == 16:
@@ -316,7 +315,11 @@ def _run_xla(call: _Call, inputs: Any, parameters: Any, weights: Any, biases: An
             reference.weight_only_matmul(x, w.columns, w.qweight, w.scale, w.outliers, bias).astype(x.dtype)
             for w, bias in zip(weights, biases, strict=True)
         ]
-    split = reference.split_quantize(x, weights[0].columns, weights[0].base, call.bits)
+    if rows >= in_place.FEWEST_ROWS:
+        weights = [dataclasses.replace(w, qweight=in_place.unpermuted(w.qweight, w.columns)) for w in weights]
+        split = in_place.split_quantize(x, weights[0].columns, weights[0].base, call.bits)
+    else:
+        split = reference.split_quantize(x, weights[0].columns, weights[0].base, call.bits)
     return [_reference_product(split, w, bias, call.bits).astype(x.dtype) for w, bias in zip(weights, biases, strict=True)]
 
 

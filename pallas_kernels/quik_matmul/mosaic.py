@@ -322,7 +322,7 @@ def _multiply(problem: _Problem, operands: _Operands, scratch: dict[str, Any], g
                 # Eight-bit weights are the tensor core's own: they go to it from shared memory, without passing registers.
                 narrow = weights.dtype != operand_dtype
                 left = weights[slot, mine].astype(operand_dtype) if narrow else weights.at[slot, mine]
-                plgpu.wgmma(accumulator, left, plgpu.transpose_ref(tokens.at[slot], (1, 0)))
+                plgpu.wgmma(accumulator, left, tokens.at[slot].transpose((1, 0)))
                 plgpu.wgmma_wait(0)
                 plgpu.barrier_arrive(empty.at[slot])
 
@@ -333,7 +333,7 @@ def _multiply(problem: _Problem, operands: _Operands, scratch: dict[str, Any], g
             def _(k: Any) -> None:
                 slot = lax.rem(walk.before + walk.base + k, tiles.stages)
                 plgpu.barrier_wait(full.at[slot])
-                plgpu.wgmma(accumulator, weights16.at[slot, mine], plgpu.transpose_ref(tokens16.at[slot, 0], (1, 0)))
+                plgpu.wgmma(accumulator, weights16.at[slot, mine], tokens16.at[slot, 0].transpose((1, 0)))
                 plgpu.wgmma_wait(0)
                 plgpu.barrier_arrive(empty.at[slot])
 
@@ -403,7 +403,7 @@ def _store(problem: _Problem, walk: _Walk, group: Any, out: Any, operands: _Oper
         # The previous part must have left shared memory before it is overwritten.
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         piece = plgpu.layout_cast(value[first : first + width], plgpu.Layout.WGMMA)
-        plgpu.transpose_ref(out.at[group], (1, 0))[...] = plgpu.layout_cast(piece, plgpu.Layout.WGMMA_TRANSPOSED)
+        out.at[group].transpose((1, 0))[...] = plgpu.layout_cast(piece, plgpu.Layout.WGMMA_TRANSPOSED)
         plgpu.commit_smem()
         target = pl.ds(walk.first_n + group * tiles.n + first, width)
         plgpu.copy_smem_to_gmem(out.at[group], operands.y.at[pl.ds(walk.first_m, tiles.m), target])

@@ -75,6 +75,10 @@ class Ref:
                 box.append((start + int(item), 1, False))
         return Ref(self.array, tuple(box))
 
+    def transpose(self, order: tuple[int, ...]) -> "_Transposed":
+        assert order == (1, 0)
+        return _Transposed(self)
+
     def inside(self) -> tuple[slice, ...]:
         return tuple(
             slice(start, min(start + length, n)) for (start, length, _), n in zip(self.box, self.array.shape, strict=True)
@@ -363,7 +367,6 @@ _PLGPU = _Shim(
     async_store_smem=_store_remote,
     barrier_wait=lambda barrier: _barrier(barrier).wait(),
     barrier_arrive=lambda barrier: _barrier(barrier).arrive(),
-    transpose_ref=lambda ref, order: _Transposed(ref),
     wgmma=_matmul,
     layout_cast=lambda value, layout: value,
     broadcasted_iota=lambda dtype, shape, dimension, layout: lax.broadcasted_iota(dtype, shape, dimension),
