@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+CUDA := $(VENV)/gpu-compile
+WITH_CUDA := PYTHONPATH=$(CURDIR)/$(CUDA) JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1
 
 .PHONY: demo test test-slow gpu-compile lint install clean
 
@@ -26,10 +28,11 @@ $(VENV)/.installed-model: $(VENV)/.python
 	@touch $@
 
 # Kernels are compiled for a GPU that is not there: the plugin of JAX's own version and an assembler, without their
-# dependencies (the CUDA libraries, gigabytes that only a program that runs needs).
+# dependencies (the CUDA libraries, gigabytes that only a program that runs needs). In a folder of their own, which only the
+# commands that compile see: anywhere else JAX would find the plugin, look for the libraries, and complain.
 $(VENV)/.installed-gpu-compile: $(VENV)/.installed-test
 	@version=$$($(BIN)/python -c 'import jax; print(jax.__version__)') && \
-		$(BIN)/python -m pip install --quiet --no-deps \
+		$(BIN)/python -m pip install --quiet --no-deps --target $(CUDA) \
 		jax-cuda12-plugin==$$version jax-cuda12-pjrt==$$version nvidia-cuda-nvcc-cu12==12.9.86 'absl-py>=2.0'
 	@touch $@
 
@@ -44,13 +47,13 @@ lint: $(VENV)/.installed-test
 	$(BIN)/mypy
 
 test: lint $(VENV)/.installed-model $(VENV)/.installed-gpu-compile
-	$(BIN)/python -m pytest
+	$(WITH_CUDA) $(BIN)/python -m pytest
 
 test-slow: $(VENV)/.installed-test $(VENV)/.installed-model
 	$(BIN)/python -m pytest -m slow --timeout 3600
 
 gpu-compile: $(VENV)/.installed-gpu-compile
-	$(BIN)/python tests/kernels/compile_all.py
+	$(WITH_CUDA) $(BIN)/python tests/kernels/compile_all.py
 
 clean:
 	rm -rf $(VENV) dist build .mypy_cache .pytest_cache .ruff_cache

@@ -22,7 +22,7 @@ class Text(NamedTuple):
 
 
 def calibration_text(name: str | Path) -> Text:
-    """A text to calibrate on: a file, "pydoc" (three quarters of the topics in `pydoc_data.topics`), or "wikitext2" (its training set).
+    """A text to calibrate on: a file, "pydoc" (three of four topics of `pydoc_data.topics`), or "wikitext2" (its training set).
 
     Raises:
         QuikError: no such file or name, the file is empty or not UTF-8, or the data set cannot be had.

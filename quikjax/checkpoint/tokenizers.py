@@ -26,6 +26,6 @@ def save(tokenizer: Any, directory: Path) -> None:
 
 def load(directory: Path) -> Any:
     """The tokenizer in `directory`, without a look at the network."""
-    from transformers import AutoTokenizer
+    from quikjax.loading.tokenizer import import_transformers
 
-    return AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
+    return import_transformers().AutoTokenizer.from_pretrained(str(directory), local_files_only=True)

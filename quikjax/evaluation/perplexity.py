@@ -17,7 +17,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Float32, Int, Int32
 
 from quikjax.errors import QuikError
-from quikjax.models.base import CausalLM
+from quikjax.models.base import Block, CausalLM, Place, default_positions
 from quikjax.models.registry import pure_params
 
 # Logits are made for this many tokens at a time: a vocabulary of 50 000 makes 100 MB of them.
@@ -78,8 +78,7 @@ def windows(tokens: Sequence[int] | np.ndarray, length: int, count: int | None =
 
 def reference(model: CausalLM, ids: Int[np.ndarray, "count length"]) -> Reference:
     """Run a model over windows once, to hold others against it."""
-    graphdef, params = nnx.split(model)[0], pure_params(model)
-    return Reference(model, [np.asarray(_hidden(graphdef, params, row[None])) for row in _checked(model, ids)])
+    return Reference(model, [np.asarray(_hidden(model, row[None])) for row in _checked(model, ids)])
 
 
 def evaluate(model: CausalLM, ids: Int[np.ndarray, "count length"], against: Reference | None = None) -> Evaluation:
@@ -92,18 +91,17 @@ def evaluate(model: CausalLM, ids: Int[np.ndarray, "count length"], against: Ref
     """
     graphdef, params = nnx.split(model)[0], pure_params(model)
     other = None if against is None else (nnx.split(against.model)[0], pure_params(against.model))
-    run = _hidden.lower(graphdef, params, ids[:1]).compile()
     losses, divergences, agreements, seconds = [], [], [], 0.0
     for index, row in enumerate(_checked(model, ids)):
         start = time.perf_counter()
-        hidden = jax.block_until_ready(run(params, row[None]))
+        hidden = _hidden(model, row[None])
         loss = jax.block_until_ready(_loss(graphdef, params, hidden, row[None]))
         if index:
             seconds += time.perf_counter() - start
         elif len(ids) == 1:
-            # The head is compiled in the first pass, so a single window is passed over twice for its time.
+            # Everything is compiled in the first pass, so a single window is passed over twice for its time.
             start = time.perf_counter()
-            jax.block_until_ready(_loss(graphdef, params, run(params, row[None]), row[None]))
+            jax.block_until_ready(_loss(graphdef, params, _hidden(model, row[None]), row[None]))
             seconds = time.perf_counter() - start
         losses.append(np.asarray(loss, np.float64))
         if other is not None and against is not None:
@@ -138,11 +136,22 @@ def _checked(model: CausalLM, ids: Int[np.ndarray, "count length"]) -> Int[np.nd
     return ids
 
 
+def _hidden(model: CausalLM, ids: Int[np.ndarray, "batch length"]) -> Float[Array, "batch length hidden"]:
+    """What leaves the last block. One compiled function per kind of block, where the whole model would take a minute."""
+    tokens = jnp.asarray(ids)
+    hidden = model.embed(tokens, default_positions(tokens))
+    for block in model.blocks.values():
+        blockdef, params = nnx.split(block)
+        hidden = _through_block(blockdef, nnx.to_pure_dict(params), hidden)
+    return jax.block_until_ready(hidden)
+
+
 @partial(jax.jit, static_argnums=0)
-def _hidden(
-    graphdef: nnx.GraphDef[CausalLM], params: Mapping[str, Any], ids: Int[Array, "batch length"]
+def _through_block(
+    blockdef: nnx.GraphDef[Block], params: Mapping[str, Any], hidden: Float[Array, "batch length hidden"]
 ) -> Float[Array, "batch length hidden"]:
-    return nnx.merge(graphdef, params).hidden(ids)[0]
+    positions = jnp.broadcast_to(jnp.arange(hidden.shape[1], dtype=jnp.int32), hidden.shape[:2])
+    return nnx.merge(blockdef, params)(hidden, Place(positions))[0]
 
 
 def _chunks(hidden: Float[Array, "1 length hidden"]) -> Float[Array, "chunks chunk hidden"]:
