@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 class LayerSizes(NamedTuple):
     """All quantized layers together, everything counted: codes, outliers, scale, reduced, columns."""
 
-    count: int
+    layers: int
     weights: int
     bits: float
 
@@ -26,7 +26,7 @@ class LayerSizes(NamedTuple):
     def as_json(self) -> dict[str, Any]:
         """A JSON object."""
         return {
-            "quantized_layers": self.count,
+            "quantized_layers": self.layers,
             "bits_per_weight": self.bits_per_weight,
             "size_relative_to_fp16": self.relative_to_fp16,
         }

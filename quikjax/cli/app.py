@@ -84,9 +84,9 @@ def quantize(
         raise QuikError("interrupted; finished blocks are kept, run the same command again to go on") from None
     layers, disk = sizes_of_layers(done.report), size_of_artifact(out)
     say(f"saved {out} ({megabytes(disk)}) in {duration(done.seconds)}, fingerprint {done.fingerprint[:16]}")
-    if layers.count:
+    if layers.layers:
         say(
-            f"{layers.count} layers quantized: {layers.bits_per_weight:.2f} bits per weight, "
+            f"{layers.layers} layers quantized: {layers.bits_per_weight:.2f} bits per weight, "
             f"{layers.relative_to_fp16:.3f} of their size in FP16"
         )
     if as_json:

@@ -62,6 +62,7 @@ Everything is on this machine; nothing is downloaded. Progress is on stderr, res
     restored = _in_fresh_process(directory / "quik-4b")
     say("\n== the original")
     model, tokenizer = load(MODEL)
+    assert tokenizer is not None  # the demo model has one
     ids = tokenize(tokenizer, PROMPT)[None]
     said = generate(nnx.split(model)[0], pure_params(model), ids, max_new_tokens=NEW_TOKENS, stop=tokenizer.eos_token_id)
     original = tokenizer.decode(said.tokens[0, : said.lengths[0]].tolist(), skip_special_tokens=True)

@@ -17,8 +17,8 @@ def correlated(rng: np.random.Generator, k: int, tokens: int) -> np.ndarray:
 def slow_gptq(W: np.ndarray, H: np.ndarray, base: int, bits: int, s: np.ndarray, damping: float) -> tuple[np.ndarray, np.ndarray]:
     """Column by column in float64, without blocks; spec: QUIK, section 2."""
     W, H, qmax = W.astype(np.float64), H.astype(np.float64).copy(), 2 ** (bits - 1) - 1
-    for i in np.flatnonzero(np.diag(H) == 0):
-        H[i, i], W[:, i] = 1, 0
+    for dead in np.flatnonzero(np.diag(H) == 0):
+        H[dead, dead], W[:, dead] = 1, 0
     H += damping * np.mean(np.diag(H)) * np.eye(len(H))
     U = np.linalg.cholesky(np.linalg.inv(H)).T
     Q = np.zeros((len(W), base))

@@ -64,7 +64,7 @@ def test_clip_search_is_the_first_strict_minimum(bits: int) -> None:
         errors = []
         for i in range(80):
             s = np.float32(full[row] * (np.float32(1) - np.float32(i) * np.float32(0.01)))
-            w_hat = slow_codes(W[row : row + 1], s[None], bits)[0] * np.float64(s)
+            w_hat = slow_codes(W[row : row + 1], np.array([s]), bits)[0] * np.float64(s)
             errors.append(np.sum(np.abs(W[row].astype(np.float64) - w_hat) ** 2.4))
         best = int(np.argmin(errors))
         chosen = int(np.argmin([abs(found[row] - full[row] * (1 - i / 100)) for i in range(80)]))

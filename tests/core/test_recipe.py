@@ -64,7 +64,7 @@ def test_no_recipe_touches_embeddings_norms_heads_and_biases(name: str, path: st
     ],
 )
 def test_numbers_of_outliers(outliers: int | float | str, scaled: bool, inputs: int, hidden: int | None, expected: int) -> None:
-    rule = Rule(match="x", outliers=outliers, scale_outliers=scaled)  # type: ignore[arg-type]
+    rule = Rule(match="x", outliers=outliers, scale_outliers=scaled)
     assert rule.outlier_count(inputs, hidden) == expected
 
 
@@ -86,7 +86,7 @@ def test_what_is_refused() -> None:
         find_recipe("quik4b")
     for wrong in ({"weight_bits": 3}, {"unknown": 1}, {"match": "("}, {"block_size": 100}, {"outliers": 1.5}, {"outliers": -1}):
         with pytest.raises(ValidationError):
-            Rule(**{"match": "x", **wrong})  # type: ignore[arg-type]
+            Rule(**{"match": "x", **wrong})
     with pytest.raises(QuikError, match=r"not 1\.5"):
         RECIPES["quik-4b"].with_outliers(1.5)
 
