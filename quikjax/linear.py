@@ -49,6 +49,19 @@ def linears(
     return [results[i] for i in range(len(weights))]
 
 
+def explain(
+    weight: QuikWeight, rows: int, dtype: Any, backend: str | None = None, device: api.Device | None = None
+) -> api.Choice:
+    """Which backend multiplies `rows` tokens of `dtype` by a packed weight on this device (or another), and why.
+
+    Needs shapes only: the weight's fields may be `ShapeDtypeStruct`s.
+
+    Raises:
+        BackendError: the named backend cannot run this layer.
+    """
+    return api.explain(rows, _packed(weight), weight.activation_bits, dtype, backend=backend, device=device)
+
+
 def tile_params(params: Any) -> Any:
     """A parameter tree whose packed weights are padded to the kernels' tiles, once: the same numbers, nothing to pad per call.
 

@@ -1,5 +1,6 @@
 """Weights and inputs for the kernels' tests, as arrays or as shapes."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -8,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from quikjax.pallas_kernels import api
+from quikjax.pallas_kernels import api, layout, mosaic_layer
 from quikjax.pallas_kernels.arg_specs import LinearSpec
 from quikjax.pallas_kernels.devices import H100
 
@@ -59,3 +60,36 @@ def layer_shapes(spec: LinearSpec, rows: int, dtype: Any = jnp.bfloat16) -> tupl
 
 def _layer(inputs: Any, packed: Any, bias: Any, parameters: Any, *, bits: int, producer: Any) -> Any:
     return api.linears(inputs, [packed], [bias], bits, producer=producer, parameters=parameters, backend="mosaic", device=H100)[0]
+
+
+def split_kernel(spec: LinearSpec, rows: int) -> tuple[tuple[Any, ...], Callable[..., Any], tuple[Any, ...]]:
+    """The split of a layer alone: what tells it from other splits, the function, the shapes of its arguments in tile form."""
+    s = jax.ShapeDtypeStruct
+    shape = (rows, spec.inputs)
+    columns = layout.up(spec.base, layout.COLUMN_TILE) + layout.up(spec.outliers, layout.COLUMN_TILE)
+    inputs = tuple(s(shape, jnp.bfloat16) for _ in range(spec.producer.inputs))
+    parameters = tuple(s((spec.inputs,), jnp.float32) for _ in range(spec.producer.parameters))
+
+    def function(inputs: Any, columns: Any, parameters: Any) -> Any:
+        return mosaic_layer.split(inputs, columns, spec.base, spec.bits, spec.producer, parameters, H100)
+
+    key = ("split", rows, spec.inputs, spec.outliers, spec.bits, spec.producer)
+    return key, function, (inputs, s((columns,), jnp.int32), parameters)
+
+
+def product_kernel(spec: LinearSpec, rows: int) -> tuple[tuple[Any, ...], Callable[..., Any], tuple[Any, ...]]:
+    """The product of a layer alone, likewise. Rows count up to 8: what the kernel sees of 1, 2, 3 and 8 rows is the same."""
+    rows = layout.up(rows, 8)
+    _, (_, packed, bias, _) = layer_shapes(dataclasses.replace(spec, producer=api.Identity()), rows)
+    s = jax.ShapeDtypeStruct
+    base, outliers = layout.up(spec.base, layout.COLUMN_TILE), layout.up(spec.outliers, layout.COLUMN_TILE)
+    per_row = s((layout.up(rows, 256),), jnp.float32) if spec.bits < 16 else None
+    tokens = s((rows, base), jnp.int8 if spec.bits < 16 else jnp.bfloat16)
+    kept = s((rows, outliers), jnp.bfloat16) if spec.outliers else None
+
+    def function(tokens: Any, scale: Any, zero: Any, kept: Any, packed: Any, bias: Any) -> Any:
+        split = mosaic_layer.TileSplit(tokens, scale, zero, kept)
+        return mosaic_layer.product(split, rows, packed, bias, spec.bits, jnp.bfloat16, H100)
+
+    key = ("product", rows, spec.outputs, spec.inputs, spec.outliers, spec.weight_bits, spec.bits, spec.bias)
+    return key, function, (tokens, per_row, per_row, kept, packed, bias)

@@ -1,0 +1,74 @@
+"""`quikjax.linear` on top of the kernels' dispatch: groups, tile form, the named backend, the explanation."""
+
+import dataclasses
+import re
+
+import jax
+import jax.numpy as jnp
+import kernel_cases
+import numpy as np
+import pytest
+
+from quikjax.linear import explain, linear, linears, tile_params
+from quikjax.pallas_kernels import api
+from quikjax.pallas_kernels.devices import H100
+from quikjax.weight import QuikWeight
+
+
+def packed_weight(seed: int, outputs: int, inputs: int, outliers: int, bits: int = 4, group: str | None = None) -> QuikWeight:
+    arrays = kernel_cases.weight(seed, outputs, inputs, outliers)
+    return QuikWeight(
+        qweight=arrays.qweight,
+        scale=arrays.scale,
+        reduced=arrays.reduced,
+        outliers=arrays.outliers,
+        columns=jnp.asarray(np.random.default_rng(0).permutation(inputs), jnp.int32),
+        weight_bits=4,
+        activation_bits=bits,
+        shape=(outputs, inputs),
+        in_axes=(1,),
+        base=inputs - outliers,
+        group=group,
+    )
+
+
+def test_a_group_is_split_once_and_equals_its_members_alone() -> None:
+    weights = [packed_weight(seed, 40, 192, 12, group="attention") for seed in (1, 2, 3)] + [packed_weight(4, 24, 192, 30)]
+    dense = jnp.ones((8, 192), jnp.float32)
+    x = kernel_cases.tokens(5, (2, 3, 192), jnp.float32)
+    together = linears(x, [*weights[:2], dense, *weights[2:]], [None] * 5)
+    order = [weights[0], weights[1], dense, weights[2], weights[3]]
+    for y, weight in zip(together, order, strict=True):
+        np.testing.assert_array_equal(np.asarray(y), np.asarray(linear(x, weight)))
+
+    # One rounding per split: the group has one, the layer without a group its own.
+    # Counted before XLA merges what is equal.
+    def splits(weights: list[QuikWeight]) -> int:
+        text = jax.jit(lambda x: linears(x, weights, [None] * len(weights))).lower(x).as_text()
+        return len(re.findall(r"call @round\w*\(", text))
+
+    assert splits(weights) == 2
+    assert splits([dataclasses.replace(weight, group=None) for weight in weights]) == 4
+
+
+@pytest.mark.parametrize("bits", [4, 8, 16])
+def test_tile_form_of_a_tree_changes_no_bit(bits: int) -> None:
+    params = {"layer": packed_weight(7, 72, 320, 20, bits), "norm": jnp.ones(3)}
+    tiled = tile_params(params)
+    assert tiled["layer"].qweight.shape == (128, 384)
+    assert tiled["norm"] is params["norm"]
+    x = kernel_cases.tokens(8, (4, 320), jnp.float32)
+    np.testing.assert_array_equal(np.asarray(linear(x, tiled["layer"])), np.asarray(linear(x, params["layer"])))
+
+
+def test_named_backend_and_explanation() -> None:
+    weight = packed_weight(9, 64, 256, 16)
+    x = kernel_cases.tokens(1, (2, 256))
+    np.testing.assert_array_equal(np.asarray(linear(x, weight, backend="xla")), np.asarray(linear(x, weight)))
+    with pytest.raises(api.BackendError, match="'mosaic' cannot run this layer: Mosaic kernels need a Hopper GPU"):
+        linear(x, weight, backend="mosaic")
+    shapes = jax.eval_shape(lambda: weight)
+    assert explain(shapes, 2, jnp.bfloat16, device=H100).backend == "mosaic"
+    assert explain(shapes, 2, jnp.float32, device=H100).backend == "xla"
+    odd = dataclasses.replace(shapes, activation_bits=16)
+    assert explain(odd, 2, jnp.bfloat16, device=H100).backend == "mosaic"
