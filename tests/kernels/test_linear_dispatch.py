@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +38,7 @@ def test_a_group_is_split_once_and_equals_its_members_alone() -> None:
     dense = jnp.ones((8, 192), jnp.float32)
     x = kernel_cases.tokens(5, (2, 3, 192), jnp.float32)
     together = linears(x, [*weights[:2], dense, *weights[2:]], [None] * 5)
-    order = [weights[0], weights[1], dense, weights[2], weights[3]]
+    order: list[Any] = [weights[0], weights[1], dense, weights[2], weights[3]]
     for y, weight in zip(together, order, strict=True):
         np.testing.assert_array_equal(np.asarray(y), np.asarray(linear(x, weight)))
 
@@ -53,7 +54,7 @@ def test_a_group_is_split_once_and_equals_its_members_alone() -> None:
 
 @pytest.mark.parametrize("bits", [4, 8, 16])
 def test_tile_form_of_a_tree_changes_no_bit(bits: int) -> None:
-    params = {"layer": packed_weight(7, 72, 320, 20, bits), "norm": jnp.ones(3)}
+    params: dict[str, Any] = {"layer": packed_weight(7, 72, 320, 20, bits), "norm": jnp.ones(3)}
     tiled = tile_params(params)
     assert tiled["layer"].qweight.shape == (128, 384)
     assert tiled["norm"] is params["norm"]
