@@ -145,7 +145,12 @@ class Factor:
     damping: float
 
 
-def _input_axes(path: str, rule: Rule, ndim: int) -> tuple[int, ...]:
+def input_axes(path: str, rule: Rule, ndim: int) -> tuple[int, ...]:
+    """Which axes of the kernel at `path`, which has `ndim`, are its inputs: the rule's, or by the convention of its name.
+
+    Raises:
+        QuikError: the rule's do not fit, or nothing says.
+    """
     if rule.in_axes is not None:
         axes = tuple(axis % ndim if -ndim <= axis < ndim else axis for axis in rule.in_axes)
         if not axes or len(set(axes)) != len(axes) or len(axes) >= ndim or max(axes) >= ndim:
@@ -180,7 +185,7 @@ def _quantize_kernel(
         raise QuikError(
             f"{path} cannot be quantized without statistics of its input; calibrate, or use a recipe that needs no data"
         )
-    in_axes = _input_axes(path, rule, kernel.ndim)
+    in_axes = input_axes(path, rule, kernel.ndim)
     W = as_matrix(kernel, in_axes).astype(jnp.float32)
     n, k = W.shape
     if not bool(jnp.isfinite(W).all()):

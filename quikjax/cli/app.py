@@ -1,4 +1,4 @@
-"""The commands: quantize, generate, eval, demo."""
+"""The commands: quantize, generate, eval, demo; plan and report are in `inspect`, export in `export`."""
 
 import json
 import sys
@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from quikjax.cli import inspect
 from quikjax.errors import QuikError
 
 app = typer.Typer(
@@ -36,6 +37,9 @@ def options(
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
 ) -> None:
     """Options before the command."""
+
+
+app.command()(inspect.plan)
 
 
 @app.command()

@@ -22,8 +22,10 @@ def is_hub_name(text: str) -> bool:
     return _NAME.fullmatch(text) is not None
 
 
-def fetch(name: str) -> tuple[Path, str]:
+def fetch(name: str, *, weights: bool = True) -> tuple[Path, str]:
     """The directory in the hub's cache that holds "org/name[@revision]", downloaded if need be, and "org/name@commit".
+
+    Without `weights` only what stands beside them is fetched: configuration, index, tokenizer.
 
     Raises:
         QuikError: no such repository or revision, no access, the hub cannot be reached and the cache lacks it, or the repository
@@ -33,6 +35,9 @@ def fetch(name: str) -> tuple[Path, str]:
     if parts is None:
         raise QuikError(f'"{name}" is not a hub name, which has the form org/name or org/name@revision')
     repository, revision = parts["repository"], parts["revision"] or "main"
+    if not weights:
+        directory = _snapshot(repository, revision, _SMALL)
+        return directory, f"{repository}@{directory.name}"
     directory = _snapshot(repository, revision, _SMALL + _SAFETENSORS)
     commit = directory.name
     if not any(directory.glob("model*.safetensors")):

@@ -19,8 +19,8 @@ class Found(NamedTuple):
     revision: str | None = None
 
 
-def resolve(model: str | Path) -> Found:
-    """Find what `model` names: a demo model, a path, or a hub name, in this order.
+def resolve(model: str | Path, *, weights: bool = True) -> Found:
+    """Find what `model` names: a demo model, a path, or a hub name, in this order. `weights`: as `fetch`.
 
     A directory that is called like a demo model is reached as "./smollm2-135m".
 
@@ -34,7 +34,7 @@ def resolve(model: str | Path) -> Found:
     if path.exists():
         return Found(path)
     if isinstance(model, str) and is_hub_name(text) and not _nearby(path):
-        return Found(*fetch(text))
+        return Found(*fetch(text, weights=weights))
     near = [*difflib.get_close_matches(text, DEMO_MODELS), *_nearby(path)]
     known = f"a model is a directory, a .gguf file, a hub name (org/name) or one of: {', '.join(DEMO_MODELS)}"
     raise QuikError(f'there is no model "{text}"; {did_you_mean(text, near) if near else known}')
