@@ -190,10 +190,9 @@ def _convert_blocks(
         raise QuikError(f"the unfinished copy in {writer.partial} lacks a block in the middle; begin again with --restart")
     progress.start(len(names), len(done))
 
-    rest = {
-        path: leaf for path, leaf in dotted(pure_params(abstract)).items() if not path.startswith(names[0].rpartition(".")[0])
-    }
-    params = load_params(source, abstract, list(rest), dtype)
+    below = ".".join(abstract.block_path) + "."
+    rest = [path for path in dotted(pure_params(abstract)) if not path.startswith(below)]
+    params = load_params(source, abstract, rest, dtype)
     if REST not in finished:
         writer.write_part(REST, dotted(params))
     hidden: list[np.ndarray] = []
