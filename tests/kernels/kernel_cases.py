@@ -91,5 +91,7 @@ def product_kernel(spec: LinearSpec, rows: int) -> tuple[tuple[Any, ...], Callab
         split = mosaic_layer.TileSplit(tokens, scale, zero, kept)
         return mosaic_layer.product(split, rows, packed, bias, spec.bits, jnp.bfloat16, H100)
 
-    key = ("product", rows, spec.outputs, spec.inputs, spec.outliers, spec.weight_bits, spec.bits, spec.bias)
+    # The kernel knows the padded widths only: 1 and 36 outliers of 4096 are one kernel.
+    widths = (layout.up(spec.base, layout.WEIGHT_TILE), layout.up(spec.outliers, layout.OUTLIER_TILE))
+    key = ("product", rows, spec.outputs, base, outliers, *widths, spec.weight_bits, spec.bits, spec.bias)
     return key, function, (tokens, per_row, per_row, kept, packed, bias)
