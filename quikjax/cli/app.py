@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from quikjax.cli import inspect
+from quikjax.cli.export import export
 from quikjax.errors import QuikError
 
 app = typer.Typer(
@@ -40,6 +41,8 @@ def options(
 
 
 app.command()(inspect.plan)
+app.command()(inspect.report)
+app.command()(export)
 
 
 @app.command()

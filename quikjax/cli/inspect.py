@@ -1,5 +1,6 @@
 """`quikjax plan` and `quikjax report`: what will be done to a model, and what was done. Neither reads a weight."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -9,6 +10,7 @@ from quikjax.errors import QuikError
 if TYPE_CHECKING:
     from quikjax.pallas_kernels.choice import Choice
     from quikjax.planning import Plan
+    from quikjax.reporting import ArtifactReport
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 
@@ -119,6 +121,107 @@ def _plan_text(model: str, plan: "Plan") -> str:
         f"{_size(running.temporaries)}): {_where(plan)}",
     ]
     return "\n".join([*lines, *(f"problem      {problem}" for problem in plan.problems)])
+
+
+def report(
+    artifact: Annotated[Path, typer.Argument(help="The directory that `quantize` wrote.")],
+    layers: Annotated[bool, typer.Option("--layers", help="One row per layer, not one per kind of layer.")] = False,
+    as_json: Json = False,
+) -> None:
+    """What was quantized and how well, what was not and why, and where it all came from. Reads no weight."""
+    from quikjax.cli.app import print_json
+    from quikjax.reporting import read_report
+
+    found = read_report(artifact)
+    if as_json:
+        print_json(found.as_json())
+    else:
+        print(_report_text(found, layers))
+
+
+def _report_text(report: "ArtifactReport", every_layer: bool) -> str:
+    from quikjax.cli.show import table
+
+    recipe = report.recipe or {}
+    model_type = (report.config or {}).get("model_type", "parameters without a model")
+    lines = [
+        f"artifact     {report.path} ({model_type}, {report.parts} parts, unquantized weights in {report.dtype}, "
+        f"{'with' if report.has_tokenizer else 'without'} tokenizer)",
+        f"fingerprint  {report.fingerprint}",
+        f"written by   {report.written_by}",
+        f"recipe       {recipe.get('name', 'not recorded')}",
+        *(f"{name:<12} {_provenance(value)}" for name, value in report.provenance.items()),
+        "",
+    ]
+    if every_layer and report.rows:
+        rows = [
+            [
+                row["path"].removesuffix(".weight"),
+                f"{row['outputs']} x {row['inputs']}",
+                f"W{row['weight_bits']}A{row['activation_bits']}",
+                row["method"],
+                str(row["outliers"]),
+                *_error_cells(report, row["relative_error"]),
+                "" if row["damping"] is None else f"{row['damping']:g}",
+            ]
+            for row in report.rows
+        ]
+        lines += [table(("layer", "N x K", "bits", "method", "outliers", "rel. error", "SNR", "damping"), rows), ""]
+    elif report.layers:
+        rows = [
+            [
+                kind.pattern.removesuffix(".weight"),
+                str(kind.count),
+                f"{kind.outputs} x {kind.inputs}",
+                f"W{kind.weight_bits}A{kind.activation_bits}",
+                kind.method or "?",
+                str(kind.outliers),
+                _size(kind.bytes),
+                *_error_cells(report, kind.relative_error),
+                *_error_cells(report, kind.worst_error)[:1],
+                "" if kind.damping is None else f"{kind.damping:g}",
+            ]
+            for kind in report.layers
+        ]
+        head = ("layer", "count", "N x K", "bits", "method", "outliers", "size", "rel. error", "SNR", "worst", "damping")
+        lines += [table(head, rows)]
+        worst = report.worst()
+        if worst:
+            named = ", ".join(
+                f"{row['path'].removesuffix('.weight')} {_error_cells(report, row['relative_error'])[0]}" for row in worst
+            )
+            lines += [f"worst layers: {named}"]
+        else:
+            lines += ["the artifact has no report, so errors are not known"]
+        lines += [""]
+    dense = [
+        [kind.pattern, str(kind.count), " x ".join(map(str, kind.shape)), kind.dtype, _size(kind.bytes), kind.reason]
+        for kind in report.dense
+    ]
+    sizes = report.sizes
+    count = sum(kind.count for kind in report.layers)
+    lines += [
+        table(("not quantized", "count", "shape", "dtype", "size", "why"), dense),
+        "",
+        f"quantized    {count} layers; linear layers have {sizes.bits_per_weight:.2f} bits per weight, "
+        f"{sizes.relative_to_fp16:.3f} of their size in FP16",
+        f"all          {_size(sizes.all_bits // 8)} for {sizes.all_parameters} parameters; {_size(sizes.disk_bytes)} on disk",
+    ]
+    return "\n".join(lines)
+
+
+def _error_cells(report: "ArtifactReport", error: float | None) -> list[str]:
+    """Relative error and signal-to-noise."""
+    if error is None:
+        return ["?", "?"]
+    decibels = report.snr_db(error)
+    return [f"{error:.4f}", "exact" if decibels is None else f"{decibels:.1f} dB"]
+
+
+def _provenance(value: object) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_provenance(entry)}" for name, entry in value.items())
+    return " x ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _verdict(fits: bool) -> str:
