@@ -98,21 +98,19 @@ def tokenize(tokenizer: Any, text: str) -> Int32[np.ndarray, " tokens"]:
 
 
 def calibration_windows(tokens: Int32[np.ndarray, " tokens"], samples: int, length: int) -> Int32[np.ndarray, "samples length"]:
-    """`samples` windows of `length` tokens that do not overlap, evenly spread over the text.
+    """The first `samples` windows of `length` tokens of a text, not overlapping.
 
     Raises:
         QuikError: the text is too short, or a number is not positive.
     """
     if samples < 1 or length < 1:
         raise QuikError(f"samples and seqlen must be positive, not {samples} and {length}")
-    available = len(tokens) // length
-    if available < samples:
+    if len(tokens) < samples * length:
         raise QuikError(
             f"the calibration text has {len(tokens)} tokens, {samples} x {length} = {samples * length} are needed; "
             "give more text, or lower --samples or --seqlen"
         )
-    starts = np.arange(samples) * available // samples * length
-    return np.stack([tokens[start : start + length] for start in starts])
+    return tokens[: samples * length].reshape(samples, length)
 
 
 def tokens_fingerprint(tokens: Int32[np.ndarray, "..."]) -> str:

@@ -42,11 +42,11 @@ def test_wikitext2_without_its_package_says_what_to_install(monkeypatch: pytest.
         evaluation_text("wikitext2")
 
 
-def test_calibration_windows_are_spread_and_distinct() -> None:
+def test_calibration_windows_are_the_first_ones() -> None:
     tokens = np.arange(100, dtype=np.int32)
     cut = calibration_windows(tokens, 3, 10)
-    np.testing.assert_array_equal(cut[:, 0], [0, 30, 60])
-    np.testing.assert_array_equal(cut[1], np.arange(30, 40))
+    np.testing.assert_array_equal(cut.ravel(), tokens[:30])
+    np.testing.assert_array_equal(cut[:, 0], [0, 10, 20])
     np.testing.assert_array_equal(calibration_windows(tokens, 10, 10).ravel(), tokens)
     with pytest.raises(QuikError, match="has 100 tokens, 4 x 30 = 120 are needed"):
         calibration_windows(tokens, 4, 30)
