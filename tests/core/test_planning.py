@@ -247,6 +247,28 @@ def test_headers_are_compared_where_there_are_weights(tmp_path: Path) -> None:
     assert "down_proj.weight is [64, 112] where the configuration asks for [64, 128] (and 8 more)" in problem
 
 
+def test_a_hub_name_is_planned_without_fetching_a_weight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    asked: list[str] = []
+    snapshot = tmp_path / "0123456789abcdef"
+    snapshot.mkdir()
+    (snapshot / "config.json").write_text(json.dumps(LLAMA_2_70B))
+    # The index is fetched with the other small files; that the shards are not there is no mistake.
+    (snapshot / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-00001-of-00001.safetensors"}}')
+
+    def download(_repository: str, *, allow_patterns: list[str], **_options: Any) -> str:
+        asked.extend(allow_patterns)
+        return str(snapshot)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    found = describe("org/llama-2-70b")
+    assert found.source is None
+    assert found.config == LLAMA_2_70B
+    assert asked
+    assert not any("safetensors" in pattern or "msgpack" in pattern for pattern in asked)
+
+
 def test_devices_by_name() -> None:
     assert find_device("H100") == (devices.H100, 80 * GB)
     assert find_device("a100", 7)[1] == 7
