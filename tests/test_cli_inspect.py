@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from quikjax.conversion import convert
 from quikjax.errors import QuikError
 from quikjax.exporting import export_safetensors
 from quikjax.loading import open_source
-from quikjax.models.registry import pure_params
+from quikjax.models.registry import abstract_model, dotted, nested, pure_params
 from quikjax.recipe import Recipe, Rule
 from quikjax.reporting import read_report
 from quikjax.testing import tiny_config, tiny_model
@@ -160,6 +161,32 @@ def test_an_export_in_shards_is_read_by_others(artifact: Path, tmp_path: Path) -
     index = json.loads((tmp_path / "cut" / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == whole.bytes
     assert open_source(tmp_path / "cut").names()
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"model_type": "opt", "hidden_size": 32, "ffn_dim": 64, "word_embed_proj_dim": 16, "do_layer_norm_before": False},
+        {"model_type": "falcon", "hidden_size": 32, "num_kv_heads": 2, "new_decoder_architecture": True},
+    ],
+    ids=lambda fields: fields["model_type"],
+)
+def test_an_export_of_another_family_loads_under_its_names(tmp_path: Path, fields: dict[str, Any]) -> None:
+    published = {"vocab_size": 50, "num_hidden_layers": 11, "num_attention_heads": 4, "max_position_embeddings": 64, **fields}
+    abstract = abstract_model(published)
+    rng = np.random.default_rng(0)
+    params = {path: rng.standard_normal(leaf.shape).astype(np.float32) for path, leaf in dotted(pure_params(abstract)).items()}
+    quikjax.save(tmp_path / "artifact", nnx.merge(nnx.split(abstract)[0], nested(jax.tree.map(jnp.asarray, params))))
+    export_safetensors(tmp_path / "artifact", tmp_path / "hf", shard_bytes=20_000)
+    exported, _ = quikjax.load(tmp_path / "hf")
+    found = dotted(pure_params(exported))
+    assert found.keys() == params.keys()
+    assert all((np.asarray(found[path]) == params[path]).all() for path in params)
+    places = json.loads((tmp_path / "hf" / "model.safetensors.index.json").read_text())["weight_map"]
+    # Files hold blocks in order: the tenth after the ninth.
+    files = [places[name] for number in (2, 9, 10) for name in places if f".{number}." in name]
+    assert files == sorted(files)
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["architectures"] == [type(exported).__name__]
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
