@@ -12,7 +12,7 @@ def say(line: str = "") -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def duration(seconds: float) -> str:
+def duration(seconds: int | float) -> str:
     """Seconds for people.
 
     >>> duration(5.26), duration(75), duration(7322)
@@ -26,7 +26,7 @@ def duration(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60:02d} min"
 
 
-def megabytes(size: float) -> str:
+def megabytes(size: int | float) -> str:
     """Bytes in MB (10^6).
 
     >>> megabytes(92_871_040)
