@@ -68,7 +68,7 @@ def generate(
     Raises:
         QuikError: a prompt is empty, has a token outside the vocabulary, or does not fit the context with what is asked for.
     """
-    model = _abstract(graphdef, params)
+    model = nnx.merge(graphdef, params)
     prompt = np.asarray(ids, np.int32)
     _check(model, prompt, max_new_tokens)
     capacity = prompt.shape[1] + max_new_tokens
@@ -91,10 +91,6 @@ def generate(
         decode_seconds=done - read,
         compile_seconds=compiled - start,
     )
-
-
-def _abstract(graphdef: nnx.GraphDef[CausalLM], params: Mapping[str, Any]) -> CausalLM:
-    return nnx.merge(graphdef, params)
 
 
 def _check(model: CausalLM, prompt: np.ndarray, max_new_tokens: int) -> None:

@@ -14,6 +14,7 @@ from safetensors.numpy import save_file
 
 from quikjax.errors import QuikError
 from quikjax.loading import load, load_params, open_source, verify
+from quikjax.loading.source import Source
 from quikjax.models.registry import abstract_model, dotted, pure_params
 
 
@@ -162,9 +163,20 @@ def test_a_value_that_is_not_finite_is_named(tmp_path: Path, bad: float) -> None
         verify(source, abstract_model(source.config))
 
 
-def test_verify_passes_what_is_sound(tmp_path: Path, weights: Weights) -> None:
+def test_verify_reads_every_tensor_once_and_passes_what_is_sound(
+    tmp_path: Path, weights: Weights, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source = open_source(write_sharded(tmp_path, CONFIG, weights))
+    read: list[str] = []
+    original = type(source).read
+
+    def note(self: Source, name: str) -> np.ndarray:
+        read.append(name)
+        return original(self, name)
+
+    monkeypatch.setattr(type(source), "read", note)
     verify(source, abstract_model(source.config))
+    assert sorted(read) == sorted(weights)
 
 
 def test_reading_holds_one_tensor_at_a_time(tmp_path: Path) -> None:
