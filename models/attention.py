@@ -1,13 +1,20 @@
 """Attention over explicit positions: one function for prefill, decoding, padding on either side and grouped heads."""
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Bool, Float, Int32
 
 from quikjax.models.base import KeyValues, Place
 
 # Queries are taken this many at a time when all keys come from the same call: keys behind a chunk are never multiplied.
 _CHUNK = 512
+# From this many queries on, a CPU takes one head after the other, and of those so many queries.
+_ROWS_IN_TURN = 64
+_QUERIES = 256
 
 
 def attend(
@@ -67,27 +74,73 @@ def _softmax_attention(
     slopes: Float[Array, " heads"] | None,
 ) -> Float[Array, "batch length heads head"]:
     batch, length, heads, head = query.shape
-    slots, kv_heads = key.shape[1:3]
+    kv_heads = key.shape[2]
     group = heads // kv_heads
-    # Heads that share a key become rows of one matrix product; XLA on CPU is slow at products over inner axes.
-    rows = query.reshape(batch, length, kv_heads, group, head).transpose(0, 2, 3, 1, 4).reshape(batch, kv_heads, -1, head)
-    over_head = (((3,), (3,)), ((0, 1), (0, 2)))
-    scores = jax.lax.dot_general(rows, key, over_head, preferred_element_type=jnp.float32) * scale
-    scores = scores.reshape(batch, kv_heads, group, length, slots)
-    if slopes is not None:
-        # Positions beyond 256 are rounded too: neighbours then share one bias. That is what the published weights know.
-        coarse = slopes.astype(jnp.bfloat16)[:, None] * key_positions[:, None, :].astype(jnp.bfloat16)
-        bias = coarse.astype(jnp.float32).reshape(coarse.shape[0], kv_heads, -1, 1, coarse.shape[-1]) * scale
-        scores = scores + bias
     visible = (key_positions[:, None, :] >= 0) & (key_positions[:, None, :] <= query_positions[:, :, None])
+    # Positions beyond 256 are rounded too: neighbours then share one bias. That is what the published weights know.
+    coarse = key_positions.astype(jnp.bfloat16)
+    slopes = None if slopes is None else slopes.astype(jnp.bfloat16).reshape(kv_heads, group)
+    rows = query.reshape(batch, length, kv_heads, group, head).transpose(2, 0, 3, 1, 4)
+    by_head = (rows, key.transpose(2, 0, 1, 3), value.transpose(2, 0, 1, 3), slopes)
+
+    one = partial(_heads_of_one_key, scale=scale)
+
+    def over_texts(one: Callable[..., Array], over: Any, head: Any) -> Any:
+        *shared, slopes = head
+        return over(lambda text: one(*text, slopes), (*shared, visible, coarse))
+
+    def at_once(by_head: Any) -> Any:
+        return jax.vmap(partial(over_texts, one, lambda f, texts: jax.vmap(f)(texts)))(by_head)
+
+    def in_turn(by_head: Any) -> Any:
+        return jax.lax.map(partial(over_texts, partial(_piecewise, one), jax.lax.map), by_head)
+
+    # On a CPU the scores of one head and a few queries fit its caches; those of all heads are written to memory and read back
+    # five times.
+    mixed = at_once(by_head) if length < _ROWS_IN_TURN else jax.lax.platform_dependent(by_head, cpu=in_turn, default=at_once)
+    return mixed.transpose(1, 3, 0, 2, 4).reshape(batch, length, heads, head)
+
+
+def _heads_of_one_key(
+    rows: Float[Array, "group length head"],
+    key: Float[Array, "slots head"],
+    value: Float[Array, "slots head"],
+    visible: Bool[Array, "length slots"],
+    coarse: Float[Array, " slots"],
+    slopes: Float[Array, " group"] | None,
+    *,
+    scale: float,
+) -> Float[Array, "group length head"]:
+    """The heads that share one key, in one text: rows of one matrix product. `coarse`: the keys' positions."""
+    group, length, head = rows.shape
+    scores = _product(rows.reshape(-1, head), key, over=1).reshape(group, length, -1) * scale
+    if slopes is not None:
+        scores = scores + (slopes[:, None] * coarse).astype(jnp.float32)[:, None] * scale
     # The most negative finite number, not infinity: a row that sees nothing must not become NaN.
-    scores = jnp.where(visible[:, None, None], scores, jnp.finfo(jnp.float32).min)
+    scores = jnp.where(visible, scores, jnp.finfo(jnp.float32).min)
     weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
     total = jnp.sum(weights, axis=-1, keepdims=True)
-    over_slots = (((3,), (1,)), ((0, 1), (0, 2)))
-    mixed = jax.lax.dot_general(
-        weights.astype(value.dtype).reshape(batch, kv_heads, -1, slots), value, over_slots, preferred_element_type=jnp.float32
-    ).reshape(batch, kv_heads, group, length, head)
+    mixed = _product(weights.astype(value.dtype).reshape(group * length, -1), value, over=0)
     # Divided after the product: as exact, and `head` numbers a row instead of `slots`.
-    mixed = (mixed / total).astype(query.dtype)
-    return mixed.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, head)
+    return (mixed.reshape(rows.shape) / total).astype(rows.dtype)
+
+
+def _piecewise(
+    one: Callable[..., Array],
+    rows: Float[Array, "group length head"],
+    key: Float[Array, "slots head"],
+    value: Float[Array, "slots head"],
+    visible: Bool[Array, "length slots"],
+    *rest: Any,
+) -> Float[Array, "group length head"]:
+    """`one`, with its queries in pieces one after the other."""
+    group, length, head = rows.shape
+    if length % _QUERIES or length == _QUERIES:
+        return one(rows, key, value, visible, *rest)
+    pieces = rows.reshape(group, -1, _QUERIES, head).swapaxes(0, 1), visible.reshape(-1, _QUERIES, visible.shape[-1])
+    mixed = jax.lax.map(lambda piece: one(piece[0], key, value, piece[1], *rest), pieces)
+    return mixed.swapaxes(0, 1).reshape(group, length, head)
+
+
+def _product(rows: Float[Array, "rows inner"], matrix: Float[Array, "_ _"], *, over: int) -> Float[Array, "rows outer"]:
+    return jax.lax.dot_general(rows, matrix, (((1,), (over,)), ((), ())), preferred_element_type=jnp.float32)

@@ -12,6 +12,7 @@ One small class per published `rope_type`. What each does beyond the context it 
 import dataclasses
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, Int32
@@ -124,7 +125,12 @@ def rotate(
     """Rotate each pair `(x[i], x[i + head/2])` by its angle, computed in float32, in the dtype of `x`."""
     half = x.shape[-1] // 2
     angles = rope.angles(positions, x.shape[-1])
-    cos, sin = jnp.cos(angles)[:, :, None] * rope.amplitude, jnp.sin(angles)[:, :, None] * rope.amplitude
+    # Fused with what reads it, XLA would compute every cosine again for every head; it never fuses a product.
+    one = jnp.eye(half, dtype=jnp.float32)
+    cos, sin = (
+        jnp.matmul(turned(angles) * rope.amplitude, one, precision=jax.lax.Precision.HIGHEST)[:, :, None]
+        for turned in (jnp.cos, jnp.sin)
+    )
     first, second = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 

@@ -315,11 +315,9 @@ def _run_xla(call: _Call, inputs: Any, parameters: Any, weights: Any, biases: An
             reference.weight_only_matmul(x, w.columns, w.qweight, w.scale, w.outliers, bias).astype(x.dtype)
             for w, bias in zip(weights, biases, strict=True)
         ]
-    if rows >= in_place.FEWEST_ROWS:
-        weights = [dataclasses.replace(w, qweight=in_place.unpermuted(w.qweight, w.columns)) for w in weights]
-        split = in_place.split_quantize(x, weights[0].columns, weights[0].base, call.bits)
-    else:
-        split = reference.split_quantize(x, weights[0].columns, weights[0].base, call.bits)
+    if call.device.platform == "cpu" and rows >= in_place.FEWEST_ROWS:
+        return in_place.linears(x, weights, biases, call.bits, bfloat16=call.device.bfloat16_products)
+    split = reference.split_quantize(x, weights[0].columns, weights[0].base, call.bits)
     return [_reference_product(split, w, bias, call.bits).astype(x.dtype) for w, bias in zip(weights, biases, strict=True)]
 
 

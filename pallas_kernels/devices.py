@@ -1,18 +1,24 @@
 """The machine that a kernel would run on, as plain data, so that the choice of a backend is a pure function."""
 
 import dataclasses
+import functools
+from pathlib import Path
 
 import jax
 
 
 @dataclasses.dataclass(frozen=True)
 class Device:
-    """`platform` (`cpu`, `gpu`, `tpu`), `kind` as the vendor names it, compute `capability` and multiprocessors of a GPU."""
+    """`platform` (`cpu`, `gpu`, `tpu`), `kind` as the vendor names it, compute `capability` and multiprocessors of a GPU.
+
+    `bfloat16_products`: a CPU with instructions for them, whose integer products are faster that way (`in_place`).
+    """
 
     platform: str
     kind: str = ""
     capability: tuple[int, int] | None = None
     cores: int = 0
+    bfloat16_products: bool = False
 
     @property
     def hopper(self) -> bool:
@@ -32,6 +38,17 @@ def current_device() -> Device:
     """The default device of this process."""
     device = jax.devices()[0]
     if device.platform != "gpu":
-        return Device(device.platform, device.device_kind)
+        return Device(device.platform, device.device_kind, bfloat16_products=device.platform == "cpu" and cpu_has_bfloat16())
     major, minor = (int(part) for part in str(device.compute_capability).split("."))
     return Device("gpu", device.device_kind, (major, minor), int(device.core_count))
+
+
+@functools.cache
+def cpu_has_bfloat16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """Whether this machine's CPU multiplies bfloat16 in hardware, as far as the operating system tells (Linux on x86 does)."""
+    try:
+        text = cpuinfo.read_text()
+    except OSError:
+        return False
+    flags = next((line for line in text.splitlines() if line.startswith("flags")), "")
+    return "avx512_bf16" in flags.split()

@@ -1,36 +1,93 @@
-"""The same integers without moving activations: codes stay in the order of `x`, and the weight is put in that order instead.
+"""The XLA backend on a CPU, for many rows: the reference's integers with less memory traffic.
 
-`reference.split_quantize` gathers the base columns of `x`; for XLA on CPU that costs as much as the product it feeds. Here
-outlier columns of the codes are zero instead of absent, and so are the weight's. Zeros add nothing to an integer sum, minimum and
-maximum pass over them, and every other operation is the reference's: codes, scales, zeros and accumulators are bit-identical.
-The weight's int8 codes are gathered once a call, so this pays from a few hundred rows on.
+Three things cost a CPU more than the arithmetic, so they are done another way; codes, scales, zeros and accumulators are
+bit-identical to `reference`.
+
+- Moving activations. `reference.split_quantize` gathers the base columns of `x`; here codes stay in the order of `x` and the
+  weight's codes are put in that order instead, zero in the outlier columns, once a call.
+- Reading what does not fit the caches. Rows are split and quantized in blocks that do. The loop also keeps XLA from computing
+  what made `x` again for each of its readers (it drops optimization barriers before it fuses).
+- int8 products. Codes of up to 8 bits are bfloat16 numbers; their products and sums are float32 numbers while they stay within
+  2^24. Where the CPU has bfloat16 instructions that takes two thirds of the time, with the same integers.
 """
 
+import itertools
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Int8
+from jaxtyping import Array, Float, Int, Int8, Int32
 
+from quikjax.pallas_kernels import reference
+from quikjax.pallas_kernels.layout import Packed
 from quikjax.pallas_kernels.reference import SMALLEST_SCALE, Split
 
-# Measured with benchmarks/prefill.py: below, moving the weight costs more than moving the activations.
+# Measured with benchmarks/prefill.py. Below, moving the weight costs more than moving the activations.
 FEWEST_ROWS = 256
+BLOCK_ROWS = 512
+# Every further piece is another pass over the sums; beyond two an int8 product is as fast.
+MOST_PIECES = 2
 
 
-def split_quantize(x: Float[Array, "*batch k"], columns: Int[Array, " k"], base: int, bits: int) -> Split:
-    """`reference.split_quantize` with `codes` `[*batch, K]` in the order of `x`, zero in the outlier columns."""
+def linears(
+    x: Float[Array, "rows k"], weights: Sequence[Packed], biases: Sequence[Any], bits: int, *, bfloat16: bool
+) -> list[Float[Array, "rows _"]]:
+    """`x W^T + bias` for weights with the same columns, in the dtype of `x`; `bits` of the activations is 4 or 8.
+
+    `bfloat16`: multiply that way where it is exact.
+    """
+    k, first = x.shape[1], weights[0]
+    pieces = bfloat16_pieces(k, bits, max(weight.weight_bits for weight in weights))
+    carrier = jnp.bfloat16 if bfloat16 and pieces <= MOST_PIECES else jnp.int8
+    split = _by_blocks(partial(split_quantize, columns=first.columns, base=first.base, bits=bits, carrier=carrier), x)
+    results = []
+    for weight, bias in zip(weights, biases, strict=True):
+        accumulator = None
+        if weight.base:
+            accumulator = integer_matmul(split.codes, unpermuted(weight.qweight, weight.columns).astype(carrier), pieces)
+        y = reference.epilogue(accumulator, split, weight.scale, weight.reduced, weight.outliers, bias, bits)
+        results.append(y.astype(x.dtype))
+    return results
+
+
+def _by_blocks(f: Callable[[Float[Array, "rows k"]], Split], x: Float[Array, "rows k"]) -> Split:
+    """`f` of `BLOCK_ROWS` rows after the other, and of the rest."""
+    rows, k = x.shape
+    whole = rows // BLOCK_ROWS * BLOCK_ROWS
+    if whole == 0:
+        return f(x)
+    looped = jax.lax.map(f, x[:whole].reshape(-1, BLOCK_ROWS, k))
+    split = Split(*(part.reshape(whole, *part.shape[2:]) for part in looped))
+    if whole == rows:
+        return split
+    return Split(*(jnp.concatenate(parts) for parts in zip(split, f(x[whole:]), strict=True)))
+
+
+def split_quantize(
+    x: Float[Array, "*batch k"], columns: Int[Array, " k"], base: int, bits: int, carrier: Any = jnp.int8
+) -> Split:
+    """`reference.split_quantize` with `codes` `[*batch, K]` in the order of `x`, anything in the outlier columns.
+
+    `carrier` is the dtype of the codes, int8 or bfloat16.
+    """
     batch, k = x.shape[:-1], x.shape[-1]
     outliers = jnp.take(x, columns[base:], axis=-1, mode="clip")
     if base == 0:
-        return Split(jnp.zeros(x.shape, jnp.int8), outliers, jnp.ones(batch, jnp.float32), jnp.zeros(batch, jnp.float32))
+        return Split(jnp.zeros(x.shape, carrier), outliers, jnp.ones(batch, jnp.float32), jnp.zeros(batch, jnp.float32))
     levels = 2**bits - 1
     wide = x.astype(jnp.float32)
-    is_base = jnp.ones((k,), bool).at[columns[base:]].set(False)
-    zero = jnp.min(jnp.where(is_base, wide, jnp.inf), axis=-1)
-    spread = jnp.max(jnp.where(is_base, wide, -jnp.inf), axis=-1) - zero
+    # An outlier column that repeats a base column changes neither extreme.
+    is_outlier = jnp.zeros((k,), bool).at[columns[base:]].set(True)
+    wide = jnp.where(is_outlier, jnp.take(wide, columns[:1], axis=-1, mode="clip"), wide)
+    zero = jnp.min(wide, axis=-1)
+    spread = jnp.max(wide, axis=-1) - zero
     scale = jnp.maximum(spread * np.float32(1 / levels), np.float32(SMALLEST_SCALE))
     steps = jnp.round((wide - zero[..., None]) * (1 / scale)[..., None])
     codes = jnp.clip(steps, 0, levels) - 2 ** (bits - 1)
-    return Split(jnp.where(is_base, codes, 0).astype(jnp.int8), outliers, scale, zero)
+    return Split(codes.astype(carrier), outliers, scale, zero)
 
 
 def unpermuted(qweight: Int[Array, "n base"], columns: Int[Array, " k"]) -> Int8[Array, "n k"]:
@@ -39,3 +96,27 @@ def unpermuted(qweight: Int[Array, "n base"], columns: Int[Array, " k"]) -> Int8
     position = jnp.zeros((k,), jnp.int32).at[columns].set(jnp.arange(k, dtype=jnp.int32), unique_indices=True)
     padded = jnp.pad(qweight.astype(jnp.int8), ((0, 0), (0, k - base)))
     return jnp.take(padded, position, axis=1, mode="clip")
+
+
+def bfloat16_pieces(k: int, bits: int, weight_bits: int) -> int:
+    """Into how many parts a sum of `k` products of signed codes must be cut for each to be exact in float32.
+
+    >>> bfloat16_pieces(16384, 8, 4), bfloat16_pieces(1536, 8, 8)
+    (1, 2)
+    """
+    largest_product = 2 ** (bits - 1) * 2 ** (weight_bits - 1)
+    return -(-k * largest_product // 2**24)
+
+
+def integer_matmul(codes: Array, qweight: Array, pieces: int) -> Int32[Array, "rows n"]:
+    """`reference.integer_matmul` of codes carried by int8, or by bfloat16 with the sum cut into `pieces`: the same integers."""
+    if codes.dtype == jnp.int8:
+        return reference.integer_matmul(codes, qweight)
+    ends = [codes.shape[1] * i // pieces for i in range(pieces + 1)]
+    sums = [
+        jax.lax.dot_general(
+            codes[:, start:stop], qweight[:, start:stop], (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
+        ).astype(jnp.int32)
+        for start, stop in itertools.pairwise(ends)
+    ]
+    return sum(sums[1:], sums[0])

@@ -121,11 +121,24 @@ def quik_matmul(
 
     `bits` is the activations' width, the same that `split` was made with. The result is float32; the caller casts.
     """
-    y = jnp.zeros((*split.codes.shape[:-1], qweight.shape[0]), jnp.float32)
-    if qweight.shape[1]:
-        accumulator = integer_matmul(split.codes, qweight).astype(jnp.float32)
+    accumulator = integer_matmul(split.codes, qweight) if qweight.shape[1] else None
+    return epilogue(accumulator, split, scale, reduced, outliers, bias, bits)
+
+
+def epilogue(
+    accumulator: Int32[Array, "*batch n"] | None,
+    split: Split,
+    scale: Float32[Array, " n"],
+    reduced: Float32[Array, " n"],
+    outliers: Float[Array, "n outliers"],
+    bias: Float[Array, " n"] | None,
+    bits: int,
+) -> Float32[Array, "*batch n"]:
+    """`y` from the integer sums (`None`: no base columns), the outlier product and the bias, in float32."""
+    y = jnp.zeros((*split.scale.shape, scale.shape[0]), jnp.float32)
+    if accumulator is not None:
         offset = split.zero + 2 ** (bits - 1) * split.scale
-        y = accumulator * split.scale[..., None] * scale + offset[..., None] * reduced
+        y = accumulator.astype(jnp.float32) * split.scale[..., None] * scale + offset[..., None] * reduced
     if outliers.shape[1]:
         y = y + float_matmul(split.outliers, outliers)
     if bias is not None:

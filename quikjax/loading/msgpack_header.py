@@ -120,7 +120,7 @@ class _Cursor:
         return _array(shape, np.dtype(name), (span,))
 
 
-def _array(shape: list[int], dtype: np.dtype[Any], pieces: tuple[Span, ...]) -> Array:
+def _array(shape: list[Any], dtype: np.dtype[Any], pieces: tuple[Span, ...]) -> Array:
     if not all(isinstance(axis, int) and axis >= 0 for axis in shape):
         raise ValueError(f"an array has the shape {shape}")
     held = sum(piece.size for piece in pieces)

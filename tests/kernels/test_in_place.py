@@ -1,13 +1,17 @@
-"""Codes in the order of `x`: the reference's integers, bit for bit, without moving activations."""
+"""The XLA backend's way on a CPU: the reference's integers, bit for bit, without moving activations."""
 
 import dataclasses
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from quikjax.pallas_kernels import api, in_place, reference
+from quikjax.pallas_kernels.devices import CPU, H100, cpu_has_bfloat16
 
 
 def activations(rows: int, k: int) -> np.ndarray:
@@ -19,9 +23,10 @@ def activations(rows: int, k: int) -> np.ndarray:
     return x
 
 
+@pytest.mark.parametrize("carrier", [jnp.int8, jnp.bfloat16])
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize(("k", "outliers"), [(20, 3), (33, 0), (17, 17), (576, 36), (129, 1)])
-def test_integers_are_the_references(bits: int, k: int, outliers: int) -> None:
+def test_integers_are_the_references(bits: int, k: int, outliers: int, carrier: type) -> None:
     rng = np.random.default_rng(0)
     base, n = k - outliers, 24
     columns = jnp.asarray(rng.permutation(k), jnp.int32)
@@ -30,26 +35,45 @@ def test_integers_are_the_references(bits: int, k: int, outliers: int) -> None:
     x = jnp.asarray(activations(9, k))
     for wrap in (lambda f: f, jax.jit):
         expected = wrap(lambda x: reference.split_quantize(x, columns, base, bits))(x)
-        found = wrap(lambda x: in_place.split_quantize(x, columns, base, bits))(x)
+        found = wrap(lambda x: in_place.split_quantize(x, columns, base, bits, carrier))(x)
+        assert found.codes.dtype == carrier
         for name in ("outliers", "scale", "zero"):
             np.testing.assert_array_equal(getattr(found, name), getattr(expected, name), err_msg=name)
-        np.testing.assert_array_equal(np.asarray(found.codes)[:, columns[:base]], expected.codes)
-        np.testing.assert_array_equal(np.asarray(found.codes)[:, columns[base:]], 0)
+        np.testing.assert_array_equal(np.asarray(found.codes, np.int8)[:, columns[:base]], expected.codes)
         if base:
             moved = wrap(in_place.unpermuted)(qweight, columns)
             assert moved.shape == (n, k)
             np.testing.assert_array_equal(
-                reference.integer_matmul(found.codes, moved), reference.integer_matmul(expected.codes, qweight)
+                in_place.integer_matmul(found.codes, moved.astype(carrier), in_place.bfloat16_pieces(k, bits, bits)),
+                reference.integer_matmul(expected.codes, qweight),
             )
 
 
-def test_the_xla_backend_gives_the_same_either_way(monkeypatch: pytest.MonkeyPatch) -> None:
+@settings(max_examples=20, deadline=None)
+@given(st.integers(1, 1500), st.sampled_from([(4, 4), (4, 8), (8, 4), (8, 8)]), st.booleans(), st.integers(0, 2**32 - 1))
+def test_bfloat16_sums_are_exact(k: int, widths: tuple[int, int], extreme: bool, seed: int) -> None:
+    """With every code at its largest the sums come closest to what a float32 cannot hold."""
+    bits, weight_bits = widths
+    rng = np.random.default_rng(seed)
+    codes, qweight = (rng.integers(-(2 ** (b - 1)), 2 ** (b - 1), (5, k)) for b in widths)
+    if extreme:
+        codes[0], qweight[0], qweight[1] = -(2 ** (bits - 1)), -(2 ** (weight_bits - 1)), 2 ** (weight_bits - 1) - 1
+    found = in_place.integer_matmul(
+        jnp.asarray(codes, jnp.bfloat16), jnp.asarray(qweight, jnp.bfloat16), in_place.bfloat16_pieces(k, bits, weight_bits)
+    )
+    np.testing.assert_array_equal(found, codes @ qweight.T)
+
+
+@pytest.mark.parametrize("bfloat16", [False, True])
+@pytest.mark.parametrize("rows", [300, 512, 1024, 1200])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_the_xla_backend_gives_the_same_either_way(bits: int, rows: int, bfloat16: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(1)
     columns = jnp.asarray(rng.permutation(40), jnp.int32)
-    codes = jnp.asarray(rng.integers(-8, 8, (24, 36)), jnp.int8)
+    codes = jnp.asarray(rng.integers(-(2 ** (bits - 1)), 2 ** (bits - 1), (24, 36)), jnp.int8)
     scale = jnp.asarray(rng.uniform(0.01, 0.1, 24), jnp.float32)
     packed = api.Packed(
-        qweight=codes.astype(jnp.int4),
+        qweight=codes.astype(jnp.int4 if bits == 4 else jnp.int8),
         scale=scale,
         reduced=scale * codes.astype(jnp.int32).sum(1).astype(jnp.float32),
         outliers=jnp.asarray(rng.normal(size=(24, 4)), jnp.float16),
@@ -58,9 +82,41 @@ def test_the_xla_backend_gives_the_same_either_way(monkeypatch: pytest.MonkeyPat
         inputs=40,
         outputs=24,
     )
-    x = jnp.asarray(rng.normal(size=(300, 40)), jnp.float32)
-    moved = api.linears((x,), [packed, dataclasses.replace(packed, scale=scale * 2)], [None, None], 4, backend="xla")
+    weights = [packed, dataclasses.replace(packed, scale=scale * 2)]
+    biases = [None, jnp.asarray(rng.normal(size=24), jnp.float32)]
+    device = dataclasses.replace(CPU, bfloat16_products=bfloat16)
+    x = jnp.asarray(rng.normal(size=(rows, 40)), jnp.float32)
+    moved = api.linears((x,), weights, biases, bits, backend="xla", device=device)
     monkeypatch.setattr(in_place, "FEWEST_ROWS", 10**9)
-    gathered = api.linears((x,), [packed, dataclasses.replace(packed, scale=scale * 2)], [None, None], 4, backend="xla")
+    gathered = api.linears((x,), weights, biases, bits, backend="xla", device=device)
     for one, other in zip(moved, gathered, strict=True):
-        np.testing.assert_array_equal(one, other)
+        np.testing.assert_allclose(one, other, rtol=1e-6, atol=1e-6)
+
+
+def test_only_a_cpu_moves_the_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[int] = []
+
+    def note(x: jax.Array, *_rest: object, **_more: object) -> list[jax.Array]:
+        called.append(x.shape[0])
+        return [x]
+
+    monkeypatch.setattr(in_place, "linears", note)
+    packed = api.pack(
+        jnp.zeros((8, 6), jnp.int4), jnp.ones(8), jnp.zeros(8), jnp.zeros((8, 2), jnp.float16), jnp.arange(8, dtype=jnp.int32)
+    )
+    for device in (CPU, H100):
+        for rows in (in_place.FEWEST_ROWS - 1, in_place.FEWEST_ROWS):
+            api.linears((jnp.ones((rows, 8)),), [packed], [None], 4, backend="xla", device=device)
+    assert called == [in_place.FEWEST_ROWS]
+
+
+def test_bfloat16_instructions_are_read_from_the_system(tmp_path: Path) -> None:
+    file = tmp_path / "cpuinfo"
+    for text, expected in (
+        ("processor : 0\nflags\t\t: fpu avx512f avx512_bf16 sse\n", True),
+        ("processor : 0\nflags\t\t: fpu avx512f sse\n", False),
+        ("Features : fp asimd bf16\n", False),
+    ):
+        file.write_text(text)
+        assert cpu_has_bfloat16.__wrapped__(file) is expected
+    assert cpu_has_bfloat16.__wrapped__(tmp_path / "absent") is False

@@ -1,0 +1,86 @@
+"""Attention against its definition in float64: long texts in pieces, shared keys, padding, a cache, ALiBi."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from quikjax.models.attention import attend
+from quikjax.models.base import KeyValues, Place
+
+HEAD = 8
+
+
+def expected(q: Any, k: Any, v: Any, positions: Any, scale: float, slopes: Any) -> np.ndarray:
+    """Softmax over what each position may see, written one number after the other."""
+    batch, length, heads, _ = q.shape
+    out = np.zeros(q.shape, np.float64)
+    for b in range(batch):
+        for h in range(heads):
+            key, value = k[b, :, h * k.shape[2] // heads], v[b, :, h * k.shape[2] // heads]
+            for i in range(length):
+                if positions[b, i] < 0:
+                    continue
+                seen = [j for j in range(length) if 0 <= positions[b, j] <= positions[b, i]]
+                scores = key[seen] @ q[b, i, h] * scale
+                if slopes is not None:
+                    coarse = np.asarray(positions[b, seen], jnp.bfloat16).astype(np.float64)
+                    scores = scores + slopes[h] * coarse * scale
+                weights = np.exp(scores - scores.max())
+                out[b, i, h] = weights @ value[seen] / weights.sum()
+    return out
+
+
+@pytest.mark.parametrize("jitted", [False, True])
+@pytest.mark.parametrize(
+    ("batch", "length", "padding", "alibi"),
+    [(2, 9, 3, False), (1, 63, 0, True), (1, 64, 5, False), (2, 512, 300, False), (1, 513, 0, False), (1, 1100, 7, True)],
+)
+def test_against_the_definition(batch: int, length: int, padding: int, alibi: bool, jitted: bool) -> None:
+    rng = np.random.default_rng(length)
+    q, k, v = (rng.normal(size=(batch, length, heads, HEAD)) for heads in (6, 2, 2))
+    positions = np.tile(np.arange(length), (batch, 1))
+    positions[0] -= padding  # left padding: negative positions are seen by nobody
+    # Powers of two, so that their products with rounded positions need no rounding.
+    slopes = np.asarray([0.5, 0.25, 0.125, 0.0625, 0.03125, 0.0]) if alibi else None
+    place = Place(jnp.asarray(positions, jnp.int32))
+
+    def run(q: Any, k: Any, v: Any) -> Any:
+        return attend(q, k, v, place, None, scale=0.3, slopes=None if slopes is None else jnp.asarray(slopes, jnp.float32))
+
+    found, written = (jax.jit(run) if jitted else run)(*(jnp.asarray(x, jnp.float32) for x in (q, k, v)))
+    assert np.isfinite(found).all()
+    real = positions >= 0
+    np.testing.assert_allclose(np.asarray(found)[real], expected(q, k, v, positions, 0.3, slopes)[real], atol=2e-5)
+    np.testing.assert_array_equal(written.keys, np.asarray(k, np.float32))
+
+
+def test_a_long_second_prompt_reads_the_cache() -> None:
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.normal(size=(1, 700, heads, HEAD)).astype(np.float32) for heads in (4, 2, 2))
+    query, key, value = (jnp.asarray(x) for x in (q, k, v))
+    whole, _ = attend(query, key, value, Place(jnp.arange(700, dtype=jnp.int32)[None]), None, scale=0.3)
+    slots = jnp.where(jnp.arange(800) < 700, jnp.arange(800), -1).astype(jnp.int32)[None]
+    empty = jnp.zeros((1, 800, 2, HEAD))
+    cache = KeyValues(empty.at[:, :100].set(key[:, :100]), empty.at[:, :100].set(value[:, :100]))
+    place = Place(jnp.arange(100, 700, dtype=jnp.int32)[None], slots=slots, used=jnp.int32(100))
+    rest, written = attend(query[:, 100:], key[:, 100:], value[:, 100:], place, cache, scale=0.3)
+    np.testing.assert_allclose(rest, whole[:, 100:], atol=1e-5)
+    np.testing.assert_array_equal(written.keys[:, :700], k)
+
+
+def test_gradients_flow_through_the_pieces() -> None:
+    rng = np.random.default_rng(1)
+    q, k, v = (jnp.asarray(rng.normal(size=(1, 512, 2, HEAD)), jnp.float32) for _ in range(3))
+    place = Place(jnp.arange(512, dtype=jnp.int32)[None])
+    towards = jnp.asarray(rng.normal(size=q.shape), jnp.float32)
+
+    def loss(q: Any) -> Any:
+        return jnp.vdot(attend(q, k, v, place, None, scale=0.3)[0], towards)
+
+    gradient = jax.grad(loss)(q)
+    step = 1e-2 * towards / jnp.linalg.norm(towards)
+    slope = (loss(q + step) - loss(q - step)) / 2
+    np.testing.assert_allclose(jnp.vdot(gradient, step), slope, rtol=1e-2)
