@@ -55,9 +55,17 @@ def test_a_row_of_zeros_has_scale_one() -> None:
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_clip_search_is_the_first_strict_minimum(bits: int) -> None:
+@pytest.mark.parametrize("kind", ["heavy", "normal", "uniform", "two values", "lonely maximum", "zeros"])
+def test_clip_search_is_the_first_strict_minimum(kind: str, bits: int) -> None:
     rng = np.random.default_rng(0)
-    W = rng.standard_t(3, size=(12, 60)).astype(np.float32)
+    W = {
+        "heavy": rng.standard_t(3, size=(12, 60)),
+        "normal": rng.normal(size=(12, 60)),
+        "uniform": rng.uniform(-1, 1, (12, 60)),
+        "two values": rng.choice([-0.3, 1.0], (3, 60)),
+        "lonely maximum": np.concatenate([np.full((3, 1), 40.0), rng.normal(size=(3, 300)) * 0.01], axis=1),
+        "zeros": np.concatenate([np.zeros((1, 60)), rng.normal(size=(2, 60))]),
+    }[kind].astype(np.float32)
     found = np.asarray(clipped_scales(jnp.asarray(W), bits))
     full = np.asarray(row_scales(jnp.asarray(W), bits))
     for row in range(len(W)):
