@@ -120,7 +120,7 @@ def quantizing(footprint: Footprint, samples: int, seqlen: int, *, gptq: bool) -
 
         block = d P + d Q + packed               the block as published, its dequantized copies, its packed weights
         work  = the largest of, over the quantized groups,
-          4 (7 K^2)                              GPTQ: the Hessian, it permuted, and its factorization
+          4 (5 K^2)                              GPTQ: the Hessian, it permuted, and its factorization
           4 (3 K^2 + 5 N K)                      GPTQ: Hessian, factor and its copy; W, it permuted, transposed, updated
           4 (2 K^2) + temporaries(1, seqlen)     observing one sequence: the Hessian and what is added to it
           4 (3 N K)                              rounding to nearest, in place of the first two
@@ -134,7 +134,7 @@ def quantizing(footprint: Footprint, samples: int, seqlen: int, *, gptq: bool) -
     work = 0
     for group in footprint.quantized:
         k, n = group.inputs, max(group.outputs)
-        steps = [7 * k * k, 3 * k * k + 5 * n * k] if gptq else [3 * n * k]
+        steps = [5 * k * k, 3 * k * k + 5 * n * k] if gptq else [3 * n * k]
         observing = 4 * 2 * k * k + temporaries(footprint, 1, seqlen) if tokens else 0
         work = max(work, 4 * max(steps), observing)
     kept = 0

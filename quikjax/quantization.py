@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Float32, Int8
+from jaxtyping import Array, Bool, Float, Float32, Int8
 
 from quikjax.calibration import LayerStats
 from quikjax.errors import QuikError
@@ -164,13 +164,21 @@ def input_axes(path: str, rule: Rule, ndim: int) -> tuple[int, ...]:
 
 def _factor(path: str, rule: Rule, stats: LayerStats, count: int) -> Factor:
     columns = outlier_columns(stats.absmax, count)
-    H = stats.hessian * (2 / jnp.maximum(stats.count, 1).astype(jnp.float32))
-    H, dead = revive_dead_columns(H[columns][:, columns])
-    U, damping = inverse_factor(H, jnp.float32(rule.damping))
+    H, dead = permuted_hessian(stats.hessian, stats.count, columns)
+    U, damping = inverse_factor(H, rule.damping)
     if not bool(jnp.isfinite(U).all()):
-        raise QuikError(f"the Hessian of {path} stays indefinite up to a damping of {float(damping):.3g}; calibrate on more text")
+        raise QuikError(f"the Hessian of {path} stays indefinite up to a damping of {damping:.3g}; calibrate on more text")
     # Seven digits are all a float32 has; the rest would only look precise.
-    return Factor(columns, U, dead, float(f"{float(damping):.7g}"))
+    return Factor(columns, U, dead, float(f"{damping:.7g}"))
+
+
+@jax.jit
+def permuted_hessian(
+    hessian: Float32[Array, "k k"], count: Array, columns: Array
+) -> tuple[Float32[Array, "k k"], Bool[Array, " k"]]:
+    """The paper's `H` from a sum over `count` sequences, permuted, dead columns revived; compiled as one, it is held once."""
+    H = hessian[columns[:, None], columns] * (2 / jnp.maximum(count, 1).astype(jnp.float32))
+    return revive_dead_columns(H)
 
 
 def _quantize_kernel(

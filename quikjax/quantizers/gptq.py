@@ -30,34 +30,32 @@ _PHASES = 4
 _TRIES = 8
 
 
-@jax.jit
-def inverse_factor(H: Float32[Array, "k k"], damping: Float32[Array, ""]) -> tuple[Float32[Array, "k k"], Float32[Array, ""]]:
+def inverse_factor(H: Float32[Array, "k k"], damping: float) -> tuple[Float32[Array, "k k"], float]:
     """`U`, upper triangular with `H^-1 = U^T U`, and the damping that it took.
 
     `damping * mean(diag H)` is added to the diagonal; where that is not yet positive definite, ten times as much, and so on.
     `U` is not finite if no step sufficed. Columns that are dead (`H_ii = 0`) must have been given a diagonal.
+    """
+    U = _inverse_factor(H, jnp.float32(damping))
+    for _ in range(_TRIES):
+        if bool(jnp.isfinite(U).all()):
+            break
+        damping *= 10
+        U = _inverse_factor(H, jnp.float32(damping))
+    return U, damping
+
+
+@jax.jit
+def _inverse_factor(H: Float32[Array, "k k"], damping: Float32[Array, ""]) -> Float32[Array, "k k"]:
+    """One try, apart so that a loop over tries holds no copies of its own: two of `H`'s size beside `H` and `U`.
 
     Reversed, `H = R R^T` with `R` upper triangular, and `U = R^-1`: one factorization and one triangular inverse, where
     inverting `H` and factoring again would cost three times as much and lose digits.
     """
-    mean = jnp.mean(jnp.diagonal(H))
-
-    def factor(damping: Float32[Array, ""]) -> Float32[Array, "k k"]:
-        damped = H + damping * mean * jnp.eye(H.shape[0], dtype=H.dtype)
-        L = jnp.linalg.cholesky(damped[::-1, ::-1], symmetrize_input=False)
-        inverse = solve_triangular(L, jnp.eye(H.shape[0], dtype=H.dtype), lower=True)
-        return inverse[::-1, ::-1]
-
-    def again(state: tuple[Array, Array, Array]) -> Bool[Array, ""]:
-        tries, _, U = state
-        return ~jnp.isfinite(U).all() & (tries < _TRIES)
-
-    def stronger(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        tries, damping, _ = state
-        return tries + 1, damping * 10, factor(damping * 10)
-
-    _, damping, U = jax.lax.while_loop(again, stronger, (jnp.int32(0), damping, factor(damping)))
-    return U, damping
+    one = jnp.eye(H.shape[0], dtype=H.dtype)
+    damped = H + damping * jnp.mean(jnp.diagonal(H)) * one
+    L = jnp.linalg.cholesky(damped[::-1, ::-1], symmetrize_input=False)
+    return solve_triangular(L, one, lower=True)[::-1, ::-1]
 
 
 @jax.jit

@@ -31,7 +31,7 @@ def slow_gptq(W: np.ndarray, H: np.ndarray, base: int, bits: int, s: np.ndarray,
 
 def run(W: np.ndarray, H: np.ndarray, base: int, bits: int, *, clip: bool = False, damping: float = 0.01, block: int = 128):  # type: ignore[no-untyped-def]
     revived, dead = revive_dead_columns(jnp.asarray(H))
-    U, used = inverse_factor(revived, jnp.float32(damping))
+    U, used = inverse_factor(revived, damping)
     q, s, outliers = gptq(jnp.asarray(W), U, dead, base=base, bits=bits, clip=clip, block=block)
     return np.asarray(q), np.asarray(s), np.asarray(outliers), float(used)
 
@@ -101,7 +101,7 @@ def test_the_factor_is_the_inverses_and_damping_grows_until_it_exists() -> None:
     rng = np.random.default_rng(0)
     X = correlated(rng, 50, 200)
     H = (X.T @ X).astype(np.float32)
-    U, damping = inverse_factor(jnp.asarray(H), jnp.float32(0.01))
+    U, damping = inverse_factor(jnp.asarray(H), 0.01)
     assert float(damping) == pytest.approx(0.01)
     damped = H.astype(np.float64) + 0.01 * np.mean(np.diag(H)) * np.eye(50)
     np.testing.assert_array_equal(np.tril(np.asarray(U), -1), 0)
@@ -109,10 +109,10 @@ def test_the_factor_is_the_inverses_and_damping_grows_until_it_exists() -> None:
     # A matrix with a negative eigenvalue: 0.01 and 0.1 of the mean diagonal do not mend it.
     broken = np.eye(4, dtype=np.float32)
     broken[0, 1] = broken[1, 0] = 1.5
-    U, damping = inverse_factor(jnp.asarray(broken), jnp.float32(0.01))
+    U, damping = inverse_factor(jnp.asarray(broken), 0.01)
     assert float(damping) == pytest.approx(1.0)
     assert np.isfinite(np.asarray(U)).all()
-    U, _ = inverse_factor(jnp.full((4, 4), jnp.nan), jnp.float32(0.01))
+    U, _ = inverse_factor(jnp.full((4, 4), jnp.nan), 0.01)
     assert not np.isfinite(np.asarray(U)).any()
 
 

@@ -162,9 +162,9 @@ def test_memory_of_running_by_hand() -> None:
 def test_memory_of_quantizing_by_hand() -> None:
     need = memory.quantizing(SMALL, 3, 20, gptq=True)
     assert need.block == 2 * 34_000 + 2 * 21_504 + 15_000
-    # down_proj: 7 squares of 112 against 3 squares and 5 of 64 x 112.
-    assert 7 * 112 * 112 > 3 * 112 * 112 + 5 * 64 * 112
-    assert need.work == 4 * 7 * 112 * 112
+    # down_proj: 3 squares of 112 and 5 of 64 x 112 against 5 squares.
+    assert 5 * 112 * 112 < 3 * 112 * 112 + 5 * 64 * 112
+    assert need.work == 4 * (3 * 112 * 112 + 5 * 64 * 112)
     assert need.device == need.block + need.work
     tokens = 3 * 20
     assert need.host == 2 * tokens * 64 * 2 + tokens * (64 + 112) * 2
