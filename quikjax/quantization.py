@@ -137,9 +137,15 @@ def dotted_path(path: tuple[Any, ...]) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Factor:
-    """What layers with one input share: the permutation and the factor of the permuted, damped inverse Hessian."""
+    """What layers with one input share: the permutation as it is stored, and GPTQ's order with the factor in that order.
+
+    `rounded` int32 `[K]`: base columns in the order in which GPTQ rounds them, then the outliers as stored. `restore` int32 `[B]`
+    puts codes in that order back into the stored one. `U`: factor of the equally permuted, damped inverse Hessian.
+    """
 
     columns: Any
+    rounded: Any
+    restore: Any
     U: Any
     dead: Any
     damping: float
@@ -164,12 +170,17 @@ def input_axes(path: str, rule: Rule, ndim: int) -> tuple[int, ...]:
 
 def _factor(path: str, rule: Rule, stats: LayerStats, count: int) -> Factor:
     columns = outlier_columns(stats.absmax, count)
-    H, dead = permuted_hessian(stats.hessian, stats.count, columns)
+    base = columns[: columns.shape[0] - count]
+    order = jnp.arange(base.shape[0])
+    if rule.order == "hessian":
+        order = jnp.argsort(jnp.diagonal(stats.hessian)[base], stable=True, descending=True)
+    rounded = jnp.concatenate([base[order], columns[base.shape[0] :]])
+    H, dead = permuted_hessian(stats.hessian, stats.count, rounded)
     U, damping = inverse_factor(H, rule.damping)
     if not bool(jnp.isfinite(U).all()):
         raise QuikError(f"the Hessian of {path} stays indefinite up to a damping of {damping:.3g}; calibrate on more text")
     # Seven digits are all a float32 has; the rest would only look precise.
-    return Factor(columns, U, dead, float(f"{damping:.7g}"))
+    return Factor(columns, rounded, jnp.argsort(order), U, dead, float(f"{damping:.7g}"))
 
 
 @jax.jit
@@ -212,14 +223,15 @@ def _quantize_kernel(
     damping = None
     if rule.method == "gptq":
         assert stats is not None
-        key = (id(stats), count, rule.damping)
+        key = (id(stats), count, rule.damping, rule.order)
         if key not in factors:
             factors[key] = _factor(path, rule, stats, count)
         shared = factors[key]
         columns, damping = shared.columns, shared.damping
         q, s, outliers = gptq(
-            W[:, columns], shared.U, shared.dead, base=base, bits=rule.weight_bits, clip=rule.clip, block=rule.block_size
+            W[:, shared.rounded], shared.U, shared.dead, base=base, bits=rule.weight_bits, clip=rule.clip, block=rule.block_size
         )
+        q = q[:, shared.restore]
     else:
         absmax = jnp.zeros((k,), jnp.float32) if stats is None else stats.absmax
         columns = outlier_columns(absmax, count)

@@ -38,6 +38,9 @@ class Rule(BaseModel):
     """Search each row's scale instead of taking its maximum."""
     damping: float = Field(0.01, gt=0)
     """GPTQ: added to the Hessian's diagonal, relative to its mean."""
+    order: Literal["hessian", "activation"] = "hessian"
+    """GPTQ: round base columns by falling diagonal of the Hessian, so that what matters most is rounded while all others can
+    still make up for it (GPTQ's own "act order"), or by rising largest activation, as QUIK's code does."""
     block_size: int = Field(128, gt=0, multiple_of=16)
     in_axes: tuple[int, ...] | None = None
     """Input axes of the kernel. Left out: `(1,)` for a published `weight` `[out, in]`, `(0,)` for a Flax `kernel` `[in, out]`."""
