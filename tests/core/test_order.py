@@ -21,7 +21,7 @@ def data(seed: int) -> tuple[np.ndarray, np.ndarray, LayerStats]:
 
 
 def quantized(W: np.ndarray, stats: LayerStats, order: str, seen: list[LayerReport] | None = None) -> QuikWeight:
-    rule = Rule(match="weight", outliers=OUTLIERS, order=order, clip=False)  # type: ignore[arg-type]
+    rule = Rule(match="weight", outliers=OUTLIERS, order=order, clip=False)
     tree = {"weight": jnp.asarray(W)}
     note = None if seen is None else seen.append
     return quantize_params(tree, Recipe(name="x", rules=(rule,)), {"weight": stats}, report=note)["weight"]
