@@ -1,10 +1,14 @@
 """From a published checkpoint to an artifact on disk, block by block, going on where a killed run stopped.
 
 Weights are read one block at a time and written one block at a time; memory holds one block, its Hessians and the activations
-of the calibration tokens, whatever the model's depth.
+of the calibration tokens, whatever the model's depth; activations beyond a budget are on disk, and in memory one sequence at a
+time.
+
+DIR.partial      what becomes the artifact DIR
+DIR.work         what a killed run needs to go on, and activations on disk; removed at the end
+DIR.log.jsonl    what was done to each layer and when; it stays
 """
 
-import contextlib
 import json
 import os
 import shutil
@@ -18,9 +22,11 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Int32
 
-from quikjax.activations import ActivationStore
+from quikjax import memory
+from quikjax.activations import ActivationStore, Batch
 from quikjax.checkpoint import REST, Writer
-from quikjax.errors import QuikError
+from quikjax.errors import QuikError, resumable
+from quikjax.layer_log import LayerLog
 from quikjax.loading import load_params, open_source, verify
 from quikjax.loading.source import Source
 from quikjax.models.base import CausalLM
@@ -68,6 +74,7 @@ def convert(
     dtype: Any = jnp.float32,
     force: bool = False,
     restart: bool = False,
+    activation_bytes: int | None = None,
     provenance: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> Converted:
@@ -81,10 +88,13 @@ def convert(
         dtype: of activations in calibration and of what stays unquantized.
         restart: forget what a killed run with the same `out` has finished; by default it is gone on with, if its inputs were
             the same.
+        activation_bytes: of host memory for activations, as `memory.activation_bytes` counts them; left out, a quarter of the
+            machine's. What takes more is on disk. The result is the same to the bit, also when a run with another budget goes on.
         provenance: more to record beside the fingerprints of source and tokens.
 
     Raises:
-        QuikError: anything wrong with the source, the tokens, the recipe or the disk. Finished blocks stay for the next run.
+        QuikError: anything wrong with the source, the tokens, the recipe, the budget or the disk. Finished blocks stay for
+            the next run.
     """
     started = time.perf_counter()
     recipe = find_recipe(recipe)
@@ -104,13 +114,15 @@ def convert(
             raise QuikError("this checkpoint has no tokenizer, so no text can calibrate it; put its tokenizer.json beside it")
         tokens = calibration(tokenizer)
         _check_tokens(tokens, abstract)
+    work = target.with_name(target.name + ".work")
+    budget = memory.default_activation_bytes() if activation_bytes is None else activation_bytes
+    spill = tokens is not None and _spills(abstract, recipe, tokens, dtype, budget)
     known = {
         **(provenance or {}),
         "source": source.fingerprint(),
         "tokens": None if tokens is None else {"sha256": tokens_fingerprint(tokens), "shape": list(tokens.shape)},
         "dtype": str(jnp.dtype(dtype)),
     }
-    work = target.with_name(target.name + ".work")
     with Writer(
         target,
         config=source.config,
@@ -120,9 +132,12 @@ def convert(
         resume=not restart,
         expected_bytes=expected_bytes(abstract, recipe),
     ) as writer:
-        if not writer.completed_parts():
+        anew = not writer.completed_parts()
+        if anew:
             shutil.rmtree(work, ignore_errors=True)
-        rows = _convert_blocks(source, abstract, recipe, tokens, dtype, writer, work, progress)
+        store = ActivationStore(work / "activations", spill=spill)
+        log = LayerLog(target.with_name(target.name + ".log.jsonl"), anew=anew)
+        rows = _convert_blocks(source, abstract, recipe, tokens, dtype, writer, work, store, log, progress)
         fingerprint = writer.finish(tokenizer=tokenizer, report=rows)
     shutil.rmtree(work, ignore_errors=True)
     return Converted(fingerprint, rows, time.perf_counter() - started)
@@ -171,6 +186,25 @@ def _check_tokens(tokens: Int32[np.ndarray, "samples length"], model: CausalLM) 
         raise QuikError(f"a calibration token is outside the model's vocabulary of {config.vocab_size}; is this its tokenizer?")
 
 
+def _spills(model: CausalLM, recipe: Recipe, tokens: Int32[np.ndarray, "samples length"], dtype: Any, budget: int) -> bool:
+    """Whether activations exceed the budget, so that they are on disk.
+
+    Raises:
+        QuikError: not even those of one sequence are within it.
+    """
+    shapes = {path: leaf.shape for path, leaf in dotted(pure_params(model)).items()}
+    whole = 0
+    for key, block in model.blocks.items():
+        groups = [[".".join((*model.block_path, key, layer, "weight")) for layer in group] for group in block.groups.values()]
+        inputs = [shapes[paths[0]][1] for paths in groups if any(recipe.rule_for(path) for path in paths)]
+        needed = memory.activation_bytes(model.config.hidden_size, inputs, tokens.size, jnp.dtype(dtype).itemsize)
+        whole = max(whole, needed)
+    held = memory.held_activations(whole, len(tokens), budget)
+    if problem := memory.budget_problem(held, budget):
+        raise QuikError(problem)
+    return held < whole
+
+
 def _convert_blocks(
     source: Source,
     abstract: CausalLM,
@@ -179,15 +213,17 @@ def _convert_blocks(
     dtype: Any,
     writer: Writer,
     work: Path,
+    store: ActivationStore,
+    log: LayerLog,
     progress: Progress,
 ) -> list[dict[str, Any]]:
     """Write every part that is not written yet, and return the report rows of all."""
     names = [".".join((*abstract.block_path, key)) for key in abstract.blocks]
-    store = ActivationStore(work / "activations")
     finished = writer.completed_parts()
     done = [name for name in names if name in finished]
     if done != names[: len(done)]:
         raise QuikError(f"the unfinished copy in {writer.partial} lacks a block in the middle; begin again with --restart")
+    log.start(len(names), len(done))
     progress.start(len(names), len(done))
 
     below = ".".join(abstract.block_path) + "."
@@ -195,26 +231,28 @@ def _convert_blocks(
     params = load_params(source, abstract, rest, dtype)
     if REST not in finished:
         writer.write_part(REST, dotted(params))
-    hidden: list[np.ndarray] = []
+    hidden: list[Batch] = []
     if tokens is not None and len(done) < len(names):
-        hidden = store.get(done[-1]) if done else _embed(abstract, params, tokens)
-    del params
+        hidden = store.get(done[-1]) if done else store.put("embedded", _embed(abstract, params, tokens))
 
     def load(name: str) -> dict[str, Any]:
         flat = dotted(load_params(source, abstract, [name], dtype))
         return {path.removeprefix(name + "."): leaf for path, leaf in flat.items()}
 
+    def note(layer: LayerReport) -> None:
+        seconds = clock.lap()
+        log.layer(layer, seconds)
+        progress.layer(layer, seconds)
+
     clock = _Clock()
     began = time.perf_counter()
-    for block in quantize_blocks(
-        abstract, load, recipe, hidden, report=lambda layer: progress.layer(layer, clock.lap()), skip=done
-    ):
-        # Before the block counts as finished, what the next one needs must be safe.
-        if hidden:
-            store.put(block.name, hidden)
+    blocks = quantize_blocks(abstract, load, recipe, hidden, store=store, report=note, skip=tuple(done))
+    del params, hidden
+    for block in blocks:
+        # What the next block needs is in the store already: it must be safe before this one counts as finished.
         _write_rows(work, block.name, [layer.as_json() for layer in block.reports])
         writer.write_part(block.name, {f"{block.name}.{path}": leaf for path, leaf in block.params.items()})
-        if hidden:
+        if tokens is not None:
             store.commit(block.name)
         done.append(block.name)
         fresh = len(done) - len(set(finished) & set(names))
@@ -235,16 +273,16 @@ class _Clock:
         return seconds
 
 
-def _embed(abstract: CausalLM, rest: Mapping[str, Any], tokens: Int32[np.ndarray, "samples length"]) -> list[np.ndarray]:
-    """The hidden states before the first block. Blocks stay abstract: embedding reads none of them."""
+def _embed(abstract: CausalLM, rest: Mapping[str, Any], tokens: Int32[np.ndarray, "samples length"]) -> Iterator[np.ndarray]:
+    """The hidden states before the first block, one sequence after the other. Blocks stay abstract: none of them is read."""
     filled = nested({**dotted(pure_params(abstract)), **dotted(rest)})
     model = nnx.merge(nnx.split(abstract)[0], filled)
-    return embed_batches(model, [jnp.asarray(row[None]) for row in tokens])
+    return embed_batches(model, (row[None] for row in tokens))
 
 
 def _write_rows(work: Path, name: str, rows: list[dict[str, Any]]) -> None:
     directory = work / "report"
-    with _told(work):
+    with resumable(f"cannot write {work}"):
         directory.mkdir(parents=True, exist_ok=True)
         with open(directory / f"{name}.json", "w") as file:
             json.dump(rows, file)
@@ -257,11 +295,3 @@ def _read_rows(work: Path, name: str) -> list[dict[str, Any]]:
         return list(json.loads((work / "report" / f"{name}.json").read_text()))
     except (OSError, ValueError):
         raise QuikError(f"the report of {name} in {work} cannot be read; begin again with --restart") from None
-
-
-@contextlib.contextmanager
-def _told(work: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise QuikError(f"cannot write {work}: {error.strerror}; make room and run the same command again") from None

@@ -5,8 +5,9 @@ reuse a buffer) is not in it: leave a tenth of the device free.
 """
 
 import dataclasses
+import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -47,12 +48,16 @@ class Footprint:
 
 
 class Quantizing(NamedTuple):
-    """Peak bytes while a model is quantized, on the device and in host memory (on a CPU the two are one)."""
+    """Peak bytes while a model is quantized, on the device and in host memory (on a CPU the two are one).
+
+    `activations` are those in host memory; `spilled` is 0, or what they all take, where that is on disk.
+    """
 
     block: int
     work: int
     rest: int
     activations: int
+    spilled: int
 
     @property
     def device(self) -> int:
@@ -61,7 +66,7 @@ class Quantizing(NamedTuple):
 
     @property
     def host(self) -> int:
-        """Activations of all calibration tokens."""
+        """Activations of the calibration tokens, or of one sequence where they exceed their budget."""
         return self.activations
 
 
@@ -112,7 +117,48 @@ def running(footprint: Footprint, batch: int, length: int) -> Running:
     )
 
 
-def quantizing(footprint: Footprint, samples: int, seqlen: int, *, gptq: bool) -> Quantizing:
+def activation_bytes(hidden_size: int, inputs: Iterable[int], tokens: int, itemsize: int) -> int:
+    """What all calibration tokens take while a block is quantized whose quantized groups read `inputs` columns each.
+
+    With `T` tokens, `H` the hidden size and `d` the itemsize:
+
+        2 T H d + kept                           what enters the block and what leaves it
+        kept = T K d                             for each group in turn, while their sum is at most KEPT_BYTES (1 GiB)
+    """
+    kept = 0
+    for width in inputs:
+        if kept + tokens * width * itemsize <= KEPT_BYTES:
+            kept += tokens * width * itemsize
+    return 2 * tokens * hidden_size * itemsize + kept
+
+
+def held_activations(whole: int, samples: int, budget: int) -> int:
+    """Of `whole` bytes of activations, those in host memory: all within the budget, or one of `samples` sequences at a time.
+
+    >>> held_activations(1000, 10, 1000), held_activations(1000, 10, 999)
+    (1000, 100)
+    """
+    return whole if whole <= budget else -(-whole // samples)
+
+
+def budget_problem(held: int, budget: int) -> str | None:
+    """Why a budget for activations is too small for the `held` bytes that must be in memory at once, or `None`."""
+    if held <= budget:
+        return None
+    return (
+        f"the activations of one calibration sequence take {held / 1e6:.3g} MB at once and --activation-memory allows "
+        f"{budget / 1e6:.3g} MB; give --activation-memory {math.ceil(held / 1e6) / 1e3:g} (GB) or more, or a smaller --seqlen"
+    )
+
+
+def default_activation_bytes() -> int:
+    """The budget for activations of who gives none: a quarter of this machine's memory."""
+    return physical_memory() // 4
+
+
+def quantizing(
+    footprint: Footprint, samples: int, seqlen: int, *, gptq: bool, activation_budget: int | None = None
+) -> Quantizing:
     """Peak memory of block-by-block quantization with `samples` sequences of `seqlen` tokens (0: without data).
 
     On the device, with `P` parameters in the block, `Q` of them in quantized layers, `d` the itemsize, and for each group its
@@ -125,10 +171,10 @@ def quantizing(footprint: Footprint, samples: int, seqlen: int, *, gptq: bool) -
           4 (2 K^2) + temporaries(1, seqlen)     observing one sequence: the Hessian and what is added to it
           4 (3 N K)                              rounding to nearest, in place of the first two
 
-    or, before the first block, the embeddings (`rest`). In host memory, with `T = samples seqlen` tokens:
+    or, before the first block, the embeddings (`rest`). In host memory, with `A = activation_bytes` of `samples seqlen` tokens:
 
-        activations = 2 T H d + kept             what enters the block and what leaves it
-        kept        = T K d for each group in turn, while their sum is at most KEPT_BYTES (1 GiB)
+        activations = A                          while that is within the budget (`None`: whatever it is)
+                      A / samples                otherwise, one sequence at a time; A is then on disk (`spilled`)
     """
     d, tokens = footprint.itemsize, samples * seqlen
     work = 0
@@ -137,15 +183,15 @@ def quantizing(footprint: Footprint, samples: int, seqlen: int, *, gptq: bool) -
         steps = [5 * k * k, 3 * k * k + 5 * n * k] if gptq else [3 * n * k]
         observing = 4 * 2 * k * k + temporaries(footprint, 1, seqlen) if tokens else 0
         work = max(work, 4 * max(steps), observing)
-    kept = 0
-    for group in footprint.quantized:
-        if kept + tokens * group.inputs * d <= KEPT_BYTES:
-            kept += tokens * group.inputs * d
+    inputs = [group.inputs for group in footprint.quantized]
+    whole = activation_bytes(footprint.config.hidden_size, inputs, tokens, d)
+    held = whole if activation_budget is None else held_activations(whole, samples, activation_budget)
     return Quantizing(
         block=d * (footprint.block_parameters + footprint.block_quantized) + footprint.block_packed,
         work=work,
         rest=footprint.rest_bytes,
-        activations=2 * tokens * footprint.config.hidden_size * d + kept,
+        activations=held,
+        spilled=whole if held < whole else 0,
     )
 
 

@@ -16,6 +16,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from quikjax.activations import Activations, Batch, read
 from quikjax.calibration import LayerStats, empty_stats, observe
 from quikjax.errors import QuikError
 from quikjax.models.base import Block, CausalLM, Place, default_positions
@@ -27,9 +28,10 @@ from quikjax.weight import QuikWeight, dequantize
 # The parameters of one block, flat, by dotted path within it.
 BlockParams = dict[str, Any]
 
-# What groups of layers read in one batch, kept from pass to pass over a block so that attention runs once; without room for
-# it, it is computed again.
-Kept = dict[str, Any]
+# What groups of layers read in one batch, kept from pass to pass over a block so that attention runs once; beyond KEPT_BYTES
+# for all batches it is computed again. That decides which programs XLA compiles, so it must not depend on where there is room:
+# what a smaller budget of memory leaves no room for is on disk.
+Kept = dict[str, Batch]
 KEPT_BYTES = 1 << 30
 
 
@@ -71,8 +73,10 @@ def quantize_model(
         return {path.removeprefix(name + "."): leaf for path, leaf in params.items() if path.startswith(name + ".")}
 
     result = {path: leaf for path, leaf in params.items() if not path.startswith(prefix)}
-    hidden = embed_batches(model, batches) if recipe.needs_data() else []
-    for block in quantize_blocks(model, load, recipe, hidden, report=report):
+    hidden: list[Batch] = list(embed_batches(model, batches)) if recipe.needs_data() else []
+    blocks = quantize_blocks(model, load, recipe, hidden, report=report)
+    del hidden
+    for block in blocks:
         result.update({f"{block.name}.{path}": leaf for path, leaf in block.params.items()})
     return nested({path: result[path] for path in params})
 
@@ -89,7 +93,7 @@ def calibrate(
         QuikError: `batches` is empty, or a sequence longer than the model's context.
     """
     model = nnx.merge(graphdef, params)
-    hidden = embed_batches(model, batches)
+    hidden: list[Batch] = list(embed_batches(model, batches))
     stats: dict[str, LayerStats] = {}
     for name, block in model.blocks.items():
         blockdef, block_params = nnx.split(block)
@@ -97,38 +101,38 @@ def calibrate(
         path = ".".join((*model.block_path, name))
         kept: list[Kept] = [{} for _ in hidden]
         for group, layers in block.groups.items():
-            shared = _observe_all(blockdef, pure, hidden, kept, group)
+            shared = _observe_all(blockdef, pure, hidden, kept, group, Activations())
             stats.update({f"{path}.{layer}.weight": shared for layer in layers})
-        hidden = _forward_all(blockdef, pure, hidden, kept)
+        hidden = list(_forward_all(blockdef, pure, hidden, kept))
     return stats
 
 
-def embed_batches(model: CausalLM, batches: Iterable[Int[Array | np.ndarray, "batch length"]]) -> list[np.ndarray]:
-    """The hidden states that enter the first block, one host array per batch. Only the embedding's weights are read.
+def embed_batches(model: CausalLM, batches: Iterable[Int[Array | np.ndarray, "batch length"]]) -> Iterator[np.ndarray]:
+    """The hidden states that enter the first block, one host array after the other. Only the embedding's weights are read.
 
     Raises:
         QuikError: there are no tokens, or more in a row than the model's context.
     """
-    limit = model.config.context_length
-    hidden = []
+    limit, seen = model.config.context_length, 0
     for ids in batches:
         if ids.shape[1] > limit:
             raise QuikError(
                 f"a calibration sequence has {ids.shape[1]} tokens, the model's context is {limit}; use a smaller seqlen"
             )
         tokens = jnp.asarray(ids)
-        hidden.append(np.asarray(model.embed(tokens, default_positions(tokens))))
-    if not hidden or not sum(batch.size for batch in hidden):
+        seen += tokens.size
+        yield np.asarray(model.embed(tokens, default_positions(tokens)))
+    if not seen:
         raise QuikError("there is nothing to calibrate on; give at least one batch of tokens")
-    return hidden
 
 
 def quantize_blocks(
     model: CausalLM,
     load: Callable[[str], BlockParams],
     recipe: Recipe,
-    hidden: list[np.ndarray],
+    hidden: Sequence[Batch],
     *,
+    store: Activations | None = None,
     report: Report | None = None,
     skip: Sequence[str] = (),
 ) -> Iterator[QuantizedBlock]:
@@ -137,10 +141,12 @@ def quantize_blocks(
     Args:
         model: may be abstract: only its structure is used.
         load: gives a block's dense parameters by its name (`model.layers.3`).
-        hidden: what enters the first block that is not skipped, one array per batch; replaced in place by what leaves each
-            block. Empty for a recipe that needs no data.
+        hidden: what enters the first block that is not skipped, one array per batch. Empty for a recipe that needs no data.
+            Callers should drop it: what enters a block is freed here as soon as all that leaves it is there.
+        store: takes what leaves each block, under the block's name, before the block is yielded; left out, memory.
         skip: names of leading blocks that are finished already (`hidden` is what left the last of them).
     """
+    store = store or Activations()
     for key, block in model.blocks.items():
         name = ".".join((*model.block_path, key))
         if name in skip:
@@ -159,7 +165,7 @@ def quantize_blocks(
             yield QuantizedBlock(name, quantized, reports)
             continue
         blockdef = nnx.split(block)[0]
-        quantized, hidden[:] = _quantize_block_in_order(blockdef, block, params, recipe, hidden, prefix, width, note)
+        quantized, hidden = _quantize_block_in_order(blockdef, block, params, recipe, hidden, name, width, store, note)
         yield QuantizedBlock(name, quantized, reports)
 
 
@@ -168,49 +174,63 @@ def _quantize_block_in_order(
     block: Block,
     params: BlockParams,
     recipe: Recipe,
-    hidden: list[np.ndarray],
-    prefix: str,
+    hidden: Sequence[Batch],
+    name: str,
     hidden_size: int,
+    store: Activations,
     report: Report,
-) -> tuple[BlockParams, list[np.ndarray]]:
+) -> tuple[BlockParams, list[Batch]]:
     """One block, group after group: packed parameters, and what leaves the block with quantized weights."""
-    dense, packed = dict(params), dict(params)
+    dense, packed, prefix = dict(params), dict(params), name + "."
     kept: list[Kept] = [{} for _ in hidden]
     for group, layers in block.groups.items():
         paths = [f"{layer}.weight" for layer in layers]
         if not any(recipe.rule_for(prefix + path) for path in paths):
             continue
-        stats = _observe_all(blockdef, nested(dense), hidden, kept, group)
+        stats = _observe_all(blockdef, nested(dense), hidden, kept, group, store)
         packed = quantize_block(
             packed, recipe, dict.fromkeys(paths, stats), prefix=prefix, hidden_size=hidden_size, report=report
         )
         for path in paths:
             if isinstance(packed[path], QuikWeight):
                 dense[path] = dequantize(packed[path]).astype(params[path].dtype)
-    return packed, _forward_all(blockdef, nested(dense), hidden, kept)
+    return packed, store.put(name, _forward_all(blockdef, nested(dense), hidden, kept))
 
 
 def _observe_all(
-    blockdef: nnx.GraphDef[Block], params: Mapping[str, Any], hidden: list[np.ndarray], kept: list[Kept], group: str
+    blockdef: nnx.GraphDef[Block],
+    params: Mapping[str, Any],
+    hidden: Sequence[Batch],
+    kept: Sequence[Kept],
+    group: str,
+    store: Activations,
 ) -> LayerStats:
-    """Statistics of what a group reads, over all batches. The tensor itself joins `kept` while there is room."""
-    seen = jax.eval_shape(partial(_inputs, blockdef, group=group), params, hidden[0], kept[0])
+    """Statistics of what a group reads, over all batches. The tensor itself joins `kept`, up to KEPT_BYTES in all."""
+    seen = jax.eval_shape(partial(_inputs, blockdef, group=group), params, read(hidden[0]), _read_kept(kept[0]))
     stats = empty_stats(seen.shape[-1], group=group)
-    for batch, known in zip(hidden, kept, strict=True):
-        x, stats = _observe(blockdef, params, batch, known, stats, group)
-        if len(hidden) * (sum(array.nbytes for array in known.values()) + x.nbytes) <= KEPT_BYTES:
-            known[group] = np.asarray(x)
+    for index, (batch, known) in enumerate(zip(hidden, kept, strict=True)):
+        before = _read_kept(known)
+        x, stats = _observe(blockdef, params, read(batch), before, stats, group)
+        # Waiting for it keeps later batches out of memory until they are needed.
+        x.block_until_ready()
+        if len(hidden) * (sum(array.nbytes for array in before.values()) + x.nbytes) <= KEPT_BYTES:
+            known[group] = store.keep(group, index, np.asarray(x))
     return stats
 
 
 def _forward_all(
-    blockdef: nnx.GraphDef[Block], params: Mapping[str, Any], hidden: list[np.ndarray], kept: list[Kept]
-) -> list[np.ndarray]:
-    return [np.asarray(_forward(blockdef, params, batch, known)) for batch, known in zip(hidden, kept, strict=True)]
+    blockdef: nnx.GraphDef[Block], params: Mapping[str, Any], hidden: Sequence[Batch], kept: Sequence[Kept]
+) -> Iterator[np.ndarray]:
+    for batch, known in zip(hidden, kept, strict=True):
+        yield np.asarray(_forward(blockdef, params, read(batch), _read_kept(known)))
+
+
+def _read_kept(kept: Kept) -> dict[str, np.ndarray]:
+    return {group: read(x) for group, x in kept.items()}
 
 
 def _run(
-    blockdef: nnx.GraphDef[Block], params: Mapping[str, Any], hidden: Float[Array, "batch length hidden"], kept: Kept
+    blockdef: nnx.GraphDef[Block], params: Mapping[str, Any], hidden: Float[Array, "batch length hidden"], kept: dict[str, Any]
 ) -> tuple[Float[Array, "batch length hidden"], dict[str, Array]]:
     """What leaves a block, and what each group of layers read. Under `jit`, what led to a kept tensor is dead code."""
     seen: dict[str, Array] = {}
@@ -227,7 +247,7 @@ def _inputs(
     blockdef: nnx.GraphDef[Block],
     params: Mapping[str, Any],
     hidden: Float[Array, "batch length hidden"],
-    kept: Kept,
+    kept: dict[str, Any],
     *,
     group: str,
 ) -> Float[Array, "batch length k"]:
@@ -239,7 +259,7 @@ def _observe(
     blockdef: nnx.GraphDef[Block],
     params: Mapping[str, Any],
     hidden: Float[Array, "batch length hidden"],
-    kept: Kept,
+    kept: dict[str, Any],
     stats: LayerStats,
     group: str,
 ) -> tuple[Float[Array, "batch length k"], LayerStats]:
@@ -249,6 +269,6 @@ def _observe(
 
 @partial(jax.jit, static_argnames=("blockdef",))
 def _forward(
-    blockdef: nnx.GraphDef[Block], params: Mapping[str, Any], hidden: Float[Array, "batch length hidden"], kept: Kept
+    blockdef: nnx.GraphDef[Block], params: Mapping[str, Any], hidden: Float[Array, "batch length hidden"], kept: dict[str, Any]
 ) -> Float[Array, "batch length hidden"]:
     return _run(blockdef, params, hidden, kept)[0]

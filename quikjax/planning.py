@@ -225,6 +225,7 @@ def make_plan(
     length: int | None = None,
     samples: int = 16,
     seqlen: int | None = None,
+    activation_bytes: int | None = None,
     device: Device = devices.CPU,
     memory_bytes: int,
 ) -> Plan:
@@ -237,6 +238,7 @@ def make_plan(
         dtype: of activations and of what stays unquantized.
         batch, length: texts at once, and tokens in each (prompt and continuation) when it runs; 2048 or the model's context.
         samples, seqlen: calibration sequences and their length; 2048 or the model's context.
+        activation_bytes: of host memory for activations; left out, a quarter of this machine's. What takes more is on disk.
         device, memory_bytes: where it runs, and what one such device holds.
 
     Raises:
@@ -261,6 +263,10 @@ def make_plan(
     tokens = samples if recipe.needs_data() else 0
     run = memory.running(footprint, batch, length)
     gptq = any(layer.method == "gptq" for layer in rows.layers)
+    budget = memory.default_activation_bytes() if activation_bytes is None else activation_bytes
+    quantizing = memory.quantizing(footprint, tokens, seqlen, gptq=gptq, activation_budget=budget)
+    if problem := memory.budget_problem(quantizing.activations, budget):
+        problems.append(problem)
     return Plan(
         model_type=str(config["model_type"]),
         recipe=recipe.name,
@@ -274,7 +280,7 @@ def make_plan(
         has_headers=source is not None,
         layers=tuple(rows.layers),
         dense=tuple(rows.dense),
-        quantizing=memory.quantizing(footprint, tokens, seqlen, gptq=gptq),
+        quantizing=quantizing,
         running=run,
         devices_needed=memory.devices_needed(run, memory_bytes, model.config),
         problems=(*problems, *rows.problems),

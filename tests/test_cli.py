@@ -13,7 +13,8 @@ Run = Callable[..., "subprocess.CompletedProcess[str]"]
 @pytest.fixture(scope="module")
 def artifact(quikjax_command: Run, tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("artifacts") / "quik-4b"
-    done = quikjax_command("quantize", tiny_checkpoint, "--out", out, "--samples", "4", "--seqlen", "64", "--json")
+    arguments = ("--samples", "4", "--seqlen", "64", "--activation-memory", "0.0003", "--json")
+    done = quikjax_command("quantize", tiny_checkpoint, "--out", out, *arguments)
     assert done.returncode == 0, done.stderr
     figures = json.loads(done.stdout)
     assert figures["quantized_layers"] == 21
@@ -23,6 +24,8 @@ def artifact(quikjax_command: Run, tiny_checkpoint: Path, tmp_path_factory: pyte
     assert [line for line in lines if line.startswith("calibration")] == [
         "calibration  4 x 64 tokens of pydoc_data.topics (the other three of four topics)"
     ]
+    assert "activations  in memory up to 0.3 MB, beyond that on disk" in lines
+    assert len(out.with_name("quik-4b.log.jsonl").read_text().splitlines()) == 1 + 21
     assert sum("dB" in line for line in lines) == 21
     assert any("W8A8" in line and "down_proj" in line for line in lines)
     return out
@@ -60,6 +63,11 @@ def test_eval_prints_what_it_promises(quikjax_command: Run, artifact: Path, tiny
         (["quantize", "MODEL", "--out", "x", "--calibration", "EMPTY"], "is empty"),
         (["quantize", "MODEL", "--out", "x", "--calibration", "SHORT"], "are needed; give more text"),
         (["quantize", "MODEL", "--out", "x", "--dtype", "float64"], 'no dtype "float64"'),
+        (["quantize", "MODEL", "--out", "x", "--activation-memory", "0"], "more than 0, not 0"),
+        (
+            ["quantize", "MODEL", "--out", "x", "--seqlen", "64", "--activation-memory", "1e-5"],
+            "take 0.111 MB at once and --activation-memory allows 0.01 MB; give --activation-memory 0.001 (GB) or more",
+        ),
         (["quantize", "MODEL", "--out", "MODEL"], "exists; choose another directory"),
         (["generate", "ARTIFACT", ""], "the prompt is empty"),
         (["generate", "ARTIFACT", "x" * 250, "--max-new-tokens", "60"], "exceed the model's context of 256"),

@@ -50,8 +50,12 @@ def last_line(done: "subprocess.CompletedProcess[str]") -> str:
 
 
 def test_plan_prints_rows_totals_and_reasons(quikjax_command: Run, tiny_checkpoint: Path) -> None:
-    done = quikjax_command("plan", tiny_checkpoint, "--memory", "0.5", "--length", "100")
+    done = quikjax_command("plan", tiny_checkpoint, "--memory", "0.5", "--length", "100", "--activation-memory", "0.001")
     assert done.returncode == 0, done.stderr
+    # 4096 tokens in float32: 64 numbers enter a block and 64 leave it, and its groups read 64, 64, 64 and 112.
+    assert (
+        "442.4 kB of activations in host memory (16 x 256 tokens, read one sequence at a time from 7.1 MB on disk)" in done.stdout
+    )
     row = next(line for line in done.stdout.splitlines() if "self_attn.k_proj" in line)
     assert [cell.strip() for cell in row.strip("|").split("|")][1:6] == ["3", "32 x 64", "W4A4", "gptq", "4"]
     assert "[1] xla (mosaic: Mosaic kernels need a Hopper GPU" in done.stdout

@@ -1,6 +1,7 @@
 """The commands: quantize, generate, eval, demo; plan and report are in `inspect`, export in `export`."""
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -54,14 +55,25 @@ def quantize(
     calibration: Annotated[str, typer.Option(help="A UTF-8 text file, pydoc, or wikitext2.")] = "pydoc",
     samples: Annotated[int, typer.Option(help="Calibration sequences.")] = 16,
     seqlen: Annotated[int, typer.Option(help="Tokens per calibration sequence.")] = 2048,
+    activation_memory: Annotated[
+        float | None,
+        typer.Option(
+            help="GB (10^9 bytes) of memory for activations between blocks; what takes more is on disk, in OUT.work, and the "
+            "result is the same. Left out, a quarter of all memory."
+        ),
+    ] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16: of all that is not quantized.")] = "float32",
     force: Annotated[bool, typer.Option("--force", help="Replace an artifact that exists, once the new one is whole.")] = False,
     restart: Annotated[bool, typer.Option("--restart", help="Forget what a killed run has finished.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Quantize a published model and save it. A killed run goes on where it stopped."""
+    """Quantize a published model and save it. A killed run goes on where it stopped.
+
+    OUT.log.jsonl, beside the artifact, gets a line for each layer as it is done: follow it with tail -f.
+    """
     from quikjax.cli.show import Lines, duration, megabytes, say
     from quikjax.conversion import convert, refuse_existing
+    from quikjax.memory import default_activation_bytes
     from quikjax.recipe import find_recipe
     from quikjax.sizes import size_of_artifact, sizes_of_layers
     from quikjax.texts import calibration_text, calibration_windows, tokenize
@@ -70,6 +82,7 @@ def quantize(
     chosen = find_recipe(recipe)
     if outliers is not None:
         chosen = chosen.with_outliers(parse_outliers(outliers))
+    activation_bytes = parse_activation_memory(activation_memory)
     floating = parse_dtype(dtype)
     refuse_existing(out, force=force)
     text = calibration_text(calibration) if chosen.needs_data() else None
@@ -77,6 +90,8 @@ def quantize(
     say(f"recipe       {chosen.name}" + (f", outliers {outliers}" if outliers is not None else ""))
     if text is not None:
         say(f"calibration  {samples} x {seqlen} tokens of {text.origin}")
+        budget = default_activation_bytes() if activation_bytes is None else activation_bytes
+        say(f"activations  in memory up to {megabytes(budget)}, beyond that on disk")
     say(f"output       {out}")
 
     def windows(tokenizer: Any) -> Any:
@@ -85,7 +100,15 @@ def quantize(
 
     try:
         done = convert(
-            model, out, chosen, None if text is None else windows, dtype=floating, force=force, restart=restart, progress=Lines()
+            model,
+            out,
+            chosen,
+            None if text is None else windows,
+            dtype=floating,
+            force=force,
+            restart=restart,
+            activation_bytes=activation_bytes,
+            progress=Lines(),
         )
     except KeyboardInterrupt:
         raise QuikError("interrupted; finished blocks are kept, run the same command again to go on") from None
@@ -224,6 +247,19 @@ def parse_outliers(text: str) -> int | float:
         return float(text) if "." in text else int(text)
     except (ValueError, ZeroDivisionError):
         raise QuikError(f'--outliers takes a count or a fraction such as 0.0625 or 1/16, not "{text}"') from None
+
+
+def parse_activation_memory(gigabytes: float | None) -> int | None:
+    """GB as bytes.
+
+    >>> parse_activation_memory(0.5), parse_activation_memory(None)
+    (500000000, None)
+    """
+    if gigabytes is None:
+        return None
+    if not 0 < gigabytes < math.inf:
+        raise QuikError(f"--activation-memory takes the GB that activations may use, more than 0, not {gigabytes:g}")
+    return int(gigabytes * 1e9)
 
 
 def parse_dtype(name: str) -> Any:

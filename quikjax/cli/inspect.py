@@ -23,6 +23,9 @@ def plan(
     length: Annotated[int | None, typer.Option(help="Tokens in each; left out, 2048 or the model's context.")] = None,
     samples: Annotated[int, typer.Option(help="Calibration sequences.")] = 16,
     seqlen: Annotated[int | None, typer.Option(help="Tokens in each; left out, 2048 or the model's context.")] = None,
+    activation_memory: Annotated[
+        float | None, typer.Option(help="As `quantize` takes it: GB of memory for activations; left out, a quarter of all.")
+    ] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16: of all that is not quantized.")] = "float32",
     device: Annotated[str, typer.Option(help="here, cpu, h100, h200, a100 or l40s.")] = "here",
     memory: Annotated[float | None, typer.Option(help="GB (10^9 bytes) that one device holds; left out, the device's.")] = None,
@@ -32,7 +35,7 @@ def plan(
 
     Everything that would go wrong is listed at once; the exit status is then 1.
     """
-    from quikjax.cli.app import parse_dtype, parse_outliers, print_json
+    from quikjax.cli.app import parse_activation_memory, parse_dtype, parse_outliers, print_json
     from quikjax.recipe import find_recipe
 
     chosen = find_recipe(recipe)
@@ -40,6 +43,7 @@ def plan(
         chosen = chosen.with_outliers(parse_outliers(outliers))
     if memory is not None and memory <= 0:
         raise QuikError(f"--memory takes the GB of one device, not {memory:g}")
+    activation_bytes = parse_activation_memory(activation_memory)
     floating = parse_dtype(dtype)
 
     from quikjax.planning import describe, find_device, make_plan
@@ -55,6 +59,7 @@ def plan(
         length=length,
         samples=samples,
         seqlen=seqlen,
+        activation_bytes=activation_bytes,
         device=there,
         memory_bytes=held,
     )
@@ -115,7 +120,9 @@ def _plan_text(model: str, plan: "Plan") -> str:
         f"embeddings and head {_size(plan.rest_bytes)}",
         f"to quantize  {_size(quantizing.device)} on the device (a block {_size(quantizing.block)}, work "
         f"{_size(quantizing.work)}; embeddings {_size(quantizing.rest)} before it), {_size(quantizing.host)} of activations in "
-        f"host memory ({plan.samples} x {plan.seqlen} tokens): {_verdict(plan.quantizing_fits)}",
+        f"host memory ({plan.samples} x {plan.seqlen} tokens"
+        + (f", read one sequence at a time from {_size(quantizing.spilled)} on disk" if quantizing.spilled else "")
+        + f"): {_verdict(plan.quantizing_fits)}",
         f"to run       {_size(running.total)} with {plan.batch} x {plan.length} tokens (weights "
         f"{_size(running.blocks + running.rest)}, keys and values {_size(running.cache)}, temporaries "
         f"{_size(running.temporaries)}): {_where(plan)}",

@@ -175,6 +175,18 @@ def test_memory_of_quantizing_by_hand() -> None:
     # What is kept stops at a gigabyte: of 5 million tokens gate and up read 0.64 GB, and down_proj 1.12 more.
     many = memory.quantizing(SMALL, 1000, 5000, gptq=True)
     assert many.host == 2 * 5_000_000 * 64 * 2 + 5_000_000 * 64 * 2
+    assert many.spilled == 0
+
+
+def test_activations_beyond_their_budget_are_planned_on_disk() -> None:
+    whole = memory.quantizing(SMALL, 3, 20, gptq=True).host
+    assert memory.quantizing(SMALL, 3, 20, gptq=True, activation_budget=whole).host == whole
+    less = memory.quantizing(SMALL, 3, 20, gptq=True, activation_budget=whole - 1)
+    assert (less.host, less.spilled) == (whole // 3, whole)
+    assert make_plan(tiny_config(), memory_bytes=GB, activation_bytes=10**6).quantizing.spilled > 10**6
+    (problem,) = make_plan(tiny_config(), memory_bytes=GB, activation_bytes=1000).problems
+    assert problem.endswith("give --activation-memory 0.001 (GB) or more, or a smaller --seqlen")
+    assert not make_plan(tiny_config(), "rtn-w4a4", memory_bytes=GB, activation_bytes=1000).problems
 
 
 @pytest.mark.parametrize("in_turn", [False, True])
