@@ -3,11 +3,11 @@
     python benchmarks/quantize_block.py [--shape llama-2-7b] [--samples 8] [--seqlen 2048] [--recipe quik-4b] [--dtype float32]
 
 Random weights and activations in the shape of a published model; every part is the pipeline's own function, compiled before it is
-timed. Beside GPTQ stands what it cannot avoid, timed in the same run: every column's error goes into all later columns,
+timed. Beside GPTQ stands what it cannot avoid, every column's error into all later columns,
 
     N B (K - B) + N B^2 / 2   multiply-adds for N rows, B base columns of K,
 
-of which all but those within a block of 128 columns are products of a block of errors with what lies behind it.
+at the rate of one large square product timed in the same run.
 """
 
 import argparse
@@ -55,20 +55,14 @@ class Clock:
         self.seconds: defaultdict[str, float] = defaultdict(float)
         self._seen: set[Any] = set()
 
-    def __call__(self, part: str, key: Any, run: Callable[[], Any], times: int = 1) -> Any:
+    def __call__(self, part: str, key: Any, run: Callable[[], Any]) -> Any:
         if (part, key) not in self._seen:
             self._seen.add((part, key))
             jax.block_until_ready(run())
         start = time.perf_counter()
         result = jax.block_until_ready(run())
-        self.seconds[part] += (time.perf_counter() - start) * times
+        self.seconds[part] += time.perf_counter() - start
         return result
-
-
-@partial(jax.jit, static_argnames=("behind",))
-def _product(errors: jax.Array, behind: int) -> jax.Array:
-    strip = jnp.ones((errors.shape[0], behind), jnp.float32)
-    return jax.lax.dot_general(strip, errors, (((0,), (0,)), ((), ())), precision=jax.lax.Precision.HIGHEST)
 
 
 _scales = jax.jit(clipped_scales, static_argnames=("bits",))
@@ -76,15 +70,16 @@ _observed = jax.jit(observe)
 _seen_by = jax.jit(_inputs, static_argnames=("blockdef", "group"))
 
 
-def unavoidable(clock: Clock, n: int, k: int, base: int, block: int) -> int:
-    """Time the products of one GPTQ run over `n` rows, alone; returns their multiply-adds."""
-    errors = jnp.ones((block, n), jnp.float32)
-    behind = [k - stop for stop in range(block, base + block, block) if k > stop]
-    # Eight sizes stand for all: a program for every one would take longer to compile than to run.
-    for some in np.array_split(behind, min(8, len(behind))) if behind else []:
-        size = int(np.mean(some))
-        clock("unavoidable products", (n, size), partial(_product, errors, size), times=len(some))
-    return sum(n * block * size for size in behind) + n * base * block // 2
+def products_rate(size: int) -> float:
+    """Multiply-adds a second of one square float32 product, the best of three: what a perfect GPTQ would run at."""
+    one = jnp.ones((size, size), jnp.float32)
+    product = jax.jit(partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST))
+    seconds = []
+    for _ in range(4):
+        start = time.perf_counter()
+        jax.block_until_ready(product(one, one))
+        seconds.append(time.perf_counter() - start)
+    return size**3 / min(seconds[1:])
 
 
 def quantize_group(clock: Clock, weights: dict[str, jax.Array], rules: dict[str, Rule], stats: LayerStats, hidden: int) -> Any:
@@ -108,7 +103,7 @@ def quantize_group(clock: Clock, weights: dict[str, jax.Array], rules: dict[str,
         run = partial(gptq, permuted, U, dead, base=base, bits=rule.weight_bits, clip=False, block=rule.block_size)
         q, s, outliers = clock("GPTQ", (n, k), run)
         results[path] = dequantize(pack(q, s, outliers, columns, rule, W.shape, (1,), None))
-        products += unavoidable(clock, n, k, base, rule.block_size)
+        products += n * base * (k - base) + n * base * base // 2
     return results, products
 
 
@@ -153,7 +148,7 @@ def main() -> None:
     clock("forward", "out", lambda: [jnp.asarray(h) for h in _forward_all(blockdef, nested(params), hidden, kept)])
 
     seconds = dict(clock.seconds)
-    alone = seconds.pop("unavoidable products")
+    alone = products / products_rate(min(width, 4096))
     total = sum(seconds.values())
     print(f"one block of {arguments.shape}, {arguments.samples} x {arguments.seqlen} tokens, {recipe.name}, {dtype}\n")
     print("| part | seconds | share |\n|---|---:|---:|")
@@ -161,7 +156,7 @@ def main() -> None:
         print(f"| {part} | {value:.2f} | {value / total:.0%} |")
     print(f"| together | {total:.2f} | |")
     ratio = seconds["GPTQ"] / alone
-    print(f"\nGPTQ over the products that it cannot avoid ({2 * products / 1e12:.2f} TFLOP, {alone:.2f} s alone): {ratio:.2f}x")
+    print(f"\nGPTQ over the products that it cannot avoid ({2 * products / 1e12:.2f} TFLOP, {alone:.2f} s): {ratio:.2f}x")
     print(f"all {fields['num_hidden_layers']} blocks: {total * fields['num_hidden_layers'] / 60:.0f} min")
     device = jax.devices()[0]
     print(
