@@ -119,18 +119,29 @@ class YarnRope(Rope):
         return size * math.log(self.original / (turns * 2 * math.pi)) / (2 * math.log(self.theta))
 
 
+# From this many positions on, a CPU computes their cosines apart.
+_MANY = 64
+
+
+def _apart(*tables: Float32[Array, "batch length half"]) -> tuple[Float32[Array, "batch length half"], ...]:
+    """The same numbers, computed once: fused with what reads them, XLA on a CPU would compute every cosine again for every head.
+
+    It drops optimization barriers before it fuses, but fuses no product.
+    """
+    one = jnp.eye(tables[0].shape[-1], dtype=jnp.float32)
+    return tuple(jnp.matmul(table, one, precision=jax.lax.Precision.HIGHEST) for table in tables)
+
+
 def rotate(
     x: Float[Array, "batch length heads head"], positions: Int32[Array, "batch length"], rope: Rope
 ) -> Float[Array, "batch length heads head"]:
     """Rotate each pair `(x[i], x[i + head/2])` by its angle, computed in float32, in the dtype of `x`."""
     half = x.shape[-1] // 2
     angles = rope.angles(positions, x.shape[-1])
-    # Fused with what reads it, XLA would compute every cosine again for every head; it never fuses a product.
-    one = jnp.eye(half, dtype=jnp.float32)
-    cos, sin = (
-        jnp.matmul(turned(angles) * rope.amplitude, one, precision=jax.lax.Precision.HIGHEST)[:, :, None]
-        for turned in (jnp.cos, jnp.sin)
-    )
+    cos, sin = (turned(angles) * rope.amplitude for turned in (jnp.cos, jnp.sin))
+    if positions.shape[1] >= _MANY:
+        cos, sin = jax.lax.platform_dependent(cos, sin, cpu=_apart, default=lambda *tables: tables)
+    cos, sin = cos[:, :, None], sin[:, :, None]
     first, second = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 

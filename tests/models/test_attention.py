@@ -9,6 +9,7 @@ import pytest
 
 from quikjax.models.attention import attend
 from quikjax.models.base import KeyValues, Place
+from quikjax.models.rope import Rope, rotate
 
 HEAD = 8
 
@@ -84,3 +85,17 @@ def test_gradients_flow_through_the_pieces() -> None:
     step = 1e-2 * towards / jnp.linalg.norm(towards)
     slope = (loss(q + step) - loss(q - step)) / 2
     np.testing.assert_allclose(jnp.vdot(gradient, step), slope, rtol=1e-2)
+
+
+@pytest.mark.parametrize("jitted", [False, True])
+def test_many_positions_turn_as_each_alone(jitted: bool) -> None:
+    x = jnp.asarray(np.random.default_rng(2).normal(size=(2, 100, 3, HEAD)), jnp.float32)
+    positions = jnp.asarray(np.stack([np.arange(100), np.arange(100) + 3000]), jnp.int32)
+    run = jax.jit(rotate, static_argnums=2) if jitted else rotate
+    whole = run(x, positions, Rope())
+    parts = [run(x[:, i : i + 20], positions[:, i : i + 20], Rope()) for i in range(0, 100, 20)]
+    np.testing.assert_allclose(whole, jnp.concatenate(parts, axis=1), atol=1e-6)
+    angles = np.asarray(positions)[..., None] * 10000.0 ** (-np.arange(0, HEAD, 2) / HEAD)
+    first, second = np.asarray(x[..., : HEAD // 2], np.float64), np.asarray(x[..., HEAD // 2 :], np.float64)
+    turned = first * np.cos(angles)[:, :, None] - second * np.sin(angles)[:, :, None]
+    np.testing.assert_allclose(whole[..., : HEAD // 2], turned, atol=2e-3)  # float32 angles of up to 3100
