@@ -33,7 +33,7 @@ from quikjax.errors import QuikError
 from quikjax.models.registry import abstract_model
 
 ARRAYS, TOKENIZER, REPORT = "arrays", "tokenizer", "report.jsonl"
-OURS = {MANIFEST, f"{MANIFEST}.tmp", ARRAYS, TOKENIZER, REPORT}
+OURS = {MANIFEST, f"{MANIFEST}.tmp", ARRAYS, TOKENIZER, REPORT, f"{REPORT}.tmp"}
 
 
 class Writer:

@@ -234,3 +234,20 @@ def test_nothing_is_said_on_stdout_or_by_orbax(tmp_path: Path) -> None:
     assert "orbax" not in said
     assert "OCDBT" not in said
     assert "sharding" not in said.lower()
+
+
+@pytest.mark.parametrize("torn", ["quikjax.json.tmp", "report.jsonl.tmp", "arrays/block.1.json.tmp", "report.jsonl"])
+def test_a_file_torn_by_a_kill_does_not_stand_in_the_way(tmp_path: Path, torn: str) -> None:
+    def write(path: Path) -> None:
+        with checkpoint.Writer(path, recipe={"name": "r"}, resume=True) as writer:
+            for name in PARTS:
+                if name not in writer.completed_parts():
+                    writer.write_part(name, part(name))
+            writer.finish(report=[{"layer": name} for name in PARTS])
+
+    write(tmp_path / "whole")
+    with checkpoint.Writer(tmp_path / "a", recipe={"name": "r"}, resume=True) as writer:
+        writer.write_part(PARTS[0], part(PARTS[0]))
+    (tmp_path / "a.partial" / torn).write_text('{"lay')
+    write(tmp_path / "a")
+    assert read_directory(tmp_path / "a") == read_directory(tmp_path / "whole")
