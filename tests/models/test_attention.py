@@ -15,22 +15,18 @@ HEAD = 8
 
 
 def expected(q: Any, k: Any, v: Any, positions: Any, scale: float, slopes: Any) -> np.ndarray:
-    """Softmax over what each position may see, written one number after the other."""
-    batch, length, heads, _ = q.shape
+    """Softmax over what each position may see, one head after the other."""
     out = np.zeros(q.shape, np.float64)
-    for b in range(batch):
-        for h in range(heads):
-            key, value = k[b, :, h * k.shape[2] // heads], v[b, :, h * k.shape[2] // heads]
-            for i in range(length):
-                if positions[b, i] < 0:
-                    continue
-                seen = [j for j in range(length) if 0 <= positions[b, j] <= positions[b, i]]
-                scores = key[seen] @ q[b, i, h] * scale
-                if slopes is not None:
-                    coarse = np.asarray(positions[b, seen], jnp.bfloat16).astype(np.float64)
-                    scores = scores + slopes[h] * coarse * scale
-                weights = np.exp(scores - scores.max())
-                out[b, i, h] = weights @ value[seen] / weights.sum()
+    for b, p in enumerate(positions):
+        seen = (p[None, :] >= 0) & (p[None, :] <= p[:, None])
+        for h in range(q.shape[2]):
+            shared = h * k.shape[2] // q.shape[2]
+            scores = q[b, :, h] @ k[b, :, shared].T * scale
+            if slopes is not None:
+                scores = scores + slopes[h] * np.asarray(p, jnp.bfloat16).astype(np.float64) * scale
+            scores = np.where(seen, scores, -1e9)
+            weights = np.where(seen, np.exp(scores - scores.max(axis=1, keepdims=True)), 0)
+            out[b, p >= 0, h] = (weights @ v[b, :, shared])[p >= 0] / weights[p >= 0].sum(axis=1, keepdims=True)
     return out
 
 
