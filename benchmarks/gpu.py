@@ -207,7 +207,7 @@ def split(run: Run) -> None:
         outliers = inputs // 16
         for producer in (api.Identity(), api.RmsNorm(), api.SiluMul()):
             columns = jax.random.permutation(jax.random.key(1), inputs).astype(jnp.int32)
-            parameters = tuple(jnp.ones(inputs) for _ in range(producer.parameters))
+            parameters = tuple(jnp.ones(inputs, run.dtype) for _ in range(producer.parameters))
 
             def run_split(
                 *tensors: jax.Array, columns: Any = columns, parameters: Any = parameters, producer: Any = producer

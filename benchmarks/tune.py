@@ -79,7 +79,7 @@ def tune_split(spec: LinearSpec, rows: int, clock: gpu_timing.Clock) -> SplitTil
     """The best tiles of `split_quantize` for a layer's input on the current device."""
     columns = jax.random.permutation(jax.random.key(0), spec.inputs).astype(jnp.int32)
     tiled = layout.tile_columns(columns, spec.base, spec.inputs)
-    parameters = tuple(jnp.ones(spec.inputs) for _ in range(spec.producer.parameters))
+    parameters = tuple(jnp.ones(spec.inputs, jnp.bfloat16) for _ in range(spec.producer.parameters))
 
     def make(key: jax.Array) -> tuple[Any, ...]:
         shape = (rows, spec.inputs)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from quikjax.pallas_kernels import in_place, reference
-from quikjax.pallas_kernels.choice import BACKENDS, BackendError, Choice, Problem, choose
+from quikjax.pallas_kernels.choice import BACKENDS, SPLIT, BackendError, Choice, Problem, choose
 from quikjax.pallas_kernels.devices import Device, current_device
 from quikjax.pallas_kernels.layout import Packed, from_tiles, pack, to_tiles
 from quikjax.pallas_kernels.reference import Split
@@ -104,7 +104,7 @@ def split_quantize(
     outlier_dtype = inputs[0].dtype
     # Outputs play no part in a split; a multiple of 8 keeps the product's own conditions out of the choice.
     problem = Problem(rows, k, 8, base, jnp.int8, bits, jnp.dtype(inputs[0].dtype), jnp.dtype(outlier_dtype), producer)
-    taken = choose(problem, device, backend).backend
+    taken = choose(problem, device, backend, SPLIT).backend
     flat = tuple(x.reshape(rows, k) for x in inputs)
     if taken == "mosaic":
         from quikjax.pallas_kernels import mosaic_layer
@@ -143,7 +143,7 @@ def quik_matmul(
     if taken == "mosaic":
         from quikjax.pallas_kernels import mosaic_layer
 
-        y = mosaic_layer.product(mosaic_layer.tile_split(flat, packed), rows, packed, bias, bits, out_dtype, device)
+        y = mosaic_layer.product(mosaic_layer.tile_split(flat), rows, packed, bias, bits, out_dtype, device)
     elif taken == "triton":
         from quikjax.pallas_kernels import triton_layer
 

@@ -1,7 +1,12 @@
-"""Which backend runs a QUIK layer, decided by pure predicates that return `None` (it can) or a reason a person can read."""
+"""Which backend runs a QUIK layer, decided by pure predicates that return `None` (it can) or a reason a person can read.
+
+A whole layer asks less of Mosaic than a split alone: where the kernel that splits cannot hold a token, XLA splits it for the
+kernel that multiplies.
+"""
 
 import dataclasses
 import importlib.util
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -89,18 +94,23 @@ def why_not_mosaic(problem: Problem, device: Device) -> str | None:
         return reason
     if problem.outputs % 8:
         return f"{problem.outputs} outputs are not a multiple of 8, which the copy engine needs"
-    if problem.bits < 16:
-        from quikjax.pallas_kernels.split_quantize import mosaic as split
-
-        return split.why_not(
-            problem.inputs,
-            layout.up(problem.base, layout.COLUMN_TILE),
-            layout.up(problem.outliers, layout.COLUMN_TILE),
-            problem.dtype,
-            problem.producer,
-            split.default_tiles(problem.rows, problem.inputs, problem.producer),
-        )
     return None
+
+
+def why_not_mosaic_split(problem: Problem, device: Device) -> str | None:
+    """Mosaic's `split_quantize`, the producer fused into it."""
+    if (reason := why_not_mosaic(problem, device)) is not None:
+        return reason
+    from quikjax.pallas_kernels.split_quantize import mosaic as split
+
+    return split.why_not(
+        problem.inputs,
+        layout.up(problem.base, layout.COLUMN_TILE),
+        layout.up(problem.outliers, layout.COLUMN_TILE),
+        problem.dtype,
+        problem.producer,
+        split.default_tiles(problem.rows, problem.inputs, problem.producer),
+    )
 
 
 def why_not_triton(problem: Problem, device: Device) -> str | None:
@@ -114,34 +124,41 @@ def why_not_triton(problem: Problem, device: Device) -> str | None:
     return _why_no_kernel(problem)
 
 
-PREDICATES = {"mosaic": why_not_mosaic, "triton": why_not_triton, "xla": why_not_xla}
+Predicates = Mapping[str, Callable[[Problem, Device], str | None]]
+LAYER: Predicates = {"mosaic": why_not_mosaic, "triton": why_not_triton, "xla": why_not_xla}
+SPLIT: Predicates = {**LAYER, "mosaic": why_not_mosaic_split}
 
 
-def choose(problem: Problem, device: Device, backend: str | None = None) -> Choice:
-    """The backend for a problem: the one named, or the first of `BACKENDS` that can run.
+def choose(problem: Problem, device: Device, backend: str | None = None, predicates: Predicates = LAYER) -> Choice:
+    """The backend for a problem: the one named, or the first of `BACKENDS` that can run. `predicates`: of a layer or a split.
 
     Raises:
         BackendError: the named backend does not exist or cannot run this, in one sentence; or none can.
     """
     if backend is not None:
-        if backend not in PREDICATES:
+        if backend not in predicates:
             raise BackendError(f"there is no backend {backend!r}; choose one of {', '.join(BACKENDS)}")
-        reason = PREDICATES[backend](problem, device)
+        reason = predicates[backend](problem, device)
         if reason is not None:
             raise BackendError(f"backend {backend!r} cannot run this layer: {reason}")
         return Choice(backend, "asked for by name", {})
     refused: dict[str, str] = {}
     for name in BACKENDS:
-        reason = PREDICATES[name](problem, device)
+        reason = predicates[name](problem, device)
         if reason is None:
-            return Choice(name, _praise(name, refused), refused)
+            return Choice(name, _praise(name, problem, device, refused), refused)
         refused[name] = reason
     raise BackendError(f"no backend can run this layer: {refused['xla']}")
 
 
-def _praise(name: str, refused: dict[str, str]) -> str:
+def _praise(name: str, problem: Problem, device: Device, refused: dict[str, str]) -> str:
     if name == "mosaic":
-        return "fused int8 tensor-core kernels on Hopper"
+        if problem.bits == 16:
+            return "weights widened in registers on Hopper"
+        # What stands before a split is fused into it where that fits too.
+        alone = dataclasses.replace(problem, producer=Identity())
+        reason = why_not_mosaic_split(alone, device)
+        return "fused int8 tensor-core kernels on Hopper" + ("" if reason is None else f"; split by XLA: {reason}")
     if name == "triton":
         return "int8 tensor-core kernels; mosaic: " + refused["mosaic"]
     return "; ".join(f"{other}: {reason}" for other, reason in refused.items())

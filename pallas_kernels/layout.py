@@ -105,6 +105,14 @@ def tile_columns(columns: Shaped[Array, " _"], base: int, inputs: int) -> Shaped
     )
 
 
+def exact_columns(columns: Shaped[Array, " _"], base: int, inputs: int) -> Shaped[Array, " k"]:
+    """Columns without padding, from either form."""
+    if columns.shape[0] == inputs:
+        return columns
+    padded = up(base, COLUMN_TILE)
+    return jnp.concatenate([columns[:base], columns[padded : padded + inputs - base]])
+
+
 def to_tiles(packed: Packed) -> Packed:
     """The weight in tile form."""
     rows = up(packed.outputs, WEIGHT_TILE)
@@ -122,17 +130,13 @@ def to_tiles(packed: Packed) -> Packed:
 def from_tiles(packed: Packed) -> Packed:
     """The weight without padding."""
     n, base, outliers = packed.outputs, packed.base, packed.outlier_count
-    columns = packed.columns
-    if columns.shape[0] != packed.inputs:
-        padded = up(base, COLUMN_TILE)
-        columns = jnp.concatenate([columns[:base], columns[padded : padded + outliers]])
     return dataclasses.replace(
         packed,
         qweight=_cut(packed.qweight, (n, base)),
         scale=_cut(packed.scale, (n,)),
         reduced=_cut(packed.reduced, (n,)),
         outliers=_cut(packed.outliers, (n, outliers)),
-        columns=columns,
+        columns=exact_columns(packed.columns, base, packed.inputs),
     )
 
 

@@ -5,13 +5,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from quikjax.pallas_kernels import layout, tuned
+from quikjax.pallas_kernels import layout, reference, tuned
 from quikjax.pallas_kernels.devices import Device
 from quikjax.pallas_kernels.layout import Packed
 from quikjax.pallas_kernels.quik_matmul import mosaic as matmul_kernel
 from quikjax.pallas_kernels.reference import Split
 from quikjax.pallas_kernels.split_quantize import mosaic as split_kernel
-from quikjax.pallas_kernels.split_quantize.producers import Producer
+from quikjax.pallas_kernels.split_quantize.producers import Identity, Producer
 
 # The longest tile along the rows: scale and zero are allocated this far, so that every product may read whole tiles.
 _LONGEST_ROWS = 256
@@ -35,30 +35,37 @@ def split(
     parameters: tuple[jax.Array, ...],
     device: Device,
 ) -> TileSplit:
-    """Split `inputs` `[M, K]`; `bits = 16` only gathers (XLA fuses that with the producer)."""
+    """Split `inputs` `[M, K]`; `bits = 16` only gathers (XLA fuses that with the producer).
+
+    What one kernel cannot hold is done in two steps: the producer by XLA and the split by the kernel, or both by XLA.
+    """
     m, k = inputs[0].shape
-    columns = layout.tile_columns(columns, base, k)
+    exact, columns = layout.exact_columns(columns, base, k), layout.tile_columns(columns, base, k)
     padded_base = layout.up(base, layout.COLUMN_TILE)
     if bits == 16:
         x = producer(*inputs, *parameters)
         x = layout.pad_to(jnp.take(x, columns, axis=1, mode="clip"), (layout.up(m, 8), columns.shape[0]))
         return TileSplit(x[:, :padded_base], None, None, x[:, padded_base:] if base < k else None)
     tiles, _ = tuned.split_tiles(m, k, producer, device)
+    if split_kernel.why_not(k, padded_base, columns.shape[0] - padded_base, inputs[0].dtype, producer, tiles) is not None:
+        if producer != Identity():
+            return split((producer(*inputs, *parameters),), columns, base, bits, Identity(), (), device)
+        return tile_split(reference.split_quantize(inputs[0], exact, base, bits))
     codes, outliers, scale, zero = split_kernel.split_quantize(
         inputs, columns, base, padded_base, bits, producer, parameters, tiles, _LONGEST_ROWS
     )
     return TileSplit(codes, scale, zero, outliers)
 
 
-def tile_split(exact: Split, packed: Packed) -> TileSplit:
+def tile_split(exact: Split) -> TileSplit:
     """Tile form of a split that any backend made, `[M, ...]`."""
     rows = layout.up(exact.codes.shape[0], 8)
     long = layout.up(rows, _LONGEST_ROWS)
     outliers = None
-    if packed.outlier_count:
-        outliers = layout.pad_to(exact.outliers, (rows, layout.up(packed.outlier_count, layout.COLUMN_TILE)))
+    if count := exact.outliers.shape[1]:
+        outliers = layout.pad_to(exact.outliers, (rows, layout.up(count, layout.COLUMN_TILE)))
     return TileSplit(
-        layout.pad_to(exact.codes, (rows, layout.up(packed.base, layout.COLUMN_TILE))),
+        layout.pad_to(exact.codes, (rows, layout.up(exact.codes.shape[1], layout.COLUMN_TILE))),
         layout.pad_to(exact.scale, (long,)),
         layout.pad_to(exact.zero, (long,)),
         outliers,

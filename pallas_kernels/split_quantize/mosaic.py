@@ -31,8 +31,9 @@ from quikjax.pallas_kernels import hopper
 from quikjax.pallas_kernels.reference import SMALLEST_SCALE
 from quikjax.pallas_kernels.split_quantize.producers import Identity, LayerNorm, Producer, RmsNorm, SiluMul
 
-# Registers of a multiprocessor, the most a thread can have, and what the kernel needs beside the values it holds.
-_REGISTERS, _MOST_REGISTERS, _OTHER_REGISTERS = 65536, 255, 40
+# Registers of a multiprocessor, the most a thread can have, and what the kernel needs beside the values it holds: more with a
+# norm (with 40 a LayerNorm of 14848 columns spilled eight).
+_REGISTERS, _MOST_REGISTERS, _OTHER_REGISTERS, _NORM_REGISTERS = 65536, 255, 40, 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +52,7 @@ def default_tiles(rows: int, columns: int, producer: Producer) -> SplitTiles:
     if rows <= 256:
         tiles = SplitTiles(1, min(8, max(1, columns // 1024)))
         # Each thread needs registers beside its values, so where values are many, fewer threads hold more of them.
-        while tiles.warpgroups > 1 and _values(tiles, columns + 512, producer) > _room(tiles):
+        while tiles.warpgroups > 1 and _values(tiles, columns + 512, producer) > _room(tiles, producer):
             tiles = SplitTiles(1, tiles.warpgroups - 1)
         return tiles
     if columns <= (8192 if producer.parameters else 16384):
@@ -65,9 +66,10 @@ def _values(tiles: SplitTiles, columns: int, producer: Producer) -> int:
     return math.ceil(held * columns / (tiles.warpgroups * hopper.WARPGROUP))
 
 
-def _room(tiles: SplitTiles) -> int:
+def _room(tiles: SplitTiles, producer: Producer) -> int:
     """Registers a thread has for values."""
-    return min(_MOST_REGISTERS, _REGISTERS // (tiles.warpgroups * hopper.WARPGROUP)) - _OTHER_REGISTERS
+    others = _OTHER_REGISTERS + (_NORM_REGISTERS if producer.parameters else 0)
+    return min(_MOST_REGISTERS, _REGISTERS // (tiles.warpgroups * hopper.WARPGROUP)) - others
 
 
 def why_not(columns: int, base: int, outliers: int, dtype: Any, producer: Producer, tiles: SplitTiles) -> str | None:
@@ -83,8 +85,8 @@ def why_not(columns: int, base: int, outliers: int, dtype: Any, producer: Produc
         return f"{needed} bytes of rows do not fit into shared memory"
     if tiles.warpgroups * hopper.WARPGROUP > 1024:
         return f"{tiles.warpgroups} warpgroups are more than the 1024 threads of a block"
-    if (values := _values(tiles, base + outliers, producer)) > _room(tiles):
-        return f"{values} values per thread do not fit into {_room(tiles)} registers"
+    if (values := _values(tiles, base + outliers, producer)) > (room := _room(tiles, producer)):
+        return f"{values} values per thread do not fit into {room} registers"
     return None
 
 

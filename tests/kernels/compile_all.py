@@ -53,7 +53,8 @@ def main() -> int:
         if arguments.models and spec.model not in arguments.models:
             continue
         for rows in arguments.rows:
-            makers = [kernel_cases.product_kernel] + ([kernel_cases.split_kernel] if spec.bits < 16 else [])
+            splits = [kernel_cases.split_kernel] if kernel_cases.has_split_kernel(spec, rows) else []
+            makers = [kernel_cases.product_kernel, *splits]
             for make in makers:
                 key, function, shapes = make(spec, rows)
                 asked += 1

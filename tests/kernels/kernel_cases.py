@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from quikjax.pallas_kernels import api, layout, mosaic_layer
+from quikjax.pallas_kernels import api, choice, layout, mosaic_layer
 from quikjax.pallas_kernels.arg_specs import LinearSpec
 from quikjax.pallas_kernels.devices import H100
 
@@ -52,7 +52,7 @@ def layer_shapes(spec: LinearSpec, rows: int, dtype: Any = jnp.bfloat16) -> tupl
     )
     packed = jax.eval_shape(api.to_tiles, plain)
     inputs = tuple(s((rows, spec.inputs), dtype) for _ in range(spec.producer.inputs))
-    parameters = tuple(s((spec.inputs,), jnp.float32) for _ in range(spec.producer.parameters))
+    parameters = tuple(s((spec.inputs,), dtype) for _ in range(spec.producer.parameters))
     bias = s((spec.outputs,), jnp.float32) if spec.bias else None
     call = functools.partial(_layer, bits=spec.bits, producer=spec.producer)
     return call, (inputs, packed, bias, parameters)
@@ -62,13 +62,20 @@ def _layer(inputs: Any, packed: Any, bias: Any, parameters: Any, *, bits: int, p
     return api.linears(inputs, [packed], [bias], bits, producer=producer, parameters=parameters, backend="mosaic", device=H100)[0]
 
 
+def has_split_kernel(spec: LinearSpec, rows: int) -> bool:
+    """Whether a kernel splits for the layer. Weight-only layers quantize nothing; one layer is too wide, and XLA splits it."""
+    dtype = jnp.int4 if spec.weight_bits == 4 else jnp.int8
+    wanted = (rows, spec.inputs, spec.outputs, spec.base, dtype, spec.bits, jnp.bfloat16, jnp.bfloat16, spec.producer)
+    return spec.bits < 16 and choice.why_not_mosaic_split(choice.Problem(*wanted), H100) is None
+
+
 def split_kernel(spec: LinearSpec, rows: int) -> tuple[tuple[Any, ...], Callable[..., Any], tuple[Any, ...]]:
     """The split of a layer alone: what tells it from other splits, the function, the shapes of its arguments in tile form."""
     s = jax.ShapeDtypeStruct
     shape = (rows, spec.inputs)
     columns = layout.up(spec.base, layout.COLUMN_TILE) + layout.up(spec.outliers, layout.COLUMN_TILE)
     inputs = tuple(s(shape, jnp.bfloat16) for _ in range(spec.producer.inputs))
-    parameters = tuple(s((spec.inputs,), jnp.float32) for _ in range(spec.producer.parameters))
+    parameters = tuple(s((spec.inputs,), jnp.bfloat16) for _ in range(spec.producer.parameters))
 
     def function(inputs: Any, columns: Any, parameters: Any) -> Any:
         return mosaic_layer.split(inputs, columns, spec.base, spec.bits, spec.producer, parameters, H100)

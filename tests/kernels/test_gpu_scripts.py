@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+import kernel_cases
 import pytest
 
 from quikjax.pallas_kernels import tuned
@@ -110,7 +111,8 @@ def test_every_layer_has_candidates_and_the_default_among_what_is_legal(tune: Mo
         for spec in specs:
             base = layout.up(spec.base, layout.WEIGHT_TILE)
             for rows in ROWS:
-                assert tune.split_candidates(rows, spec.inputs, spec.outliers, spec.producer), (spec, rows)
+                splits = tune.split_candidates(rows, spec.inputs, spec.outliers, spec.producer)
+                assert bool(splits) == kernel_cases.has_split_kernel(spec, rows), (spec, rows)
                 assert tune.matmul_candidates(rows, base, spec.weight_bits, spec.bits), (spec, rows)
                 tiles, measured = tuned.matmul_tiles(rows, layout.up(spec.outputs, 128), base, spec.weight_bits, spec.bits, H100)
                 assert not measured, "nothing was measured yet: no tiles are shipped"

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 from hopper_machine import running
 
-from quikjax.pallas_kernels import api, reference, tuned
+from quikjax.pallas_kernels import api, mosaic_layer, reference, tuned
 from quikjax.pallas_kernels.devices import H100, Device
 from quikjax.pallas_kernels.quik_matmul.mosaic import MatmulTiles
+from quikjax.pallas_kernels.split_quantize import mosaic as split_kernel
 from quikjax.pallas_kernels.split_quantize.mosaic import SplitTiles
 
 PRODUCERS = [api.Identity(), api.RmsNorm(1e-5), api.LayerNorm(1e-5), api.SiluMul()]
@@ -22,7 +23,8 @@ PRODUCERS = [api.Identity(), api.RmsNorm(1e-5), api.LayerNorm(1e-5), api.SiluMul
 
 def _parameters(producer: api.Producer, inputs: int) -> tuple[jnp.ndarray, ...]:
     rng = np.random.default_rng(9)
-    return tuple(jnp.asarray(rng.normal(1, 0.2, inputs), jnp.float32) for _ in range(producer.parameters))
+    # In bfloat16, as models hold them.
+    return tuple(jnp.asarray(rng.normal(1, 0.2, inputs), jnp.bfloat16) for _ in range(producer.parameters))
 
 
 @pytest.mark.parametrize("producer", PRODUCERS, ids=lambda p: type(p).__name__)
@@ -60,6 +62,39 @@ def test_split(
     np.testing.assert_allclose(np.asarray(got.scale), np.asarray(want.scale), rtol=2**-7)
 
 
+@pytest.mark.parametrize(
+    ("producer", "inputs"),
+    [(api.Identity(), 332), (api.RmsNorm(1e-5), 332), (api.RmsNorm(1e-5), 14336)],
+    ids=["by XLA", "behind a norm, by XLA", "behind a norm, by the kernel"],
+)
+def test_a_layer_whose_split_no_kernel_can_hold_whole(
+    monkeypatch: pytest.MonkeyPatch, producer: api.Producer, inputs: int
+) -> None:
+    """332 columns are not a multiple of 8; a norm of 14336 is more than the registers of 128 threads hold, the split is not."""
+    packed = kernel_cases.weight(5, 64, inputs, 20, dtype=jnp.float16)
+    x = kernel_cases.tokens(2, (3, inputs), jnp.float16)
+    parameters = _parameters(producer, inputs)
+    want = api.split_quantize((x,), packed.columns, packed.base, 4, producer=producer, parameters=parameters, backend="xla")
+    monkeypatch.setattr(tuned, "split_tiles", lambda *_: (SplitTiles(1, 1), True))
+    splits: list[api.Producer] = []
+    kernel = split_kernel.split_quantize
+
+    def note(*arguments: Any, **keywords: Any) -> Any:
+        splits.append(arguments[5])
+        return kernel(*arguments, **keywords)
+
+    monkeypatch.setattr(split_kernel, "split_quantize", note)
+    with running(monkeypatch):
+        tiled = mosaic_layer.split((x,), api.to_tiles(packed).columns, packed.base, 4, producer, parameters, H100)
+        y = mosaic_layer.product(tiled, 3, packed, None, 4, jnp.float32, H100)
+    assert splits == ([] if inputs == 332 else [api.Identity()])
+    # XLA computes the norm either way, so nothing differs.
+    for got, expected in zip(mosaic_layer.exact_split(tiled, 3, packed.base, 20), want, strict=True):
+        np.testing.assert_array_equal(np.asarray(got), np.asarray(expected))
+    plain = reference.quik_matmul(want, packed.qweight, packed.scale, packed.reduced, packed.outliers, None, 4)
+    np.testing.assert_allclose(np.asarray(y), np.asarray(plain), rtol=1e-4, atol=1e-4 * np.abs(plain).max())
+
+
 MATMULS = [
     # rows, outputs, inputs, outliers, weight bits, activation bits, bias, tiles
     (3, 192, 576, 36, 4, 4, True, MatmulTiles(64, 8, 3, 1, 1)),
@@ -84,8 +119,6 @@ def test_product(monkeypatch: pytest.MonkeyPatch, case: tuple) -> None:
     monkeypatch.setattr(tuned, "matmul_tiles", lambda *_: (tiles, True))
     with running(monkeypatch):
         if bits == 16:
-            from quikjax.pallas_kernels import mosaic_layer
-
             split = mosaic_layer.split((x,), packed.columns, packed.base, 16, api.Identity(), (), device)
             got = mosaic_layer.product(split, rows, packed, bias, 16, jnp.float16, device)
         else:
