@@ -14,12 +14,16 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, Int32
 
-from quikjax.linear import linears
+from quikjax.linear import Produced, linears
+from quikjax.pallas_kernels import api
 from quikjax.weight import QuikWeight
 
 # Called by a block with the name of a group of layers and the tensor they all read; the block goes on with what it returns.
 # This is how calibration sees a block's inside, and spares what led to a tensor that it has kept from an earlier pass.
 Observe = Callable[[str, Array], Array]
+
+# What layers read: a tensor, or what one is made of, for the layers to make it themselves.
+Tensor = Array | Produced
 
 PADDING = -1  # the position of a token that is not there
 
@@ -82,6 +86,13 @@ class Block(nnx.Module):
     ) -> tuple[Float[Array, "batch length hidden"], KeyValues]:
         """The block's output, and its keys and values (with a cache: the cache's, these tokens written)."""
         raise NotImplementedError
+
+
+def watched(observe: Observe | None) -> Callable[[str, Tensor], Tensor]:
+    """What a block calls with each group's name and tensor: the tensor is made only if somebody observes it."""
+    if observe is None:
+        return lambda _group, x: x
+    return lambda group, x: observe(group, x.value() if isinstance(x, Produced) else x)
 
 
 class CausalLM(nnx.Module):
@@ -170,12 +181,12 @@ class Linear(nnx.Module):
         self.weight = nnx.Param(jnp.zeros((outputs, inputs), dtype))
         self.bias = nnx.Param(jnp.zeros((outputs,), dtype)) if bias else None
 
-    def __call__(self, x: Float[Array, "*batch k"]) -> Float[Array, "*batch n"]:
+    def __call__(self, x: Float[Array, "*batch k"] | Produced) -> Float[Array, "*batch n"]:
         return project(x, self)[0]
 
 
-def project(x: Float[Array, "*batch k"], *layers: Linear) -> list[Float[Array, "*batch n_i"]]:
-    """Several layers on one input: packed ones of a group split and quantize it once."""
+def project(x: Float[Array, "*batch k"] | Produced, *layers: Linear) -> list[Float[Array, "*batch n_i"]]:
+    """Several layers on one input: packed ones of a group make, split and quantize it once."""
     weights = [layer.weight.get_value() for layer in layers]
     return linears(x, weights, [None if layer.bias is None else layer.bias.get_value() for layer in layers])
 
@@ -191,7 +202,7 @@ class Embedding(nnx.Module):
 
 
 class LayerNorm(nnx.Module):
-    """`(x - mean) / sqrt(variance + eps) * weight + bias`, computed in float32; without `affine` neither weight nor bias."""
+    """`(x - mean) / sqrt(variance + eps) * weight + bias`, computed in float32; without `affine`, weight 1 and bias 0."""
 
     def __init__(self, width: int, eps: float, *, affine: bool = True, dtype: Any) -> None:
         self.weight = nnx.Param(jnp.ones((width,), dtype)) if affine else None
@@ -199,12 +210,16 @@ class LayerNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: Float[Array, "*batch width"]) -> Float[Array, "*batch width"]:
-        wide = x.astype(jnp.float32)
-        centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
-        unit = centred * jax.lax.rsqrt(jnp.mean(centred * centred, axis=-1, keepdims=True) + self.eps)
-        if self.weight is not None and self.bias is not None:
-            unit = unit * self.weight.get_value().astype(jnp.float32) + self.bias.get_value().astype(jnp.float32)
-        return unit.astype(x.dtype)
+        return self.of(x).value()
+
+    def of(self, x: Float[Array, "*batch width"]) -> Produced:
+        """The normalized tensor, not yet computed."""
+        width, affine = x.shape[-1:], (self.weight, self.bias)
+        weight, bias = (
+            jnp.full(width, empty, x.dtype) if parameter is None else parameter.get_value()
+            for parameter, empty in zip(affine, (1, 0), strict=True)
+        )
+        return Produced(api.LayerNorm(self.eps), (x,), (weight, bias))
 
 
 def unembed(hidden: Float[Array, "*batch width"], weight: Float[Array, "vocab width"]) -> Float[Array, "*batch vocab"]:

@@ -20,7 +20,20 @@ from jaxtyping import Array, Float, Int, Int32
 
 from quikjax.errors import QuikError
 from quikjax.models.attention import attend
-from quikjax.models.base import Block, CausalLM, Config, Embedding, KeyValues, LayerNorm, Linear, Observe, Place, project, unembed
+from quikjax.models.base import (
+    Block,
+    CausalLM,
+    Config,
+    Embedding,
+    KeyValues,
+    LayerNorm,
+    Linear,
+    Observe,
+    Place,
+    project,
+    unembed,
+    watched,
+)
 from quikjax.models.published import Fields
 from quikjax.models.rope import Rope, published_rope, rotate
 
@@ -190,14 +203,14 @@ class FalconBlock(Block):
         cache: KeyValues | None = None,
         observe: Observe | None = None,
     ) -> tuple[Float[Array, "batch length hidden"], KeyValues]:
-        see: Observe = observe or (lambda _group, x: x)
+        see = watched(observe)
         attention, mlp = self.self_attention, self.mlp
 
-        x = see("attention_input", self.ln_attn(hidden))
+        x = see("attention_input", self.ln_attn.of(hidden))
         mixed, written = attention.mix(attention.query_key_value(x), place, cache)
         attended = attention.dense(see("attention_output", mixed))
 
-        x = see("mlp_input", self.ln_mlp(hidden))
+        x = see("mlp_input", self.ln_mlp.of(hidden))
         x = see("mlp_output", _gelu(mlp.dense_h_to_4h(x)))
         return hidden + (mlp.dense_4h_to_h(x) + attended), written
 
@@ -219,10 +232,10 @@ class FalconOneNormBlock(FalconBlock):
         cache: KeyValues | None = None,
         observe: Observe | None = None,
     ) -> tuple[Float[Array, "batch length hidden"], KeyValues]:
-        see: Observe = observe or (lambda _group, x: x)
+        see = watched(observe)
         attention, mlp = self.self_attention, self.mlp
 
-        x = see("block_input", self.input_layernorm(hidden))
+        x = see("block_input", self.input_layernorm.of(hidden))
         fused, wide = project(x, attention.query_key_value, mlp.dense_h_to_4h)
         mixed, written = attention.mix(fused, place, cache)
         attended = attention.dense(see("attention_output", mixed))
@@ -242,14 +255,14 @@ class FalconSequentialBlock(FalconBlock):
         cache: KeyValues | None = None,
         observe: Observe | None = None,
     ) -> tuple[Float[Array, "batch length hidden"], KeyValues]:
-        see: Observe = observe or (lambda _group, x: x)
+        see = watched(observe)
         attention, mlp = self.self_attention, self.mlp
 
-        x = see("attention_input", self.input_layernorm(hidden))
+        x = see("attention_input", self.input_layernorm.of(hidden))
         mixed, written = attention.mix(attention.query_key_value(x), place, cache)
         hidden = hidden + attention.dense(see("attention_output", mixed))
 
-        x = see("mlp_input", self.post_attention_layernorm(hidden))
+        x = see("mlp_input", self.post_attention_layernorm.of(hidden))
         x = see("mlp_output", _gelu(mlp.dense_h_to_4h(x)))
         return hidden + mlp.dense_4h_to_h(x), written
 

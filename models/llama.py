@@ -7,16 +7,17 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, Int32
 
 from quikjax.errors import QuikError
+from quikjax.linear import Produced
 from quikjax.models.attention import attend
-from quikjax.models.base import Block, CausalLM, Config, Embedding, KeyValues, Linear, Observe, Place, project, unembed
+from quikjax.models.base import Block, CausalLM, Config, Embedding, KeyValues, Linear, Observe, Place, project, unembed, watched
 from quikjax.models.published import Fields
 from quikjax.models.rope import Rope, published_rope, rotate
+from quikjax.pallas_kernels import api
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,9 +79,11 @@ class RMSNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: Float[Array, "*batch width"]) -> Float[Array, "*batch width"]:
-        wide = x.astype(jnp.float32)
-        unit = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
-        return self.weight.get_value() * unit.astype(x.dtype)
+        return self.of(x).value()
+
+    def of(self, x: Float[Array, "*batch width"]) -> Produced:
+        """The normalized tensor, not yet computed."""
+        return Produced(api.RmsNorm(self.eps), (x,), (self.weight.get_value(),))
 
 
 class LlamaAttention(nnx.Module):
@@ -128,27 +131,23 @@ class LlamaBlock(Block):
         cache: KeyValues | None = None,
         observe: Observe | None = None,
     ) -> tuple[Float[Array, "batch length hidden"], KeyValues]:
-        see: Observe = observe or (lambda _group, x: x)
+        see = watched(observe)
         attention, mlp = self.self_attn, self.mlp
         config = attention.config
 
-        x = self.input_layernorm(hidden)
-        x = see("attention_input", x)
+        x = see("attention_input", self.input_layernorm.of(hidden))
         query, key, value = (
             y.reshape(*y.shape[:-1], -1, config.head_size)
             for y in project(x, attention.q_proj, attention.k_proj, attention.v_proj)
         )
         query, key = rotate(query, place.positions, config.rope), rotate(key, place.positions, config.rope)
         mixed, written = attend(query, key, value, place, cache, scale=config.head_size**-0.5)
-        x = mixed.reshape(*hidden.shape[:-1], -1)
-        x = see("attention_output", x)
+        x = see("attention_output", mixed.reshape(*hidden.shape[:-1], -1))
         hidden = hidden + attention.o_proj(x)
 
-        x = self.post_attention_layernorm(hidden)
-        x = see("mlp_input", x)
+        x = see("mlp_input", self.post_attention_layernorm.of(hidden))
         gate, up = project(x, mlp.gate_proj, mlp.up_proj)
-        x = jax.nn.silu(gate) * up
-        x = see("mlp_output", x)
+        x = see("mlp_output", Produced(api.SiluMul(), (gate, up)))
         return hidden + mlp.down_proj(x), written
 
 

@@ -14,7 +14,20 @@ from jaxtyping import Array, Float, Int, Int32
 
 from quikjax.errors import QuikError
 from quikjax.models.attention import attend
-from quikjax.models.base import Block, CausalLM, Config, Embedding, KeyValues, LayerNorm, Linear, Observe, Place, project, unembed
+from quikjax.models.base import (
+    Block,
+    CausalLM,
+    Config,
+    Embedding,
+    KeyValues,
+    LayerNorm,
+    Linear,
+    Observe,
+    Place,
+    project,
+    unembed,
+    watched,
+)
 from quikjax.models.published import Fields
 
 # The first rows of the position table belong to fairseq's padding index and are never used by a real token.
@@ -114,26 +127,22 @@ class OPTBlock(Block):
         cache: KeyValues | None = None,
         observe: Observe | None = None,
     ) -> tuple[Float[Array, "batch length hidden"], KeyValues]:
-        see: Observe = observe or (lambda _group, x: x)
+        see = watched(observe)
         config, attention = self.config, self.self_attn
 
-        x = self.self_attn_layer_norm(hidden) if config.norm_first else hidden
-        x = see("attention_input", x)
+        x = see("attention_input", self.self_attn_layer_norm.of(hidden) if config.norm_first else hidden)
         query, key, value = (
             y.reshape(*y.shape[:-1], config.heads, config.head_size)
             for y in project(x, attention.q_proj, attention.k_proj, attention.v_proj)
         )
         mixed, written = attend(query, key, value, place, cache, scale=config.head_size**-0.5)
-        x = mixed.reshape(hidden.shape)
-        x = see("attention_output", x)
+        x = see("attention_output", mixed.reshape(hidden.shape))
         hidden = hidden + attention.out_proj(x)
         if not config.norm_first:
             hidden = self.self_attn_layer_norm(hidden)
 
-        x = self.final_layer_norm(hidden) if config.norm_first else hidden
-        x = see("mlp_input", x)
-        x = _ACTIVATIONS[config.activation](self.fc1(x))
-        x = see("mlp_output", x)
+        x = see("mlp_input", self.final_layer_norm.of(hidden) if config.norm_first else hidden)
+        x = see("mlp_output", _ACTIVATIONS[config.activation](self.fc1(x)))
         hidden = hidden + self.fc2(x)
         if not config.norm_first:
             hidden = self.final_layer_norm(hidden)

@@ -12,8 +12,24 @@ from quikjax.pallas_kernels import api
 from quikjax.weight import QuikWeight, Weight
 
 
+@dataclasses.dataclass(frozen=True)
+class Produced:
+    """A tensor that is not there yet: `producer(*inputs, *parameters)`, a norm or a gate.
+
+    Packed layers that read it compute it in the kernel that splits it, where that kernel can; others read its `value`.
+    """
+
+    producer: api.Producer
+    inputs: tuple[Float[Array, "..."], ...]
+    parameters: tuple[Float[Array, " k"], ...] = ()
+
+    def value(self) -> Float[Array, "..."]:
+        """The tensor, in the dtype of the inputs."""
+        return self.producer(*self.inputs, *self.parameters)
+
+
 def linear(
-    x: Float[Array, "..."], weight: Weight, bias: Float[Array, "..."] | None = None, backend: str | None = None
+    x: Float[Array, "..."] | Produced, weight: Weight, bias: Float[Array, "..."] | None = None, backend: str | None = None
 ) -> Float[Array, "..."]:
     """`y = x W^T + bias`, in the dtype of `x`.
 
@@ -28,12 +44,13 @@ def linear(
 
 
 def linears(
-    x: Float[Array, "..."],
+    x: Float[Array, "..."] | Produced,
     weights: Sequence[Weight],
     biases: Sequence[Float[Array, "..."] | None],
     backend: str | None = None,
 ) -> list[Float[Array, "..."]]:
     """Several layers that read the same `x`: those of one `group` share one split and one quantized activation."""
+    produced = x if isinstance(x, Produced) else Produced(api.Identity(), (x,))
     results: dict[int, Float[Array, "..."]] = {}
     groups: dict[Any, list[int]] = {}
     for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
@@ -41,10 +58,10 @@ def linears(
             shared = weight.group if weight.group is not None else ("alone", i)
             groups.setdefault((shared, weight.base, weight.activation_bits, weight.in_shape), []).append(i)
         else:
-            results[i] = _dense(x, weight, bias)
+            results[i] = _dense(produced.value(), weight, bias)
     for members in groups.values():
         quantized = [weight for i in members if isinstance(weight := weights[i], QuikWeight)]
-        for i, y in zip(members, _quik(x, quantized, [biases[i] for i in members], backend), strict=True):
+        for i, y in zip(members, _quik(produced, quantized, [biases[i] for i in members], backend), strict=True):
             results[i] = y
     return [results[i] for i in range(len(weights))]
 
@@ -105,20 +122,23 @@ def _dense(x: Float[Array, "..."], weight: Array, bias: Float[Array, "..."] | No
 
 
 def _quik(
-    x: Float[Array, "..."],
+    x: Produced,
     weights: Sequence[QuikWeight],
     biases: Sequence[Float[Array, "..."] | None],
     backend: str | None,
 ) -> list[Float[Array, "..."]]:
     first = weights[0]
-    batch = x.shape[: x.ndim - len(first.in_axes)]
-    if x.shape[len(batch) :] != first.in_shape:
-        raise ValueError(f"x ends in {x.shape[len(batch) :]}, the weight reads {first.in_shape}")
+    shape = x.inputs[0].shape
+    batch = shape[: len(shape) - len(first.in_axes)]
+    if shape[len(batch) :] != first.in_shape:
+        raise ValueError(f"x ends in {shape[len(batch) :]}, the weight reads {first.in_shape}")
     results = api.linears(
-        (x.reshape(*batch, first.inputs),),
+        tuple(tensor.reshape(*batch, first.inputs) for tensor in x.inputs),
         [_packed(weight) for weight in weights],
         [None if bias is None else bias.reshape(-1) for bias in biases],
         first.activation_bits,
+        producer=x.producer,
+        parameters=tuple(parameter.reshape(-1) for parameter in x.parameters),
         backend=backend,
     )
     return [y.reshape(*batch, *weight.out_shape) for y, weight in zip(results, weights, strict=True)]

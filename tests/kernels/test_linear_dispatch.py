@@ -10,7 +10,7 @@ import kernel_cases
 import numpy as np
 import pytest
 
-from quikjax.linear import explain, linear, linears, tile_params
+from quikjax.linear import Produced, explain, linear, linears, tile_params
 from quikjax.pallas_kernels import api
 from quikjax.pallas_kernels.devices import H100
 from quikjax.weight import QuikWeight
@@ -50,6 +50,15 @@ def test_a_group_is_split_once_and_equals_its_members_alone() -> None:
 
     assert splits(weights) == 2
     assert splits([dataclasses.replace(weight, group=None) for weight in weights]) == 4
+
+
+@pytest.mark.parametrize("producer", [api.RmsNorm(1e-5), api.LayerNorm(1e-5), api.SiluMul()], ids=lambda p: type(p).__name__)
+def test_a_tensor_that_layers_make_themselves(producer: api.Producer) -> None:
+    weights: list[Any] = [packed_weight(1, 40, 192, 12, group="g"), packed_weight(2, 24, 192, 30), jnp.ones((8, 192))]
+    inputs = tuple(kernel_cases.tokens(i, (2, 3, 192), jnp.float32) for i in range(producer.inputs))
+    x = Produced(producer, inputs, tuple(jnp.linspace(0.5, 1.5, 192) for _ in range(producer.parameters)))
+    for y, expected in zip(linears(x, weights, [None] * 3), linears(x.value(), weights, [None] * 3), strict=True):
+        np.testing.assert_array_equal(np.asarray(y), np.asarray(expected))
 
 
 @pytest.mark.parametrize("bits", [4, 8, 16])
