@@ -135,11 +135,18 @@ def _piecewise(
 ) -> Float[Array, "group length head"]:
     """`one`, with its queries in pieces one after the other."""
     group, length, head = rows.shape
-    if length % _QUERIES or length == _QUERIES:
-        return one(rows, key, value, visible, *rest)
-    pieces = rows.reshape(group, -1, _QUERIES, head).swapaxes(0, 1), visible.reshape(-1, _QUERIES, visible.shape[-1])
-    mixed = jax.lax.map(lambda piece: one(piece[0], key, value, piece[1], *rest), pieces)
-    return mixed.swapaxes(0, 1).reshape(group, length, head)
+    whole = length // _QUERIES * _QUERIES if length > _QUERIES else 0
+    parts = []
+    if whole:
+        pieces = (
+            rows[:, :whole].reshape(group, -1, _QUERIES, head).swapaxes(0, 1),
+            visible[:whole].reshape(-1, _QUERIES, len(key)),
+        )
+        mixed = jax.lax.map(lambda piece: one(piece[0], key, value, piece[1], *rest), pieces)
+        parts.append(mixed.swapaxes(0, 1).reshape(group, whole, head))
+    if whole < length:
+        parts.append(one(rows[:, whole:], key, value, visible[whole:], *rest))
+    return jnp.concatenate(parts, axis=1)
 
 
 def _product(rows: Float[Array, "rows inner"], matrix: Float[Array, "_ _"], *, over: int) -> Float[Array, "rows outer"]:

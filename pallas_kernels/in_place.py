@@ -5,15 +5,14 @@ bit-identical to `reference`.
 
 - Moving activations. `reference.split_quantize` gathers the base columns of `x`; here codes stay in the order of `x` and the
   weight's codes are put in that order instead, zero in the outlier columns, once a call.
-- Reading what does not fit the caches. Rows are split and quantized in blocks that do. The loop also keeps XLA from computing
-  what made `x` again for each of its readers (it drops optimization barriers before it fuses).
+- Making `x` again. XLA fuses what made it (a norm, a gate) into each of its readers, of which a split has five; here it is
+  written once.
 - int8 products. Codes of up to 8 bits are bfloat16 numbers; their products and sums are float32 numbers while they stay within
   2^24. Where the CPU has bfloat16 instructions that takes two thirds of the time, with the same integers.
 """
 
 import itertools
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -27,7 +26,6 @@ from quikjax.pallas_kernels.reference import SMALLEST_SCALE, Split
 
 # Measured with benchmarks/prefill.py. Below, moving the weight costs more than moving the activations.
 FEWEST_ROWS = 256
-BLOCK_ROWS = 512
 # Every further piece is another pass over the sums; beyond two an int8 product is as fast.
 MOST_PIECES = 2
 
@@ -42,7 +40,7 @@ def linears(
     k, first = x.shape[1], weights[0]
     pieces = bfloat16_pieces(k, bits, max(weight.weight_bits for weight in weights))
     carrier = jnp.bfloat16 if bfloat16 and pieces <= MOST_PIECES else jnp.int8
-    split = _by_blocks(partial(split_quantize, columns=first.columns, base=first.base, bits=bits, carrier=carrier), x)
+    split = split_quantize(written_once(x, first.columns), first.columns, first.base, bits, carrier)
     results = []
     for weight, bias in zip(weights, biases, strict=True):
         accumulator = None
@@ -53,17 +51,13 @@ def linears(
     return results
 
 
-def _by_blocks(f: Callable[[Float[Array, "rows k"]], Split], x: Float[Array, "rows k"]) -> Split:
-    """`f` of `BLOCK_ROWS` rows after the other, and of the rest."""
-    rows, k = x.shape
-    whole = rows // BLOCK_ROWS * BLOCK_ROWS
-    if whole == 0:
-        return f(x)
-    looped = jax.lax.map(f, x[:whole].reshape(-1, BLOCK_ROWS, k))
-    split = Split(*(part.reshape(whole, *part.shape[2:]) for part in looped))
-    if whole == rows:
-        return split
-    return Split(*(jnp.concatenate(parts) for parts in zip(split, f(x[whole:]), strict=True)))
+def written_once(x: Float[Array, "*batch k"], columns: Int[Array, " k"]) -> Float[Array, "*batch k"]:
+    """`x`, in memory: a loop that no `columns` let run, which XLA cannot know, so nothing is fused across it.
+
+    An optimization barrier would say so, but XLA drops those on a CPU before it fuses.
+    """
+    turns = jnp.minimum(columns[0], 0)
+    return jax.lax.while_loop(lambda state: state[0] < turns, lambda state: (state[0] + 1, -state[1]), (jnp.int32(0), x))[1]
 
 
 def split_quantize(
@@ -74,16 +68,17 @@ def split_quantize(
     `carrier` is the dtype of the codes, int8 or bfloat16.
     """
     batch, k = x.shape[:-1], x.shape[-1]
-    outliers = jnp.take(x, columns[base:], axis=-1, mode="clip")
+    # `take` would gather a transposed copy and turn it back.
+    outliers = jnp.take_along_axis(x, jnp.broadcast_to(columns[base:], (*batch, k - base)), axis=-1, mode="clip")
     if base == 0:
         return Split(jnp.zeros(x.shape, carrier), outliers, jnp.ones(batch, jnp.float32), jnp.zeros(batch, jnp.float32))
     levels = 2**bits - 1
     wide = x.astype(jnp.float32)
     # An outlier column that repeats a base column changes neither extreme.
     is_outlier = jnp.zeros((k,), bool).at[columns[base:]].set(True)
-    wide = jnp.where(is_outlier, jnp.take(wide, columns[:1], axis=-1, mode="clip"), wide)
-    zero = jnp.min(wide, axis=-1)
-    spread = jnp.max(wide, axis=-1) - zero
+    measured = jnp.where(is_outlier, jnp.take(wide, columns[:1], axis=-1, mode="clip"), wide)
+    zero = jnp.min(measured, axis=-1)
+    spread = jnp.max(measured, axis=-1) - zero
     scale = jnp.maximum(spread * np.float32(1 / levels), np.float32(SMALLEST_SCALE))
     steps = jnp.round((wide - zero[..., None]) * (1 / scale)[..., None])
     codes = jnp.clip(steps, 0, levels) - 2 ** (bits - 1)
