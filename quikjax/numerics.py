@@ -72,14 +72,14 @@ def reduced_rows(q: Int8[Array, "n b"], s: Float32[Array, " n"]) -> Float32[Arra
     return s * jnp.sum(q.astype(jnp.int32), axis=1).astype(jnp.float32)
 
 
-def outlier_columns(a: Float32[Array, " k"], count: int) -> Int32[Array, " k"]:
-    """A permutation of the columns by ascending `a`, so that the `count` largest come last; ties keep their order.
+def outlier_columns(score: Float32[Array, " k"], count: int) -> Int32[Array, " k"]:
+    """A permutation of the columns by ascending `score`, so that the `count` largest come last; ties keep their order.
 
     Without outliers nothing needs to move, and a gather is saved at run time: the identity.
     """
     if count == 0:
-        return jnp.arange(a.shape[0], dtype=jnp.int32)
-    return jnp.argsort(a, stable=True).astype(jnp.int32)
+        return jnp.arange(score.shape[0], dtype=jnp.int32)
+    return jnp.argsort(score, stable=True).astype(jnp.int32)
 
 
 def signal_to_noise(relative_error: float) -> float:

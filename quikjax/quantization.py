@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Float32, Int8
+from jaxtyping import Array, Bool, Float, Float32, Int8, Int32
 
 from quikjax.calibration import LayerStats
 from quikjax.errors import QuikError
@@ -168,8 +168,13 @@ def input_axes(path: str, rule: Rule, ndim: int) -> tuple[int, ...]:
     raise QuikError(f"which axes of {path} ({ndim} axes) are inputs is not known; state in_axes in the rule that matches it")
 
 
+def _columns(rule: Rule, stats: LayerStats, count: int) -> Int32[Array, " k"]:
+    """The permutation that puts the `count` columns of the highest score last."""
+    return outlier_columns(stats.absmax if rule.outlier_score == "maximum" else jnp.diagonal(stats.hessian), count)
+
+
 def _factor(path: str, rule: Rule, stats: LayerStats, count: int) -> Factor:
-    columns = outlier_columns(stats.absmax, count)
+    columns = _columns(rule, stats, count)
     base = columns[: columns.shape[0] - count]
     order = jnp.arange(base.shape[0])
     if rule.order == "hessian":
@@ -223,7 +228,7 @@ def _quantize_kernel(
     damping = None
     if rule.method == "gptq":
         assert stats is not None
-        key = (id(stats), count, rule.damping, rule.order)
+        key = (id(stats), count, rule.outlier_score, rule.damping, rule.order)
         if key not in factors:
             factors[key] = _factor(path, rule, stats, count)
         shared = factors[key]
@@ -233,8 +238,7 @@ def _quantize_kernel(
         )
         q = q[:, shared.restore]
     else:
-        absmax = jnp.zeros((k,), jnp.float32) if stats is None else stats.absmax
-        columns = outlier_columns(absmax, count)
+        columns = jnp.arange(k, dtype=jnp.int32) if stats is None else _columns(rule, stats, count)
         q, s, outliers = rtn(W[:, columns], base=base, bits=rule.weight_bits, clip=rule.clip)
 
     weight = pack(q, s, outliers, columns, rule, kernel.shape, in_axes, None if stats is None else stats.group)

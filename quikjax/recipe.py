@@ -29,6 +29,9 @@ class Rule(BaseModel):
     method: Literal["gptq", "rtn"] = "gptq"
     outliers: Count | Fraction | Literal["auto"] = "auto"
     """Columns kept in 16 bits, for a layer as wide as the hidden state: a count, a fraction of it, or the paper's choice."""
+    outlier_score: Literal["maximum", "mean_square"] = "maximum"
+    """Which columns are outliers: those of the largest activation, as in the paper, which bounds the range that activations are
+    quantized over; or of the largest mean square, which is what a rounded weight's error in the column is multiplied by."""
     scale_outliers: bool = False
     """Grow the number of outliers in proportion to the layer's input width (LLaMA's down_proj, Falcon's dense_4h_to_h)."""
     zero_threshold: float = Field(0.0, ge=0)
@@ -129,7 +132,8 @@ RECIPES: dict[str, Recipe] = {
     for recipe in (
         Recipe(name="quik-4b", rules=_rules(wide=_W8A8, other=_W4A4)),
         _uniform("quik-8b", _W8A8),
-        _uniform("w4a8", Rule(match="", weight_bits=4, activation_bits=8)),
+        # Eight bits bear a wide range of activations: here outliers are kept for the weights' sake.
+        _uniform("w4a8", Rule(match="", weight_bits=4, activation_bits=8, outlier_score="mean_square")),
         _uniform("rtn-w4a4", Rule(match="", weight_bits=4, activation_bits=4, method="rtn", outliers=0, clip=False)),
         _uniform("gptq-w4a16", Rule(match="", weight_bits=4, activation_bits=16, outliers=0, clip=False)),
         Recipe(name="fp", rules=()),

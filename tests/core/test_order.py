@@ -1,11 +1,13 @@
-"""In which order GPTQ rounds columns, and that how they are stored does not depend on it."""
+"""Which columns are outliers, in which order GPTQ rounds the others, and that how they are stored does not depend on that."""
+
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from quikjax.calibration import LayerStats, empty_stats, observe
-from quikjax.quantization import LayerReport, quantize_params
+from quikjax.quantization import quantize_params
 from quikjax.recipe import Recipe, Rule
 from quikjax.weight import QuikWeight
 
@@ -20,11 +22,9 @@ def data(seed: int) -> tuple[np.ndarray, np.ndarray, LayerStats]:
     return X, rng.normal(size=(N, K)).astype(np.float32), observe(empty_stats(K), jnp.asarray(X), rows=256)
 
 
-def quantized(W: np.ndarray, stats: LayerStats, order: str, seen: list[LayerReport] | None = None) -> QuikWeight:
-    rule = Rule(match="weight", outliers=OUTLIERS, order=order, clip=False)
-    tree = {"weight": jnp.asarray(W)}
-    note = None if seen is None else seen.append
-    return quantize_params(tree, Recipe(name="x", rules=(rule,)), {"weight": stats}, report=note)["weight"]
+def quantized(W: np.ndarray, stats: LayerStats, **fields: Any) -> QuikWeight:
+    rule = Rule(match="weight", outliers=OUTLIERS, clip=False, **fields)
+    return quantize_params({"weight": jnp.asarray(W)}, Recipe(name="x", rules=(rule,)), {"weight": stats})["weight"]
 
 
 def slow(W: np.ndarray, X: np.ndarray, rounded: np.ndarray, s: np.ndarray) -> np.ndarray:
@@ -44,7 +44,7 @@ def slow(W: np.ndarray, X: np.ndarray, rounded: np.ndarray, s: np.ndarray) -> np
 @pytest.mark.parametrize("order", ["hessian", "activation"])
 def test_codes_are_those_of_the_plain_loop_in_that_order(order: str) -> None:
     X, W, stats = data(0)
-    weight = quantized(W, stats, order)
+    weight = quantized(W, stats, order=order)
     weight.validate()
     stored = np.argsort(np.abs(X).max(axis=0), kind="stable")
     np.testing.assert_array_equal(weight.columns, stored)  # by rising maximum, whatever the order of rounding
@@ -62,10 +62,43 @@ def test_rounding_what_matters_first_is_better() -> None:
         X, W, stats = data(seed)
         errors = []
         for order in ("hessian", "activation"):
-            weight = quantized(W, stats, order)
+            weight = quantized(W, stats, order=order)
             W_hat = np.zeros_like(W)
             codes = np.asarray(weight.qweight, np.float32) * np.asarray(weight.scale)[:, None]
             W_hat[:, np.asarray(weight.columns)] = np.concatenate([codes, np.asarray(weight.outliers, np.float32)], axis=1)
             errors.append(np.linalg.norm(X @ (W - W_hat).T))
         better += errors[0] < errors[1]
     assert better >= 8
+
+
+@pytest.mark.parametrize("method", ["gptq", "rtn"])
+def test_outliers_by_the_largest_activation_or_by_the_mean_square(method: str) -> None:
+    X, W, _ = data(3)
+    X[:, 5] *= 0.01
+    X[7, 5] = 1e3  # once, and never again
+    X[:, 11] = np.where(np.arange(len(X)) % 2, 60.0, -60.0)
+    stats = observe(empty_stats(K), jnp.asarray(X))
+    for score, of_column in (("maximum", np.abs(X).max(axis=0)), ("mean_square", np.mean(X.astype(np.float64) ** 2, axis=0))):
+        weight = quantized(W, stats, method=method, outlier_score=score)
+        weight.validate()
+        np.testing.assert_array_equal(weight.columns, np.argsort(of_column, kind="stable"))
+    by_maximum = quantized(W, stats, method=method)
+    assert by_maximum.columns[-1] == 5
+    assert weight.columns[-1] == 11
+
+
+def test_layers_that_choose_outliers_otherwise_share_no_factor() -> None:
+    X, W, _ = data(4)
+    X[7, 5] = 1e3
+    stats = observe(empty_stats(K), jnp.asarray(X))
+    rules = (
+        Rule(match="first", outliers=OUTLIERS, in_axes=(1,)),
+        Rule(match="second", outliers=OUTLIERS, in_axes=(1,), outlier_score="mean_square"),
+    )
+    tree = {"first": jnp.asarray(W), "second": jnp.asarray(W)}
+    together = quantize_params(tree, Recipe(name="x", rules=rules), {"first": stats, "second": stats})
+    assert (np.asarray(together["first"].columns) != np.asarray(together["second"].columns)).any()
+    for name, rule in zip(tree, rules, strict=True):
+        alone = quantize_params({name: tree[name]}, Recipe(name="x", rules=(rule,)), {name: stats})[name]
+        np.testing.assert_array_equal(together[name].columns, alone.columns)
+        np.testing.assert_array_equal(together[name].qweight, alone.qweight)
