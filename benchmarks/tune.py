@@ -48,9 +48,9 @@ def matmul_candidates(rows: int, base: int, weight_bits: int, bits: int) -> list
     """Every sensible tiling: tiles not much longer than the rows, as deep a ring as fits, K split only for few rows."""
     if rows <= 64:
         m = next(m for m in (8, 16, 32, 64) if rows <= m)
-        tilings = [MatmulTiles(n, m, stages, 1, s) for n in (64, 128) for stages in (4, 6, 8, 12) for s in (1, 2, 4, 8)]
+        tilings = [MatmulTiles(n, m, stages, 1, s) for n in (64, 128) for stages in (4, 6, 8, 12) for s in (1, 2, 3, 4, 8)]
     else:
-        sides = [(128, 128), (64, 256), (128, 64), (64, 128)]
+        sides = [(128, 128), (128, 64), (64, 128), (64, 64)]
         tilings = [MatmulTiles(n, m, stages, strip) for n, m in sides for stages in (3, 4, 5, 6) for strip in (1, 4, 8, 16)]
     return [t for t in tilings if matmul_kernel.why_not(t, base, weight_bits, bits) is None]
 

@@ -134,6 +134,33 @@ def reciprocal(x: jax.Array) -> jax.Array:
     return exact(x)
 
 
+def redefine(values: jax.Array) -> jax.Array:
+    """The same WGMMA operand, 8 or 16 bits wide, in registers that the assembler takes for newly written ones.
+
+    ptxas serializes every WGMMA of a loop (C7513) when registers that a later one reads are written while an earlier one is in
+    flight, and it looks through moves. An exclusive or with a special register that is zero (a grid of one axis) is not a move.
+    """
+    layout = plgpu.Layout.WGMMA_8BIT if values.dtype.itemsize == 1 else plgpu.Layout.WGMMA
+    result = plgpu.ShapeDtypeStruct(values.shape, values.dtype, layout=layout)
+
+    @plgpu.inline_mgpu(arg_types=(layout,), return_type=result)
+    def rewrite(ctx: Any, operand: FragmentedArray) -> FragmentedArray:
+        del ctx
+        i32 = ir.IntegerType.get_signless(32)
+        zero: Any = llvm.inline_asm(i32, [], "mov.u32 $0, %ctaid.z;", "=r", has_side_effects=True)
+        registers = [
+            mosaic_utils.bitcast(arith.xori(mosaic_utils.bitcast(register, i32), zero), register.type)
+            for register in operand.registers.flat
+        ]
+        return FragmentedArray(
+            _registers=np.array(registers, dtype=object).reshape(operand.registers.shape),
+            _layout=operand.layout,
+            _is_signed=operand.is_signed,
+        )
+
+    return rewrite(values)
+
+
 def read_partials(slots: Any, first: int, count: int, combine: Callable[[Any, Any], Any]) -> Any:
     """Fold `count` slots left by `store_warp_partials` into one scalar, in the same order in every thread."""
     result = slots[first]

@@ -13,9 +13,6 @@ from quikjax.pallas_kernels.reference import Split
 from quikjax.pallas_kernels.split_quantize import mosaic as split_kernel
 from quikjax.pallas_kernels.split_quantize.producers import Identity, Producer
 
-# The longest tile along the rows: scale and zero are allocated this far, so that every product may read whole tiles.
-_LONGEST_ROWS = 256
-
 
 class TileSplit(NamedTuple):
     """A split in tile form: rows up to 8 (scale and zero: up to 256), base and outlier columns up to 256."""
@@ -52,7 +49,7 @@ def split(
             return split((producer(*inputs, *parameters),), columns, base, bits, Identity(), (), device)
         return tile_split(reference.split_quantize(inputs[0], exact, base, bits))
     codes, outliers, scale, zero = split_kernel.split_quantize(
-        inputs, columns, base, padded_base, bits, producer, parameters, tiles, _LONGEST_ROWS
+        inputs, columns, base, padded_base, bits, producer, parameters, tiles, matmul_kernel.LONGEST_ROWS
     )
     return TileSplit(codes, scale, zero, outliers)
 
@@ -60,7 +57,7 @@ def split(
 def tile_split(exact: Split) -> TileSplit:
     """Tile form of a split that any backend made, `[M, ...]`."""
     rows = layout.up(exact.codes.shape[0], 8)
-    long = layout.up(rows, _LONGEST_ROWS)
+    long = layout.up(rows, matmul_kernel.LONGEST_ROWS)
     outliers = None
     if count := exact.outliers.shape[1]:
         outliers = layout.pad_to(exact.outliers, (rows, layout.up(count, layout.COLUMN_TILE)))

@@ -43,6 +43,7 @@ from jax import lax
 from quikjax.pallas_kernels import hopper
 
 K_STEP = 128  # base columns per step: a swizzle of 128 bytes of int8
+LONGEST_ROWS = 256  # a token's scale and zero are allocated up to a multiple of this, so that every tile reads whole vectors
 COMPUTE = 2  # compute warpgroups
 _MEMORY_REGISTERS = 40
 _COMPUTE_REGISTERS = 232
@@ -67,16 +68,27 @@ def default_tiles(rows: int, outputs: int, base: int, weight_bits: int, bits: in
     if rows <= 64:
         m = next(m for m in (8, 16, 32, 64) if rows <= m)
         blocks = math.ceil(outputs / (COMPUTE * 64))
-        # Enough blocks for nine tenths of the multiprocessors, while each keeps four steps and the sums fit beside the ring.
-        splits = next((s for s in (1, 2, 4) if blocks * s >= 0.9 * cores), 4)
-        while splits > 1 and (base // K_STEP < 4 * splits or (splits - 1) * m > 64):
-            splits //= 2
+        # Each part keeps four steps, and the others' sums fit beside the ring.
+        possible = [s for s in (1, 2, 3, 4) if s == 1 or (base // K_STEP >= 4 * s and (s - 1) * m <= 64)]
+        # A block has its multiprocessor to itself, so what counts is whole waves of blocks, each 1/s of a tile long.
+        splits = min(possible, key=lambda s: (math.ceil(blocks * s / cores) / s, s))
         tiles = MatmulTiles(64, m, 8, 1, splits)
     else:
-        tiles = MatmulTiles(128, 128, 5)
+        sides = [(128, 128, 1), (128, 64, 1), (64, 128, 1), (64, 64, 1), (64, 64, 2)]
+        candidates = [MatmulTiles(n, m, 5, 8 if s == 1 else 1, s) for n, m, s in sides if base // K_STEP >= 4 * s]
+        tiles = min(candidates, key=lambda tiles: _cycles(tiles, rows, outputs, base, cores))
     while shared_memory(tiles, weight_bits, bits) > hopper.SHARED_MEMORY:
         tiles = dataclasses.replace(tiles, stages=tiles.stages - 1)
     return tiles
+
+
+def _cycles(tiles: MatmulTiles, rows: int, outputs: int, base: int, cores: int) -> float:
+    """Rough time of the base product on `cores` multiprocessors: whole waves of tiles."""
+    n, m, splits = tiles.n, tiles.m, tiles.splits
+    waves = math.ceil(math.ceil(rows / m) * math.ceil(outputs / (COMPUTE * n)) * splits / cores)
+    # Per step of 128: the tensor core's 4096 products a cycle, or 128 bytes a cycle of shared memory; then what neither hides.
+    step = max(n * m / 16, n * m / 32 + 3 * n + m) + 100
+    return waves * (math.ceil(base / K_STEP / splits) * step + n * m / 4 + (3000 if splits > 1 else 0))
 
 
 def outlier_step(weight_bits: int) -> int:
@@ -84,11 +96,11 @@ def outlier_step(weight_bits: int) -> int:
     return K_STEP * weight_bits // 16
 
 
-def shared_memory(tiles: MatmulTiles, weight_bits: int, bits: int) -> int:
-    """Bytes of shared memory that the kernel allocates."""
+def shared_memory(tiles: MatmulTiles, weight_bits: int, bits: int, out_bytes: int = 2) -> int:
+    """Bytes of shared memory that the kernel allocates; `out_bytes`: of an element of `y`."""
     slot = (COMPUTE * tiles.n * weight_bits + tiles.m * max(8, bits)) * K_STEP // 8
     partial = (tiles.splits - 1) * COMPUTE * tiles.n * tiles.m * 8
-    return tiles.stages * slot + COMPUTE * tiles.m * min(64, tiles.n) * 2 + partial
+    return tiles.stages * slot + COMPUTE * tiles.m * min(64, tiles.n) * out_bytes + partial
 
 
 def why_not(tiles: MatmulTiles, base: int, weight_bits: int, bits: int) -> str | None:
@@ -99,8 +111,12 @@ def why_not(tiles: MatmulTiles, base: int, weight_bits: int, bits: int) -> str |
         return f"an accumulator of {tiles.n} x {tiles.m} does not fit into the registers of a warpgroup"
     if base % K_STEP or base == 0:
         return f"{base} base columns are not a positive multiple of {K_STEP}"
+    if LONGEST_ROWS % tiles.m:
+        return f"tiles of {tiles.m} rows do not divide the {LONGEST_ROWS} that scales are padded to"
     if not 1 <= tiles.splits <= min(8, base // K_STEP):
         return f"{tiles.splits} parts along K do not fit a cluster or {base // K_STEP} steps"
+    if tiles.stages < 2:
+        return "a ring of one slot: a step's slot is given back when the next one is there"
     if (needed := shared_memory(tiles, weight_bits, bits)) > hopper.SHARED_MEMORY:
         return f"{needed} bytes of slots do not fit into shared memory"
     return None
@@ -146,7 +162,7 @@ def quik_matmul(
 
     Args:
         tokens: int8 codes `[M, at least B]`, or the base columns themselves in 16 bits when `bits` is 16. `M` is a multiple of 8.
-        x_scale, x_zero: float32 `[M rounded up to tiles.m]`; None when `bits` is 16.
+        x_scale, x_zero: float32 `[M rounded up to LONGEST_ROWS]`; None when `bits` is 16.
         x_outliers: 16-bit `[M, at least O]`, or None when there are none.
         qweight: int4 or int8 `[N, B]`, `B` a multiple of 128 and `N` of `tiles.n`.
         scale, reduced: float32 `[N]`; w_outliers: `[N, O]` in the dtype of x_outliers, `O` a multiple of 64; bias: float32 `[N]`.
@@ -155,6 +171,11 @@ def quik_matmul(
     m = tokens.shape[0]
     n, base = qweight.shape
     weight_bits = jnp.iinfo(qweight.dtype).bits
+    # Tiles are chosen for 16-bit outputs; wider ones take their room from the ring.
+    while shared_memory(tiles, weight_bits, bits, jnp.dtype(out_dtype).itemsize) > hopper.SHARED_MEMORY and tiles.stages > 2:
+        tiles = dataclasses.replace(tiles, stages=tiles.stages - 1)
+    # The copy engine stores whole pieces of 64 columns.
+    width = -(-outputs // 64) * 64
     block_n = COMPUTE * tiles.n
     grid = (math.ceil(m / tiles.m), math.ceil(n / block_n))
     step = outlier_step(weight_bits)
@@ -188,7 +209,7 @@ def quik_matmul(
     tile_count = grid[0] * grid[1]
     kernel = plgpu.kernel(
         functools.partial(_kernel, problem),
-        out_type=jax.ShapeDtypeStruct((m, outputs), out_dtype),
+        out_type=jax.ShapeDtypeStruct((m, width), out_dtype),
         grid=(tile_count if tiles.splits > 1 else min(cores, tile_count),),
         grid_names=("core",),
         cluster=(tiles.splits,) if tiles.splits > 1 else (),
@@ -199,7 +220,8 @@ def quik_matmul(
         compiler_params=hopper.COMPILER_PARAMS,
     )
     optional = [x_scale, x_zero, reduced, x_outliers, w_outliers, bias]
-    return kernel(tokens, qweight, scale, *[array for array in optional if array is not None])
+    y = kernel(tokens, qweight, scale, *[array for array in optional if array is not None])
+    return y if width == outputs else y[:, :outputs]
 
 
 def _kernel(problem: _Problem, *refs: Any, **scratch: Any) -> None:
@@ -309,33 +331,84 @@ def _multiply(problem: _Problem, operands: _Operands, scratch: dict[str, Any], g
     quantized = problem.bits < 16
     sum_dtype = jnp.int32 if quantized else jnp.float32
     operand_dtype = jnp.int8 if quantized else tokens.dtype
+    # The accumulator and two steps' weights must fit into a thread's registers.
+    operand_registers = tiles.n * K_STEP * jnp.dtype(operand_dtype).itemsize // (4 * hopper.WARPGROUP)
+    prefetches = tiles.n * tiles.m // hopper.WARPGROUP + 2 * operand_registers <= _COMPUTE_REGISTERS - 40
 
     @plgpu.nd_loop((problem.grid[0] * problem.grid[1],), collective_axes="core")
     def _tile(loop: plgpu.NDLoopInfo) -> None:
         walk = _Walk(problem, loop)
 
-        def base_products(accumulator: Any) -> Any:
-            @pl.loop(0, walk.base)
-            def _(k: Any) -> None:
-                slot = lax.rem(walk.before + k, tiles.stages)
-                plgpu.barrier_wait(full.at[slot])
-                # Eight-bit weights are the tensor core's own: they go to it from shared memory, without passing registers.
-                narrow = weights.dtype != operand_dtype
-                left = weights[slot, mine].astype(operand_dtype) if narrow else weights.at[slot, mine]
-                plgpu.wgmma(accumulator, left, tokens.at[slot].transpose((1, 0)))
-                plgpu.wgmma_wait(0)
-                plgpu.barrier_arrive(empty.at[slot])
+        def filled(step: Any) -> Any:
+            slot = lax.rem(walk.before + step, tiles.stages)
+            plgpu.barrier_wait(full.at[slot])
+            return slot
 
-            return accumulator[...]
+        def release(step: Any) -> None:
+            plgpu.barrier_arrive(empty.at[lax.rem(walk.before + step, tiles.stages)])
+
+        def multiply_shared(accumulator: Any, first: Any, count: Any, left: Any, right: Any) -> None:
+            """Both operands in shared memory: a step's slot is given back once the next step's product is queued behind it."""
+
+            @pl.loop(0, count)
+            def _(k: Any) -> None:
+                slot = filled(first + k)
+                plgpu.wgmma(accumulator, left(slot), right(slot).transpose((1, 0)))
+                plgpu.wgmma_wait(1)
+
+                @pl.when(k > 0)
+                def _() -> None:
+                    release(first + k - 1)
+
+        def base_products(accumulator: Any) -> Any:
+            # Eight-bit weights are the tensor core's own: they go to it from shared memory, without passing registers.
+            if weights.dtype == operand_dtype:
+                multiply_shared(accumulator, 0, walk.base, lambda slot: weights.at[slot, mine], lambda slot: tokens.at[slot])
+                sums = accumulator[...]
+                release(walk.base - 1)
+                return sums
+
+            def widened(step: Any) -> jax.Array:
+                return weights[filled(step), mine].astype(operand_dtype)
+
+            def multiply(step: Any, left: jax.Array) -> None:
+                slot = lax.rem(walk.before + step, tiles.stages)
+                plgpu.wgmma(accumulator, left, tokens.at[slot].transpose((1, 0)))
+
+            if not prefetches:
+
+                @pl.loop(0, walk.base)
+                def _(k: Any) -> None:
+                    multiply(k, widened(k))
+                    plgpu.wgmma_wait(0)
+                    release(k)
+
+                return accumulator[...]
+
+            # The next step's weights are widened while the tensor core multiplies this step's.
+            @pl.loop(0, walk.base - 1, init_carry=widened(0))
+            def last(k: Any, left: jax.Array) -> jax.Array:
+                multiply(k, hopper.redefine(left))
+                following = widened(k + 1)
+                plgpu.wgmma_wait(0)
+                release(k)
+                return following
+
+            multiply(walk.base - 1, hopper.redefine(last))
+            sums = accumulator[...]
+            release(walk.base - 1)
+            return sums
 
         def outlier_products(accumulator: Any) -> None:
-            @pl.loop(0, walk.outliers)
-            def _(k: Any) -> None:
-                slot = lax.rem(walk.before + walk.base + k, tiles.stages)
-                plgpu.barrier_wait(full.at[slot])
-                plgpu.wgmma(accumulator, weights16.at[slot, mine], tokens16.at[slot, 0].transpose((1, 0)))
-                plgpu.wgmma_wait(0)
-                plgpu.barrier_arrive(empty.at[slot])
+            first = walk.base
+            multiply_shared(
+                accumulator, first, walk.outliers, lambda slot: weights16.at[slot, mine], lambda slot: tokens16.at[slot, 0]
+            )
+            plgpu.wgmma_wait(0)
+
+            @pl.when(walk.outliers > 0)
+            def _() -> None:
+                release(first + walk.outliers - 1)
 
         def outliers_onto(value: jax.Array) -> jax.Array:
             return pl.run_state(outlier_products)(plgpu.ACC.init(value)) if problem.outlier_steps else value

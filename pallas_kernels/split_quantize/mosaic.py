@@ -72,15 +72,24 @@ def _room(tiles: SplitTiles, producer: Producer) -> int:
     return min(_MOST_REGISTERS, _REGISTERS // (tiles.warpgroups * hopper.WARPGROUP)) - others
 
 
+def staged_lines(columns: int, dtype: Any) -> int:
+    """Lines a row takes in shared memory: the copy engine writes to multiples of 128 bytes only."""
+    unit = hopper.row_unit(columns)
+    assert unit is not None, "why_not refuses such widths"
+    per_128_bytes = max(1, 128 // (unit * jnp.dtype(dtype).itemsize))
+    return math.ceil(columns // unit / per_128_bytes) * per_128_bytes
+
+
 def why_not(columns: int, base: int, outliers: int, dtype: Any, producer: Producer, tiles: SplitTiles) -> str | None:
     """`None` when the kernel can run on these (static) properties, otherwise the reason. `base` and `outliers` are padded."""
     if jnp.dtype(dtype) not in (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16), jnp.dtype(jnp.float32)):
         return f"activations are {jnp.dtype(dtype)}; the kernel reads bfloat16, float16 and float32"
     if base == 0:
         return "there are no base columns to quantize"
-    if hopper.row_unit(columns) is None:
+    unit = hopper.row_unit(columns)
+    if unit is None:
         return f"{columns} input columns are not a multiple of 8, which the copy engine needs"
-    needed = tiles.rows * producer.inputs * columns * jnp.dtype(dtype).itemsize
+    needed = tiles.rows * producer.inputs * staged_lines(columns, dtype) * unit * jnp.dtype(dtype).itemsize
     if needed > hopper.SHARED_MEMORY:
         return f"{needed} bytes of rows do not fit into shared memory"
     if tiles.warpgroups * hopper.WARPGROUP > 1024:
@@ -138,7 +147,7 @@ def split_quantize(
         num_threads=tiles.warpgroups,
         thread_name="warpgroup",
         scratch_types={
-            "staged": plgpu.SMEM((tiles.rows, len(inputs), k // unit, unit), dtype),
+            "staged": plgpu.SMEM((tiles.rows, len(inputs), staged_lines(k, dtype), unit), dtype),
             # Two reductions for the norm, two for minimum and maximum, each with a slot per warp and row.
             "slots": plgpu.SMEM((4 * tiles.rows * tiles.warpgroups * hopper.WARPS,), jnp.float32),
             "arrived": plgpu.Barrier(num_arrivals=tiles.rows * len(inputs) * math.ceil(k // unit / hopper.LONGEST_BOX)),

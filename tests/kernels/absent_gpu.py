@@ -112,7 +112,7 @@ class Compiled:
             found.append(f"{self.spilled_bytes} bytes spilled")
         patterns = {
             r"\b(?:ld|st)\.local": "local memory",
-            r"C7510": "serialized WGMMA",
+            r"C751[0-8]": "serialized WGMMA",
             r"mma\.\S*\.s4|mma\.\S*\.u4": "emulated 4-bit product",
             r"wgmma\.mma_async\S*\.u8": "unsigned operand: a silent signed product",
             r"(?:add|sub|mul|fma|div|max|min|cvt)\.\S*ftz\S*f32": "denormals flushed",

@@ -316,10 +316,12 @@ def _nd_loop(grid: tuple[int, ...], *, collective_axes: str) -> Callable[[Callab
     return decorate
 
 
-def _loop(first: Any, last: Any) -> Callable[[Callable[[Any], None]], None]:
-    def decorate(body: Callable[[Any], None]) -> None:
+def _loop(first: Any, last: Any, *, init_carry: Any = None) -> Callable[[Callable[..., Any]], Any]:
+    def decorate(body: Callable[..., Any]) -> Any:
+        carry = init_carry
         for k in range(int(first), int(last)):
-            body(k)
+            carry = body(k) if init_carry is None else body(k, carry)
+        return carry
 
     return decorate
 
@@ -404,6 +406,7 @@ def running(patch: pytest.MonkeyPatch) -> Iterator[None]:
             p.setattr(module, "lax", _LAX)
         p.setattr(hopper, "load", lambda ref, layout: jnp.asarray(ref.read()))
         p.setattr(hopper, "reciprocal", lambda x: np.float32(1) / x)
+        p.setattr(hopper, "redefine", lambda values: values)
         p.setattr(hopper, "gather_row", _gather_row)
         p.setattr(hopper, "store_warp_partials", _store_partials)
         yield

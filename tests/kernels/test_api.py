@@ -1,6 +1,7 @@
 """Dispatch by readable reasons, and what holds on every backend: gradients, batching, sharding, tile form."""
 
 import dataclasses
+import functools
 import json
 import os
 import subprocess
@@ -19,6 +20,7 @@ from quikjax.pallas_kernels import api, choice, layout
 from quikjax.pallas_kernels.arg_specs import ROWS, all_linears
 from quikjax.pallas_kernels.choice import Problem, choose
 from quikjax.pallas_kernels.devices import A100, CPU, H100, L40S
+from quikjax.pallas_kernels.quik_matmul import mosaic as matmul_kernel
 
 PROBLEM = Problem(16, 4096, 4096, 3840, jnp.int4, 4, jnp.bfloat16, jnp.bfloat16)
 
@@ -98,6 +100,16 @@ def test_choice_names_the_reason_for_every_refused_backend() -> None:
         choose(PROBLEM, H100, "cuda")
     with pytest.raises(api.BackendError, match="no backend can run"):
         choose(dataclasses.replace(PROBLEM, inputs=262144, base=262144), CPU)
+
+
+def test_default_tiles_keep_the_multiprocessors_busy() -> None:
+    """In whole waves: a third of K each for three blocks where halves would leave a second wave almost empty."""
+    few = functools.partial(matmul_kernel.default_tiles, 1, base=3840, weight_bits=4, bits=4, cores=132)
+    assert [few(outputs=n).splits for n in (1024, 4096, 5120, 8192, 11008, 22016)] == [4, 4, 3, 2, 3, 3]
+    # 129 rows of 4096 outputs are 32 of the largest tiles, a quarter of the machine; 2048 rows are two waves of them.
+    many = functools.partial(matmul_kernel.default_tiles, outputs=4096, base=3840, weight_bits=4, bits=4, cores=132)
+    assert (many(129).n, many(129).m) == (64, 64)
+    assert (many(2048).n, many(2048).m) == (128, 128)
 
 
 def test_explain_takes_shapes_and_what_runs_is_what_it_says() -> None:

@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import kernel_cases
 import pytest
 
-from quikjax.pallas_kernels import api
+from quikjax.pallas_kernels import api, reference
 from quikjax.pallas_kernels.arg_specs import MODELS, LinearSpec
+from quikjax.pallas_kernels.devices import H100
 from quikjax.pallas_kernels.split_quantize.producers import SiluMul
 
 pytestmark = pytest.mark.skipif(absent_gpu.missing() is not None, reason=str(absent_gpu.missing()))
@@ -46,6 +47,9 @@ CASES = [
     (LinearSpec("outliers", "none", 4096, 4096, 0), 2048),
     (LinearSpec("outliers", "one", 4096, 4096, 1), 8),
     (LinearSpec("outliers", "many", 4096, 4096, 1024), 64),
+    (LinearSpec("odd", "264 outputs", 264, 640, 36), 2048),  # no whole number of the copy engine's pieces
+    (LinearSpec("odd", "40 outputs", 40, 640, 0), 3),
+    (LinearSpec("odd", "1376 inputs", 512, 1376, 86, 8, 8, producer=SiluMul()), 17),  # rows that do not end on 128 bytes
     (LinearSpec("bits", "w8a4", 4096, 4096, 256, 8, 4), 2048),
     (LinearSpec("bits", "w4a8", 4096, 4096, 256, 4, 8), 2048),
     (LinearSpec("bits", "w4a16", 4096, 4096, 256, 4, 16), 1),
@@ -73,6 +77,18 @@ def test_float16_compiles(bits: int, rows: int) -> None:
     compiled = absent_gpu.compile_for("h100", function, *shapes)
     assert compiled.complaints() == []
     assert any(".f32.f16.f16" in product for product in compiled.products)
+
+
+@pytest.mark.parametrize("weight_bits", [4, 8])
+def test_wider_outputs_take_their_room_from_the_ring(weight_bits: int) -> None:
+    _, (_, packed, _, _) = kernel_cases.layer_shapes(LinearSpec("out", "f32", 512, 1024, 64, weight_bits, 8), 2048)
+    split = jax.eval_shape(
+        lambda x: reference.split_quantize(x, jnp.arange(1024), 960, 8), jax.ShapeDtypeStruct((2048, 1024), jnp.bfloat16)
+    )
+    compiled = absent_gpu.compile_for(
+        "h100", lambda s, p: api.quik_matmul(s, p, None, 8, jnp.float32, backend="mosaic", device=H100), split, packed
+    )
+    assert compiled.complaints() == []
 
 
 def test_quantizer_uses_exact_instructions() -> None:

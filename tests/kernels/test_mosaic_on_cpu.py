@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from hopper_machine import running
 
-from quikjax.pallas_kernels import api, mosaic_layer, reference, tuned
+from quikjax.pallas_kernels import api, hopper, mosaic_layer, reference, tuned
 from quikjax.pallas_kernels.devices import H100, Device
 from quikjax.pallas_kernels.quik_matmul.mosaic import MatmulTiles
 from quikjax.pallas_kernels.split_quantize import mosaic as split_kernel
@@ -93,6 +93,17 @@ def test_a_layer_whose_split_no_kernel_can_hold_whole(
         np.testing.assert_array_equal(np.asarray(got), np.asarray(expected))
     plain = reference.quik_matmul(want, packed.qweight, packed.scale, packed.reduced, packed.outliers, None, 4)
     np.testing.assert_allclose(np.asarray(y), np.asarray(plain), rtol=1e-4, atol=1e-4 * np.abs(plain).max())
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
+def test_every_staged_row_begins_where_the_copy_engine_can_write(dtype: Any) -> None:
+    """A multiple of 128 bytes; elsewhere the copy faults on the device, and neither compiler nor simulator says so."""
+    for columns in range(8, 3000, 8):
+        unit = hopper.row_unit(columns)
+        assert unit is not None
+        lines = split_kernel.staged_lines(columns, dtype)
+        assert lines * unit >= columns
+        assert lines * unit * jnp.dtype(dtype).itemsize % 128 == 0
 
 
 MATMULS = [
