@@ -157,7 +157,13 @@ def default_activation_bytes() -> int:
 
 
 def quantizing(
-    footprint: Footprint, samples: int, seqlen: int, *, gptq: bool, activation_budget: int | None = None
+    footprint: Footprint,
+    samples: int,
+    seqlen: int,
+    *,
+    gptq: bool,
+    descent: bool = False,
+    activation_budget: int | None = None,
 ) -> Quantizing:
     """Peak memory of block-by-block quantization with `samples` sequences of `seqlen` tokens (0: without data).
 
@@ -168,6 +174,7 @@ def quantizing(
         work  = the largest of, over the quantized groups,
           4 (5 K^2)                              GPTQ: the Hessian, it permuted, and its factorization
           4 (3 K^2 + 5 N K)                      GPTQ: Hessian, factor and its copy; W, it permuted, transposed, updated
+          4 (4 K^2 + 8 N K)                      descent, too: Hessian, factor, curvature and a copy; W and what goes with it
           4 (2 K^2) + temporaries(1, seqlen)     observing one sequence: the Hessian and what is added to it
           4 (3 N K)                              rounding to nearest, in place of the first two
 
@@ -181,6 +188,8 @@ def quantizing(
     for group in footprint.quantized:
         k, n = group.inputs, max(group.outputs)
         steps = [5 * k * k, 3 * k * k + 5 * n * k] if gptq else [3 * n * k]
+        if descent:
+            steps.append(4 * k * k + 8 * n * k)
         observing = 4 * 2 * k * k + temporaries(footprint, 1, seqlen) if tokens else 0
         work = max(work, 4 * max(steps), observing)
     inputs = [group.inputs for group in footprint.quantized]

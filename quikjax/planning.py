@@ -264,7 +264,8 @@ def make_plan(
     run = memory.running(footprint, batch, length)
     gptq = any(layer.method == "gptq" for layer in rows.layers)
     budget = memory.default_activation_bytes() if activation_bytes is None else activation_bytes
-    quantizing = memory.quantizing(footprint, tokens, seqlen, gptq=gptq, activation_budget=budget)
+    descent = any(rule.sweeps for rule in recipe.rules)
+    quantizing = memory.quantizing(footprint, tokens, seqlen, gptq=gptq, descent=descent, activation_budget=budget)
     if problem := memory.budget_problem(quantizing.activations, budget):
         problems.append(problem)
     return Plan(

@@ -17,6 +17,7 @@ from quikjax.calibration import LayerStats
 from quikjax.errors import QuikError
 from quikjax.linear import linear
 from quikjax.numerics import outlier_columns, reduced_rows, relative_error, signal_to_noise
+from quikjax.quantizers.descent import curvature, descend
 from quikjax.quantizers.gptq import gptq, inverse_factor, revive_dead_columns
 from quikjax.quantizers.rtn import rtn
 from quikjax.recipe import Recipe, Rule, find_recipe
@@ -140,13 +141,15 @@ class Factor:
     """What layers with one input share: the permutation as it is stored, and GPTQ's order with the factor in that order.
 
     `rounded` int32 `[K]`: base columns in the order in which GPTQ rounds them, then the outliers as stored. `restore` int32 `[B]`
-    puts codes in that order back into the stored one. `U`: factor of the equally permuted, damped inverse Hessian.
+    puts codes in that order back into the stored one. `U`: factor of the equally permuted, damped inverse Hessian. `S`: its
+    `descent.curvature`, if the rule wants sweeps.
     """
 
     columns: Any
     rounded: Any
     restore: Any
     U: Any
+    S: Any
     dead: Any
     damping: float
 
@@ -184,8 +187,9 @@ def _factor(path: str, rule: Rule, stats: LayerStats, count: int) -> Factor:
     U, damping = inverse_factor(H, rule.damping)
     if not bool(jnp.isfinite(U).all()):
         raise QuikError(f"the Hessian of {path} stays indefinite up to a damping of {damping:.3g}; calibrate on more text")
+    S = curvature(U, base=base.shape[0]) if rule.sweeps else None
     # Seven digits are all a float32 has; the rest would only look precise.
-    return Factor(columns, rounded, jnp.argsort(order), U, dead, float(f"{damping:.7g}"))
+    return Factor(columns, rounded, jnp.argsort(order), U, S, dead, float(f"{damping:.7g}"))
 
 
 @jax.jit
@@ -228,14 +232,15 @@ def _quantize_kernel(
     damping = None
     if rule.method == "gptq":
         assert stats is not None
-        key = (id(stats), count, rule.outlier_score, rule.damping, rule.order)
+        key = (id(stats), count, rule.outlier_score, rule.damping, rule.order, rule.sweeps > 0)
         if key not in factors:
             factors[key] = _factor(path, rule, stats, count)
         shared = factors[key]
         columns, damping = shared.columns, shared.damping
-        q, s, outliers = gptq(
-            W[:, shared.rounded], shared.U, shared.dead, base=base, bits=rule.weight_bits, clip=rule.clip, block=rule.block_size
-        )
+        permuted, how = W[:, shared.rounded], {"bits": rule.weight_bits, "block": rule.block_size}
+        q, s, outliers = gptq(permuted, shared.U, shared.dead, base=base, clip=rule.clip, **how)
+        if rule.sweeps:
+            q, s, outliers = descend(permuted, shared.U, shared.S, shared.dead, q, s, sweeps=rule.sweeps, **how)
         q = q[:, shared.restore]
     else:
         columns = jnp.arange(k, dtype=jnp.int32) if stats is None else _columns(rule, stats, count)

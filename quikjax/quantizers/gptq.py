@@ -7,7 +7,7 @@
 for the base columns; outlier columns are never quantized, only updated.
 
 The loop is a `fori_loop` over blocks of columns and compiles once per shape. Inside, three sizes keep the arithmetic in caches
-and in matrix products: a panel of `_PANEL` columns takes rank-one updates, a block takes products from its panels, the rest
+and in matrix products: a panel of `PANEL` columns takes rank-one updates, a block takes products from its panels, the rest
 of the matrix takes one product per block.
 """
 
@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float32, Int8, Int32
 
 from quikjax.numerics import clipped_scales, codes, largest_code, row_scales
 
-_PANEL = 16
+PANEL = 16
 
 # The products behind a block have a static shape, so they run over columns that are already done. Cutting the loop into
 # phases, each with its own shorter matrix, bounds the waste: 1 + 1/_PHASES of the products that cannot be avoided.
@@ -81,8 +81,8 @@ def gptq(
     `U` is `inverse_factor` of the equally permuted Hessian, `dead` its columns without data. Scales come from the base
     columns before any update. `block` is a multiple of 16.
     """
-    if block % _PANEL:
-        raise ValueError(f"block must be a multiple of {_PANEL}, not {block}")
+    if block % PANEL:
+        raise ValueError(f"block must be a multiple of {PANEL}, not {block}")
     n, k = W.shape
     W = jnp.where(dead, 0.0, W)
     s = (clipped_scales if clip else row_scales)(W[:, :base], bits)
@@ -127,7 +127,7 @@ def _quantize_blocks(
         live = start + jnp.arange(block) < base
         part, E = _quantize_block(part, square, s, live, bits)
         behind = jnp.where(jnp.arange(k) >= start + block, strip, 0.0)
-        rows = rows - _product(behind, E)
+        rows = rows - product(behind, E)
         return jax.lax.dynamic_update_slice(rows, part, (start, 0))
 
     return jax.lax.fori_loop(0, blocks, one_block, rows)
@@ -146,11 +146,11 @@ def _quantize_block(
 
     def panel(p: Int32[Array, ""], state: tuple[Array, Array]) -> tuple[Array, Array]:
         part, E = state
-        start = p * _PANEL
-        columns = jax.lax.dynamic_slice(part, (start, 0), (_PANEL, n))
-        strip = jax.lax.dynamic_slice(U, (start, 0), (_PANEL, block))
-        square = jax.lax.dynamic_slice(strip, (0, start), (_PANEL, _PANEL))
-        alive = jax.lax.dynamic_slice(live, (start,), (_PANEL,))
+        start = p * PANEL
+        columns = jax.lax.dynamic_slice(part, (start, 0), (PANEL, n))
+        strip = jax.lax.dynamic_slice(U, (start, 0), (PANEL, block))
+        square = jax.lax.dynamic_slice(strip, (0, start), (PANEL, PANEL))
+        alive = jax.lax.dynamic_slice(live, (start,), (PANEL,))
 
         def column(i: Int32[Array, ""], state: tuple[Array, Array]) -> tuple[Array, Array]:
             columns, errors = state
@@ -158,19 +158,20 @@ def _quantize_block(
             w_hat = jnp.clip(jnp.round(w * inverse), -qmax - 1, qmax) * s
             diagonal = jnp.where(alive[i], square[i, i], 1.0)
             e = jnp.where(alive[i], (w - w_hat) / diagonal, 0.0)
-            later = jnp.where(jnp.arange(_PANEL) > i, square[i], 0.0)
+            later = jnp.where(jnp.arange(PANEL) > i, square[i], 0.0)
             columns = columns - later[:, None] * e
             columns = columns.at[i].set(jnp.where(alive[i], w_hat, w))
             return columns, errors.at[i].set(e)
 
-        columns, errors = jax.lax.fori_loop(0, _PANEL, column, (columns, jnp.zeros_like(columns)))
-        behind = jnp.where(jnp.arange(block) >= start + _PANEL, strip, 0.0)
-        part = part - _product(behind, errors)
+        columns, errors = jax.lax.fori_loop(0, PANEL, column, (columns, jnp.zeros_like(columns)))
+        behind = jnp.where(jnp.arange(block) >= start + PANEL, strip, 0.0)
+        part = part - product(behind, errors)
         part = jax.lax.dynamic_update_slice(part, columns, (start, 0))
         return part, jax.lax.dynamic_update_slice(E, errors, (start, 0))
 
-    return jax.lax.fori_loop(0, block // _PANEL, panel, (part, jnp.zeros_like(part)))
+    return jax.lax.fori_loop(0, block // PANEL, panel, (part, jnp.zeros_like(part)))
 
 
-def _product(strip: Float32[Array, "e k"], errors: Float32[Array, "e n"]) -> Float32[Array, "k n"]:
+def product(strip: Float32[Array, "e k"], errors: Float32[Array, "e n"]) -> Float32[Array, "k n"]:
+    """`strip^T errors` at the highest precision the platform has."""
     return jax.lax.dot_general(strip, errors, (((0,), (0,)), ((), ())), precision=jax.lax.Precision.HIGHEST)

@@ -172,6 +172,11 @@ def test_memory_of_quantizing_by_hand() -> None:
     free = memory.quantizing(SMALL, 0, 20, gptq=False)
     assert free.work == 4 * 3 * 112 * 64
     assert free.host == 0
+    # Descent holds the curvature and its copy beside the Hessian and the factor; only recipes that sweep pay for it.
+    assert memory.quantizing(SMALL, 3, 20, gptq=True, descent=True).work == 4 * (4 * 112 * 112 + 8 * 64 * 112)
+    sweeping, plain = (Recipe(name="x", rules=(Rule(match="_proj", sweeps=n),)) for n in (1, 0))
+    works = [make_plan(tiny_config(), recipe, memory_bytes=GB, seqlen=4).quantizing.work for recipe in (sweeping, plain)]
+    assert works[0] > works[1]
     # What is kept stops at a gigabyte: of 5 million tokens gate and up read 0.64 GB, and down_proj 1.12 more.
     many = memory.quantizing(SMALL, 1000, 5000, gptq=True)
     assert many.host == 2 * 5_000_000 * 64 * 2 + 5_000_000 * 64 * 2
