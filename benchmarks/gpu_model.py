@@ -1,6 +1,7 @@
-"""A whole LLaMA in QUIK format with random weights, made on the device, and the programs that are timed: prefill and decode."""
+"""Whole models and single blocks in QUIK format with random weights, made on the device, and the programs that are timed."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -11,12 +12,13 @@ import jax.numpy as jnp
 from flax import nnx
 from gpu_peers import random_layer
 
-from quikjax.linear import tile_params
 from quikjax.models import registry
 from quikjax.pallas_kernels.arg_specs import LinearSpec
 from quikjax.weight import QuikWeight
 
-LLAMA_2_7B = {
+Fields = dict[str, Any]
+
+LLAMA_2_7B: Fields = {
     "model_type": "llama",
     "vocab_size": 32000,
     "hidden_size": 4096,
@@ -26,69 +28,102 @@ LLAMA_2_7B = {
     "max_position_embeddings": 4096,
     "rms_norm_eps": 1e-5,
 }
-TINY = LLAMA_2_7B | {
-    "vocab_size": 256,
-    "hidden_size": 64,
-    "intermediate_size": 160,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 64,
+# One block of each model whose block the paper times; the vocabulary plays no part.
+_ONE_BLOCK = {"vocab_size": 512, "num_hidden_layers": 1, "max_position_embeddings": 4096}
+BLOCKS: dict[str, Fields] = {
+    "opt-66b": {"model_type": "opt", "hidden_size": 9216, "ffn_dim": 36864, "num_attention_heads": 72} | _ONE_BLOCK,
+    "llama-2-70b": LLAMA_2_7B
+    | {"hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64, "num_key_value_heads": 8}
+    | _ONE_BLOCK,
+    "falcon-180b": {"model_type": "falcon", "hidden_size": 14848, "num_attention_heads": 232, "num_kv_heads": 8}
+    | {"new_decoder_architecture": True}
+    | _ONE_BLOCK,
 }
-_SHARED = {"q_proj": "attention_input", "k_proj": "attention_input", "v_proj": "attention_input"}
-_SHARED |= {"gate_proj": "mlp_input", "up_proj": "mlp_input"}
+# The same for a dry run, two heads for every key head.
+_TINY = {"hidden_size": 64, "num_attention_heads": 4, "vocab_size": 256, "num_hidden_layers": 1, "max_position_embeddings": 64}
+TINY = LLAMA_2_7B | _TINY | {"intermediate_size": 160}
+TINY_BLOCKS: dict[str, Fields] = {
+    "opt-66b": BLOCKS["opt-66b"] | _TINY | {"ffn_dim": 256},
+    "llama-2-70b": BLOCKS["llama-2-70b"] | _TINY | {"intermediate_size": 160, "num_key_value_heads": 2},
+    "falcon-180b": BLOCKS["falcon-180b"] | _TINY | {"num_kv_heads": 2},
+}
+# W8A8, with outliers in proportion to their width.
+_WIDE = ("down_proj", "dense_4h_to_h")
 
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A graph definition with parameters in one format."""
+    """A graph definition with parameters in one format, and the linear layers of its blocks."""
 
+    fields: Fields
     graphdef: Any
     params: dict[str, Any]
+    linears: tuple[LinearSpec, ...]
 
     @property
     def bytes(self) -> int:
         return gpu_timing.size(self.params)
 
 
-def build(fields: dict[str, Any], quantized: bool, dtype: Any) -> Model:
-    """Random parameters in the published shape: dense, or QUIK-4B (`down_proj` in 8 bits, outliers 1/16)."""
-    graphdef, _ = nnx.split(registry.abstract_model(fields, dtype))
-    abstract = registry.pure_params(registry.abstract_model(fields, dtype))
-    flat = registry.dotted(abstract)
+def outliers_of(fields: Fields) -> int:
+    """QUIK's 256 outliers for a hidden size, a sixteenth for tiny models."""
+    return min(256, int(fields["hidden_size"]) // 16)
+
+
+def build(fields: Fields, quantized: bool, dtype: Any) -> Model:
+    """Random parameters in the published shape: dense, or QUIK-4B."""
+    abstract = registry.abstract_model(fields, dtype)
+    group_of = {
+        f"{'.'.join(abstract.block_path)}.{name}.{layer}": f"{name}.{group}"
+        for name, block in abstract.blocks.items()
+        for group, layers in block.groups.items()
+        for layer in layers
+    }
     columns: dict[str, jax.Array] = {}
     values: dict[str, Any] = {}
-    for i, (path, leaf) in enumerate(sorted(flat.items())):
+    linears = []
+    for i, (path, leaf) in enumerate(sorted(registry.dotted(registry.pure_params(abstract)).items())):
         key = jax.random.key(i)
-        *block, layer, _ = path.split(".")
-        if quantized and layer.endswith("_proj"):
-            values[path] = _random_weight(key, ".".join(block), layer, leaf.shape, dtype, columns)
+        layer = path.rpartition(".")[0]
+        group = group_of.get(layer) if len(leaf.shape) == 2 else None
+        if group is not None:
+            linears.append(_spec(fields, layer.rpartition(".")[2], leaf.shape))
+        if group is not None and quantized:
+            values[path] = _random_weight(key, group, linears[-1], dtype, columns)
         elif len(leaf.shape) == 1:
             values[path] = jnp.ones(leaf.shape, dtype)
         else:
-            values[path] = (jax.random.normal(key, leaf.shape, jnp.float32) / math.sqrt(leaf.shape[-1])).astype(dtype)
-    params = registry.nested(values)
-    return Model(graphdef, jax.jit(tile_params)(params) if quantized else params)
+            values[path] = _random_matrix(key, leaf.shape, dtype)
+    return Model(fields, nnx.split(abstract)[0], registry.nested(values), tuple(linears))
 
 
-def _random_weight(
-    key: jax.Array, block: str, layer: str, shape: tuple[int, ...], dtype: Any, columns: dict[str, jax.Array]
-) -> QuikWeight:
+def _spec(fields: Fields, layer: str, shape: tuple[int, int]) -> LinearSpec:
     outputs, inputs = shape
-    bits = 8 if layer == "down_proj" else 4
-    spec = LinearSpec("random", layer, outputs, inputs, round(inputs / 16), bits, bits)
+    outliers, wide = outliers_of(fields), layer in _WIDE
+    bits = 8 if wide else 4
+    return LinearSpec(
+        "random", layer, outputs, inputs, round(outliers * inputs / fields["hidden_size"]) if wide else outliers, bits, bits
+    )
+
+
+# Under jit, so that no float32 copy of a whole matrix counts into the peak of the device's memory.
+@functools.partial(jax.jit, static_argnames=("shape", "dtype"))
+def _random_matrix(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    return (jax.random.normal(key, shape, jnp.float32) / math.sqrt(shape[-1])).astype(dtype)
+
+
+def _random_weight(key: jax.Array, group: str, spec: LinearSpec, dtype: Any, columns: dict[str, jax.Array]) -> QuikWeight:
     _, packed = random_layer(key, spec, 1, dtype)
-    group = f"{block.rsplit('.', 1)[0]}.{_SHARED[layer]}" if layer in _SHARED else None
-    # Layers that read one tensor have one set of columns.
-    shared = packed.columns if group is None else columns.setdefault(group, packed.columns)
     return QuikWeight(
         qweight=packed.qweight,
-        scale=packed.scale / math.sqrt(inputs),
-        reduced=packed.reduced / math.sqrt(inputs),
-        outliers=packed.outliers / math.sqrt(inputs),
-        columns=shared,
-        weight_bits=bits,
-        activation_bits=bits,
-        shape=shape,
+        scale=packed.scale / math.sqrt(spec.inputs),
+        reduced=packed.reduced / math.sqrt(spec.inputs),
+        outliers=packed.outliers / math.sqrt(spec.inputs),
+        # Layers that read one tensor have one set of columns.
+        columns=columns.setdefault(group, packed.columns),
+        weight_bits=spec.weight_bits,
+        activation_bits=spec.bits,
+        shape=(spec.outputs, spec.inputs),
         in_axes=(1,),
         base=spec.base,
         group=group,
@@ -96,25 +131,34 @@ def _random_weight(
 
 
 def prefill(model: Model, length: int) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-    """The forward pass over a prompt of `length` tokens, and its arguments."""
-    ids = jax.random.randint(jax.random.key(7), (1, length), 0, 250, jnp.int32)
-    return lambda params, ids: nnx.merge(model.graphdef, params).prefill(ids, length + 1)[0], (model.params, ids)
+    """Reading a prompt of `length` tokens (logits of the last one and the filled cache), and its arguments."""
+    ids = jax.random.randint(jax.random.key(7), (1, length), 0, model.fields["vocab_size"], jnp.int32)
+    return lambda params, ids: nnx.merge(model.graphdef, params).prefill(ids, length + 1), (model.params, ids)
 
 
-def decode(model: Model, batch: int, context: int, fields: dict[str, Any]) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-    """One step of decoding behind a cache of `context` tokens, and its arguments."""
-    ids = jnp.zeros((batch, 1), jnp.int32)
+def decode(model: Model, batch: int, context: int) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """One step of decoding behind `context` tokens, `(logits, cache)` of `(params, ids, positions, cache)`, and its arguments.
 
-    def fill(params: Any) -> Any:
-        # The cache's contents play no part in the time: made by reading one token, then said to be long.
-        _, cache = nnx.merge(model.graphdef, params).prefill(jnp.zeros((batch, 1), jnp.int32), context + 1)
-        positions = jnp.broadcast_to(jnp.arange(context + 1, dtype=jnp.int32), cache.positions.shape)
-        return cache._replace(positions=positions, used=jnp.int32(context))
-
-    cache = jax.jit(fill)(model.params)
+    Donate the cache (argument 3), as generation does: otherwise every step copies it. It comes back ready for the same step.
+    The cache in the arguments is a shape; `random_cache` fills it.
+    """
+    ids = jax.random.randint(jax.random.key(8), (batch, 1), 0, model.fields["vocab_size"], jnp.int32)
     positions = jnp.full((batch, 1), context, jnp.int32)
 
     def step(params: Any, ids: Any, positions: Any, cache: Any) -> Any:
-        return nnx.merge(model.graphdef, params).extend(ids, positions, cache)[0]
+        logits, after = nnx.merge(model.graphdef, params).extend(ids, positions, cache)
+        return logits, after._replace(used=after.used - 1)
 
-    return step, (model.params, ids, positions, cache)
+    def fill(params: Any) -> Any:
+        return nnx.merge(model.graphdef, params).prefill(jnp.zeros((batch, 1), jnp.int32), context + 1)[1]
+
+    return step, (model.params, ids, positions, jax.eval_shape(fill, model.params))
+
+
+def random_cache(shape: Any, context: int) -> Any:
+    """A cache of random keys and values of `context` tokens: zeros would multiply at less power, and so faster."""
+    leaves, tree = jax.tree.flatten(shape.blocks)
+    blocks = [_random_matrix(jax.random.key(i), leaf.shape, leaf.dtype) for i, leaf in enumerate(leaves)]
+    slots = jnp.broadcast_to(jnp.arange(context + 1, dtype=jnp.int32), shape.positions.shape)
+    positions = jnp.where(slots < context, slots, -1)
+    return shape._replace(blocks=jax.tree.unflatten(tree, blocks), positions=positions, used=jnp.int32(context))

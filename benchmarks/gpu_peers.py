@@ -1,19 +1,22 @@
 """What QUIK's kernels are compared with, in the same process and on the same shapes: XLA's own products, and PyTorch's."""
 
+import dataclasses
+import functools
 import importlib
-import statistics
+import time
 from collections.abc import Callable
 from typing import Any
 
+import gpu_timing
 import jax
 import jax.numpy as jnp
+from isolated import first_line
 
-from quikjax.pallas_kernels import api, reference
+from quikjax.pallas_kernels import api, layout, reference
 from quikjax.pallas_kernels.arg_specs import LinearSpec
 
-Timer = Callable[[], list[float]]
 
-
+@functools.partial(jax.jit, static_argnames=("spec", "rows", "dtype"))
 def random_layer(key: jax.Array, spec: LinearSpec, rows: int, dtype: Any) -> tuple[jax.Array, api.Packed]:
     """Activations with large outlier columns, and a packed weight in tile form, made on the device."""
     k_x, k_q, k_s, k_o, k_c = jax.random.split(key, 5)
@@ -30,7 +33,7 @@ def random_layer(key: jax.Array, spec: LinearSpec, rows: int, dtype: Any) -> tup
         jax.random.normal(k_o, (spec.outputs, spec.outliers), jnp.float32).astype(dtype),
         columns,
     )
-    return x, jax.jit(api.to_tiles)(packed)
+    return x, api.to_tiles(packed)
 
 
 def bf16(x: jax.Array, w: jax.Array) -> jax.Array:
@@ -44,10 +47,10 @@ def xla_weight_only(x: jax.Array, qweight: jax.Array, scale: jax.Array) -> jax.A
 
 
 def xla_int8(x: jax.Array, qweight: jax.Array, scale: jax.Array) -> jax.Array:
-    """Per-token quantization by XLA, then its int8 GEMM; no outliers."""
+    """Per-token quantization by XLA, then its int8 GEMM; no outliers. `scale` also stands for the row sums of the weight."""
     codes, s, zero = reference.quantize_activations(x, 8)
     sums = jax.lax.dot_general(codes, qweight, (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32)
-    return (sums.astype(jnp.float32) * s[:, None] * scale + zero[:, None]).astype(x.dtype)
+    return (sums.astype(jnp.float32) * s[:, None] * scale + (zero + 128 * s)[:, None] * scale).astype(x.dtype)
 
 
 def ablation(bits: int, device: api.Device, kernels: str) -> dict[str, Callable[[jax.Array, api.Packed], jax.Array]]:
@@ -72,22 +75,24 @@ def ablation(bits: int, device: api.Device, kernels: str) -> dict[str, Callable[
         return separate_product(reference.Split(codes, x_out, scale, zero), packed, x.dtype)
 
     def split(x: jax.Array, packed: api.Packed) -> reference.Split:
-        plain = api.from_tiles(packed)
-        return api.split_quantize((x,), plain.columns, plain.base, bits, backend=kernels, device=device)
+        # Mosaic reads columns in tile form: to cut them here would be two more kernels, microseconds at few rows.
+        columns = packed.columns if kernels == "mosaic" else api.from_tiles(packed).columns
+        return api.split_quantize((x,), columns, packed.base, bits, backend=kernels, device=device)
 
     def fused_quantization(x: jax.Array, packed: api.Packed) -> jax.Array:
         return separate_product(apart(split(x, packed)), packed, x.dtype)
 
     def fused_epilogue(x: jax.Array, packed: api.Packed) -> jax.Array:
-        plain = api.from_tiles(packed)
         parts = apart(split(x, packed))
-        base_only = api.pack(plain.qweight, plain.scale, plain.reduced, plain.outliers[:, :0], plain.columns[: plain.base] * 0)
+        # Still in tile form, the base alone.
+        columns = packed.columns[: layout.up(packed.base, layout.COLUMN_TILE)]
+        base_only = dataclasses.replace(packed, outliers=packed.outliers[:, :0], columns=columns, inputs=packed.base)
         y = api.quik_matmul(
             parts._replace(outliers=parts.outliers[:, :0]), base_only, None, bits, x.dtype, backend=kernels, device=device
         )
-        if not plain.outlier_count:
+        if not packed.outlier_count:
             return y
-        outlier = apart(bf16(parts.outliers, plain.outliers))
+        outlier = apart(bf16(parts.outliers, api.from_tiles(packed).outliers))
         return (y.astype(jnp.float32) + outlier.astype(jnp.float32)).astype(x.dtype)
 
     def one_kernel(x: jax.Array, packed: api.Packed) -> jax.Array:
@@ -102,7 +107,10 @@ def ablation(bits: int, device: api.Device, kernels: str) -> dict[str, Callable[
 
 
 def torch_peers(rows: int, outputs: int, inputs: int, repetitions: int) -> dict[str, list[float] | str]:
-    """PyTorch on the same GPU: milliseconds per call by CUDA events, or the reason why a peer did not run."""
+    """PyTorch on the same GPU: milliseconds per call by CUDA events, or the reason why a peer did not run.
+
+    int8 and FP8 are products alone: nothing is quantized and no outlier added in the time.
+    """
     try:
         torch: Any = importlib.import_module("torch")
     except ImportError:
@@ -111,61 +119,73 @@ def torch_peers(rows: int, outputs: int, inputs: int, repetitions: int) -> dict[
         return {"torch": "PyTorch sees no GPU"}
     gpu = torch.device("cuda")
     x = torch.randn(rows, inputs, device=gpu, dtype=torch.bfloat16)
-    count = max(2, min(8, -(-(256 * 2**20) // (outputs * inputs))))
-    weights = [torch.randn(outputs, inputs, device=gpu, dtype=torch.bfloat16) for _ in range(count)]
 
-    def bf16_linear() -> Callable[[int], Any]:
-        return lambda i: torch.nn.functional.linear(x, weights[i])
+    def weights(make: Callable[[], Any]) -> list[Any]:
+        first = make()
+        count = max(2, min(gpu_timing.MOST_SETS, -(-gpu_timing.BEYOND_CACHES // (first.numel() * first.element_size()))))
+        return [first, *(make() for _ in range(count - 1))]
 
-    def int4_weight_only() -> Callable[[int], Any]:
-        packed = []
-        for w in weights:
-            codes = torch.randint(0, 16, w.shape, device=gpu, dtype=torch.int32)
-            packed.append(torch.ops.aten._convert_weight_to_int4pack((codes[:, ::2] << 4 | codes[:, 1::2]).to(torch.uint8), 8))
+    def dense() -> Any:
+        return torch.randn(outputs, inputs, device=gpu, dtype=torch.bfloat16)
+
+    def bf16_linear() -> tuple[Callable[[Any], Any], list[Any]]:
+        return lambda w: torch.nn.functional.linear(x, w), weights(dense)
+
+    def int4_weight_only() -> tuple[Callable[[Any], Any], list[Any]]:
+        def pack() -> Any:
+            pairs = torch.randint(0, 256, (outputs, inputs // 2), device=gpu, dtype=torch.uint8)
+            return torch.ops.aten._convert_weight_to_int4pack(pairs, 8)
+
         scales = torch.ones(inputs // 128, outputs, 2, device=gpu, dtype=torch.bfloat16)
-        return lambda i: torch.ops.aten._weight_int4pack_mm(x, packed[i], 128, scales)
+        return lambda w: torch.ops.aten._weight_int4pack_mm(x, w, 128, scales), weights(pack)
 
-    def int8_product() -> Callable[[int], Any]:
-        codes = torch.randint(-128, 127, x.shape, device=gpu, dtype=torch.int8)
-        sides = [torch.randint(-128, 127, w.shape, device=gpu, dtype=torch.int8).t() for w in weights]
-        return lambda i: torch._int_mm(codes, sides[i])
+    def int8_product() -> tuple[Callable[[Any], Any], list[Any]]:
+        def codes(count: int) -> Any:
+            return torch.randint(-128, 127, (count, inputs), device=gpu, dtype=torch.int8)
 
-    def fp8_product() -> Callable[[int], Any]:
+        left = codes(rows)
+        return lambda w: torch._int_mm(left, w.t()), weights(lambda: codes(outputs))
+
+    def fp8_product() -> tuple[Callable[[Any], Any], list[Any]]:
         one = torch.ones((), device=gpu)
         left = x.to(torch.float8_e4m3fn)
-        sides = [w.to(torch.float8_e4m3fn).t() for w in weights]
-        return lambda i: torch._scaled_mm(left, sides[i], scale_a=one, scale_b=one, out_dtype=torch.bfloat16)
+
+        def product(w: Any) -> Any:
+            return torch._scaled_mm(left, w.t(), scale_a=one, scale_b=one, out_dtype=torch.bfloat16)
+
+        return product, weights(lambda: dense().to(torch.float8_e4m3fn))
 
     peers = {
         "torch bf16": bf16_linear,
         "torch int4 weight-only (_weight_int4pack_mm)": int4_weight_only,
-        "torch int8 (_int_mm)": int8_product,
-        "torch fp8 (_scaled_mm)": fp8_product,
+        "torch int8, product alone (_int_mm)": int8_product,
+        "torch fp8, product alone (_scaled_mm)": fp8_product,
     }
     results: dict[str, list[float] | str] = {}
     for name, prepare in peers.items():
         try:
-            results[name] = _torch_time(torch, prepare(), count, repetitions)
+            results[name] = _torch_time(torch, *prepare(), repetitions)
         except Exception as failure:
-            results[name] = f"{type(failure).__name__}: {str(failure).splitlines()[0][:120]}"
+            results[name] = first_line(failure)
+        torch.cuda.empty_cache()
     return results
 
 
-def _torch_time(torch: Any, call: Callable[[int], Any], count: int, repetitions: int) -> list[float]:
-    for i in range(count):
-        call(i)
+def _torch_time(torch: Any, call: Callable[[Any], Any], weights: list[Any], repetitions: int) -> list[float]:
+    deadline = time.perf_counter() + gpu_timing.WARM_UP_SECONDS
+    for w in weights:
+        call(w)
+    while time.perf_counter() < deadline:
+        for w in weights:
+            call(w)
+        torch.cuda.synchronize()
     samples = []
     for _ in range(repetitions):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
-        for i in range(count):
-            call(i)
+        for w in weights:
+            call(w)
         end.record()
         torch.cuda.synchronize()
-        samples.append(start.elapsed_time(end) / count)
+        samples.append(start.elapsed_time(end) / len(weights))
     return samples
-
-
-def median(samples: list[float]) -> float:
-    """The median of torch's samples."""
-    return statistics.median(samples)
