@@ -1,29 +1,36 @@
 """Find the kernels' tiles on this GPU and write them as package data: `pallas_kernels/tiles/<device>.json`.
 
     python benchmarks/tune.py                              # every layer of arg_specs at every number of rows
+    python benchmarks/tune.py --models targets llama-2-7b --minutes 8    # what the benchmark times first, ends in time
     python benchmarks/tune.py --models llama-2-7b --rows 1 2048
     python benchmarks/tune.py --list --rows 2048           # anywhere: the candidates, nothing is run
 
 Each candidate is first checked against the reference, bit for bit for the split and within a bound for the product; what fails
-is named, never timed and never written. The rest is ranked by the median of device time.
+is named, never timed and never written. The rest is ranked by the median of device time. Every layer is a case of its own in a
+child process (`isolated.py`): a candidate that hangs ends its layer, and what was found before it is kept.
 """
 
 import argparse
+import functools
 import itertools
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
+import gpu_checks
 import gpu_peers
 import gpu_timing
+import isolated
 import jax
 import jax.numpy as jnp
 import numpy as np
+from gpu_report import OPS_TARGETS
 
 from quikjax.pallas_kernels import api, layout, mosaic_layer, reference, tuned
 from quikjax.pallas_kernels.arg_specs import MODELS, ROWS, LinearSpec
@@ -35,6 +42,15 @@ from quikjax.pallas_kernels.split_quantize.producers import Producer
 
 TILES = Path(__file__).resolve().parent.parent / "pallas_kernels" / "tiles"
 Tiles = TypeVar("Tiles", SplitTiles, MatmulTiles)
+# Called with every candidate that was timed: operation, tiles, milliseconds.
+Found = Callable[[str, Any, float], None]
+# The shapes that the benchmark holds against the issue's targets, at their own numbers of rows.
+TARGETS = [
+    (LinearSpec("targets", f"{n}x{k}", n, k, k // 16, *bits), rows)
+    for counts, n, k, *_ in OPS_TARGETS
+    for rows in counts
+    for bits in ((4, 4), (4, 16), (8, 8))
+]
 
 
 def split_candidates(rows: int, inputs: int, outliers: int, producer: Producer) -> list[SplitTiles]:
@@ -75,8 +91,17 @@ def rank(
     return (timed[0][1] if timed else None), timed, refused
 
 
-def tune_split(spec: LinearSpec, rows: int, clock: gpu_timing.Clock) -> SplitTiles | None:
-    """The best tiles of `split_quantize` for a layer's input on the current device."""
+def _program(function: Callable[..., Any], arguments: tuple[Any, ...]) -> gpu_timing.Program:
+    """Compiled once, for the check and for the clock."""
+    (program,) = gpu_timing.compile_all([(function, arguments, ())])
+    if isinstance(program, Exception):
+        raise program
+    assert isinstance(program, gpu_timing.Program)
+    return program
+
+
+def tune_split(spec: LinearSpec, rows: int, clock: gpu_timing.Clock, found: Found) -> None:
+    """Time the tiles of `split_quantize` for a layer's input on the current device."""
     columns = jax.random.permutation(jax.random.key(0), spec.inputs).astype(jnp.int32)
     tiled = layout.tile_columns(columns, spec.base, spec.inputs)
     parameters = tuple(jnp.ones(spec.inputs, jnp.bfloat16) for _ in range(spec.producer.parameters))
@@ -92,24 +117,34 @@ def tune_split(spec: LinearSpec, rows: int, clock: gpu_timing.Clock) -> SplitTil
             inputs, tiled, spec.base, padded, spec.bits, spec.producer, parameters, tiles, 256
         )
 
-    inputs = make(jax.random.key(1))
-    want = api.split_quantize(inputs, columns, spec.base, spec.bits, producer=spec.producer, parameters=parameters, backend="xla")
+    sets = gpu_timing.make_sets(make, 1, False)
+    want = gpu_checks.exactly(
+        lambda inputs, columns, parameters: reference.split_quantize(
+            spec.producer(*inputs, *parameters), columns, spec.base, spec.bits
+        ),
+        sets[0],
+        columns,
+        parameters,
+    )
+    program = functools.lru_cache(maxsize=1)(lambda tiles: _program(run(tiles), sets[0]))
 
     def correct(tiles: SplitTiles) -> bool:
-        codes = np.asarray(jax.jit(run(tiles))(*inputs)[0])[:rows, : spec.base].astype(np.int32)
+        codes = np.asarray(program(tiles).call(*sets[0])[0])[:rows, : spec.base].astype(np.int32)
         off = np.abs(codes - np.asarray(want.codes, np.int32))
         fused = type(spec.producer) is not api.Identity
         return bool(off.max(initial=0) <= fused and (off > 0).mean() <= (1e-3 if fused else 0))
 
-    sets = gpu_timing.make_sets(make, 2, False)
-    candidates = split_candidates(rows, spec.inputs, spec.outliers, spec.producer)
-    best, _, refused = rank(candidates, correct, lambda tiles: clock.time(run(tiles), sets).median)
+    def milliseconds(tiles: SplitTiles) -> float:
+        ms = clock.time_program(program(tiles), sets).median
+        found("split_quantize", tiles, ms)
+        return ms
+
+    *_, refused = rank(split_candidates(rows, spec.inputs, spec.outliers, spec.producer), correct, milliseconds)
     _complain("split_quantize", spec, rows, refused)
-    return best
 
 
-def tune_matmul(spec: LinearSpec, rows: int, clock: gpu_timing.Clock, device: api.Device) -> MatmulTiles | None:
-    """The best tiles of `quik_matmul` for a layer on the current device."""
+def tune_matmul(spec: LinearSpec, rows: int, clock: gpu_timing.Clock, device: api.Device, found: Found) -> None:
+    """Time the tiles of `quik_matmul` for a layer on the current device."""
 
     def make(key: jax.Array) -> tuple[Any, ...]:
         x, packed = gpu_peers.random_layer(key, spec, rows, jnp.bfloat16)
@@ -124,7 +159,7 @@ def tune_matmul(spec: LinearSpec, rows: int, clock: gpu_timing.Clock, device: ap
             split.outliers,
             packed.qweight,
             packed.scale,
-            packed.reduced,
+            packed.reduced if spec.bits < 16 else None,
             packed.outliers if spec.outliers else None,
             None,
             spec.bits,
@@ -134,21 +169,33 @@ def tune_matmul(spec: LinearSpec, rows: int, clock: gpu_timing.Clock, device: ap
             device.cores,
         )
 
-    split, packed = make(jax.random.key(1))
-    exact, plain = mosaic_layer.exact_split(split, rows, spec.base, spec.outliers), api.from_tiles(packed)
-    want = np.asarray(
-        reference.quik_matmul(exact, plain.qweight, plain.scale, plain.reduced, plain.outliers, None, spec.bits), np.float32
-    )
+    sets = gpu_timing.make_sets(make, 1, False)
+    want = np.asarray(_reference(spec, rows, *sets[0]), np.float32)
+    program = functools.lru_cache(maxsize=1)(lambda tiles: _program(run(tiles), sets[0]))
 
     def correct(tiles: MatmulTiles) -> bool:
-        got = np.asarray(jax.jit(run(tiles))(split, packed), np.float32)[:rows]
+        got = np.asarray(program(tiles).call(*sets[0]), np.float32)[:rows]
         return bool(np.abs(got - want).max() <= 2**-7 * np.abs(want).max())
 
-    sets = gpu_timing.make_sets(make, 2, False)
+    def milliseconds(tiles: MatmulTiles) -> float:
+        ms = clock.time_program(program(tiles), sets).median
+        found("quik_matmul", tiles, ms)
+        return ms
+
     candidates = matmul_candidates(rows, layout.up(spec.base, layout.WEIGHT_TILE), spec.weight_bits, spec.bits)
-    best, _, refused = rank(candidates, correct, lambda tiles: clock.time(run(tiles), sets).median)
+    *_, refused = rank(candidates, correct, milliseconds)
     _complain("quik_matmul", spec, rows, refused)
-    return best
+
+
+def _reference(spec: LinearSpec, rows: int, split: mosaic_layer.TileSplit, packed: api.Packed) -> jax.Array:
+    """What every candidate is held against, from the split that it reads."""
+    plain = api.from_tiles(packed)
+    if spec.bits == 16:
+        outliers = jnp.zeros((rows, 0)) if split.outliers is None else split.outliers[:rows, : spec.outliers]
+        y = reference.float_matmul(split.tokens[:rows, : spec.base], plain.qweight.astype(jnp.int8)) * plain.scale
+        return y + reference.float_matmul(outliers, plain.outliers)
+    exact = mosaic_layer.exact_split(split, rows, spec.base, spec.outliers)
+    return reference.quik_matmul(exact, plain.qweight, plain.scale, plain.reduced, plain.outliers, None, spec.bits)
 
 
 def _complain(operation: str, spec: LinearSpec, rows: int, refused: list[tuple[Any, str]]) -> None:
@@ -165,46 +212,109 @@ def keys(spec: LinearSpec, rows: int) -> tuple[str, str]:
     )
 
 
+def _jobs(models: Sequence[str], rows: Sequence[int]) -> dict[str, tuple[LinearSpec, int]]:
+    """Layers and numbers of rows by name; what would tune the same two kernels again is left out."""
+    asked = [job for name in models for job in (TARGETS if name == "targets" else itertools.product(MODELS[name], rows))]
+    distinct: dict[tuple[str, str], tuple[LinearSpec, int]] = {}
+    for spec, count in asked:
+        distinct.setdefault(keys(spec, count), (spec, count))
+    return {
+        f"{spec.model}.{spec.name} W{spec.weight_bits}A{spec.bits} {count} rows": (spec, count)
+        for spec, count in distinct.values()
+    }
+
+
+class Table:
+    """The tiles' file: rewritten with every candidate that is faster than what it holds of this run."""
+
+    def __init__(self, path: Path, head: Mapping[str, Any]):
+        self.path = path
+        old = json.loads(path.read_text()) if path.exists() else {}
+        self.content: dict[str, Any] = {"split_quantize": {}, "quik_matmul": {}, **old, **head}
+        self.best: dict[tuple[str, str], float] = {}
+
+    def take(self, row: isolated.Row) -> None:
+        """One candidate's row, or that of a layer that failed."""
+        if "failed" in row:
+            print(f"{row['name']}: {row['failed']}", file=sys.stderr, flush=True)
+            return
+        place = (row["operation"], row["key"])
+        if row["milliseconds"] >= self.best.get(place, float("inf")):
+            return
+        self.best[place] = row["milliseconds"]
+        self.content[row["operation"]][row["key"]] = row["tiles"]
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.path.with_suffix(".partial")
+        partial.write_text(json.dumps(self.content, indent=1, sort_keys=True) + "\n")
+        partial.replace(self.path)
+
+
+def _tuner(given: Mapping[str, Any]) -> Callable[[str, Callable[[isolated.Row], None]], None]:
+    """The child: tunes one layer, a row for every candidate that is right."""
+    jobs, clock = _jobs(given["models"], given["rows"]), gpu_timing.Clock("device", given["repetitions"])
+    device = api.current_device()
+    # Layers share kernels: q and o have one product.
+    done: set[str] = set()
+
+    def tune(case: str, emit: Callable[[isolated.Row], None]) -> None:
+        spec, rows = jobs[case]
+        names = dict(zip(("split_quantize", "quik_matmul"), keys(spec, rows), strict=True))
+
+        def found(operation: str, tiles: Any, ms: float) -> None:
+            emit({"operation": operation, "key": names[operation], "tiles": tuned.as_json(tiles), "milliseconds": ms})
+
+        if spec.bits < 16 and names["split_quantize"] not in done:
+            tune_split(spec, rows, clock, found)
+        if names["quik_matmul"] not in done:
+            tune_matmul(spec, rows, clock, device, found)
+        done.update(names.values())
+
+    return tune
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--models", nargs="*", choices=list(MODELS), default=list(MODELS))
-    parser.add_argument("--rows", type=int, nargs="*", default=list(ROWS))
+    known = ["targets", *MODELS]
+    parser.add_argument("--models", nargs="*", choices=known, default=known)
+    parser.add_argument("--rows", type=int, nargs="*", default=list(ROWS), help="of the models; the targets have their own")
     parser.add_argument("--repetitions", type=int, default=10)
+    parser.add_argument("--minutes", type=float, default=24 * 60, help="stop after so many; what was found is written")
+    parser.add_argument(
+        "--patience", type=float, default=90, help="seconds without a word that are taken for a hang (default 90)"
+    )
     parser.add_argument("--out", type=Path, default=TILES)
     parser.add_argument("--list", action="store_true", help="print the candidates and run nothing")
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.child:
+        return isolated.serve(_tuner)
     if arguments.repetitions < 1 or any(rows < 1 for rows in arguments.rows):
         parser.error("--repetitions and --rows must be at least 1")
-    jobs = [(spec, rows) for name in arguments.models for spec in MODELS[name] for rows in arguments.rows]
+    jobs = _jobs(arguments.models, arguments.rows)
     if arguments.list:
-        for spec, rows in jobs:
-            splits = split_candidates(rows, spec.inputs, spec.outliers, spec.producer)
+        for name, (spec, rows) in jobs.items():
+            splits = split_candidates(rows, spec.inputs, spec.outliers, spec.producer) if spec.bits < 16 else []
             base = layout.up(spec.base, layout.WEIGHT_TILE)
             products = matmul_candidates(rows, base, spec.weight_bits, spec.bits)
-            print(f"{spec.model}.{spec.name} {rows} rows: {len(splits)} splits, {len(products)} products")
+            print(f"{name}: {len(splits)} splits, {len(products)} products")
         return 0
+    deadline = time.monotonic() + 60 * arguments.minutes
     device = api.current_device()
     if not device.hopper:
         print(f"the tuner times kernels on a Hopper GPU and this is {device}; --list shows the candidates", file=sys.stderr)
         return 1
-    path = arguments.out / f"{tuned.slug(device.kind)}.json"
-    table = json.loads(path.read_text()) if path.exists() else {"split_quantize": {}, "quik_matmul": {}}
-    clock = gpu_timing.Clock("device", arguments.repetitions)
-    done: set[str] = set()
-    for spec, rows in jobs:
-        split_name, matmul_name = keys(spec, rows)
-        if split_name not in done and (best := tune_split(spec, rows, clock)) is not None:
-            table["split_quantize"][split_name] = tuned.as_json(best)
-        if matmul_name not in done and (product := tune_matmul(spec, rows, clock, device)) is not None:
-            table["quik_matmul"][matmul_name] = tuned.as_json(product)
-        done |= {split_name, matmul_name}
-        command = " ".join(["python", "benchmarks/tune.py", *sys.argv[1:]])
-        table |= {"device": device.kind, "versions": {"jax": jax.__version__}, "command": command}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # Written after every layer: a run that is cut short keeps what it found.
-        path.with_suffix(".partial").write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
-        path.with_suffix(".partial").replace(path)
-        print(f"{spec.model}.{spec.name} {rows} rows", flush=True)
+    command = " ".join(["python", "benchmarks/tune.py", *sys.argv[1:]])
+    head = {"device": device.kind, "versions": {"jax": jax.__version__}, "command": command}
+    table = Table(arguments.out / f"{tuned.slug(device.kind)}.json", head)
+    isolated.run(
+        [sys.executable, __file__, "--child"],
+        list(jobs),
+        {"models": arguments.models, "rows": arguments.rows, "repetitions": arguments.repetitions},
+        table.take,
+        patience=arguments.patience,
+        deadline=deadline,
+    )
+    print(f"{len(table.best)} kernels tuned, in {table.path}")
     return 0
 
 
