@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import kernel_cases
 import pytest
 
-from quikjax.pallas_kernels import reference, tuned
+from quikjax.pallas_kernels import api, reference, tuned
 from quikjax.pallas_kernels.arg_specs import MODELS, ROWS, LinearSpec, all_linears
 from quikjax.pallas_kernels.devices import H100
 from quikjax.pallas_kernels.quik_matmul.mosaic import MatmulTiles
@@ -27,7 +27,9 @@ BENCHMARKS = Path(__file__).parent.parent.parent / "benchmarks"
 
 
 def run(script: str, *arguments: str) -> "subprocess.CompletedProcess[str]":
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    # Nothing here is run twice: code that is fast to make, not to run.
+    flags = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
     command = [sys.executable, str(BENCHMARKS / script), *arguments]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
 
@@ -191,6 +193,21 @@ def test_a_wrong_kernel_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reference, "float_matmul", lambda x, w: right(x, w) * 1.02)
     with pytest.raises(ValueError, match="times the bound away from float64"):
         checks.check(dataclasses.replace(spec, inputs=200), 5, jnp.bfloat16, "xla")
+
+
+@pytest.mark.skipif(absent_gpu.missing() is not None, reason=str(absent_gpu.missing()))
+@pytest.mark.parametrize(("weight_bits", "bits"), [(4, 4), (8, 8)])
+def test_accumulators_of_a_large_product_fit_shared_memory(weight_bits: int, bits: int) -> None:
+    """The check reads them through float32 results, wider than what tiles are found for."""
+    spec = LinearSpec("test", "sums", 1024, 1024, 0, weight_bits, bits)
+    _, (_, packed, _, _) = kernel_cases.layer_shapes(spec, 256)
+    ones = jnp.ones(256, jnp.float32)
+    split = reference.Split(jnp.zeros((256, 1024), jnp.int8), jnp.zeros((256, 0), jnp.bfloat16), ones, ones)
+
+    def sums(split: Any, packed: Any) -> Any:
+        return api.quik_matmul(split, packed, None, bits, jnp.float32, backend="mosaic", device=H100)
+
+    assert absent_gpu.compile_for("h100", sums, split, packed).complaints() == []
 
 
 @pytest.mark.skipif(absent_gpu.missing() is not None, reason=str(absent_gpu.missing()))
