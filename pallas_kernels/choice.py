@@ -101,15 +101,17 @@ def why_not_mosaic_split(problem: Problem, device: Device) -> str | None:
     """Mosaic's `split_quantize`, the producer fused into it."""
     if (reason := why_not_mosaic(problem, device)) is not None:
         return reason
+    from quikjax.pallas_kernels import tuned
     from quikjax.pallas_kernels.split_quantize import mosaic as split
 
+    tiles, _ = tuned.split_tiles(problem.rows, problem.inputs, problem.producer, device)
     return split.why_not(
         problem.inputs,
         layout.up(problem.base, layout.COLUMN_TILE),
         layout.up(problem.outliers, layout.COLUMN_TILE),
         problem.dtype,
         problem.producer,
-        split.default_tiles(problem.rows, problem.inputs, problem.producer),
+        tiles,
     )
 
 

@@ -135,8 +135,8 @@ RECIPES: dict[str, Recipe] = {
     for recipe in (
         Recipe(name="quik-4b", rules=_rules(wide=_W8A8, other=_W4A4)),
         _uniform("quik-8b", _W8A8),
-        # Eight bits bear a wide range of activations: here outliers are kept for the weights' sake.
-        _uniform("w4a8", Rule(match="", weight_bits=4, activation_bits=8, outlier_score="mean_square")),
+        # Eight bits bear a wide range of activations; what is lost is lost in the weights, for whose sake outliers are kept here.
+        _uniform("w4a8", Rule(match="", weight_bits=4, activation_bits=8, outlier_score="mean_square", sweeps=8)),
         _uniform("rtn-w4a4", Rule(match="", weight_bits=4, activation_bits=4, method="rtn", outliers=0, clip=False)),
         _uniform("gptq-w4a16", Rule(match="", weight_bits=4, activation_bits=16, outliers=0, clip=False)),
         Recipe(name="fp", rules=()),
