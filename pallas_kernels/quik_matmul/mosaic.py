@@ -125,7 +125,9 @@ def why_not(tiles: MatmulTiles, base: int, weight_bits: int, bits: int) -> str |
 def _swizzled(shape: tuple[int, ...], dtype: Any) -> Any:
     bits = jnp.finfo(dtype).bits if jnp.issubdtype(dtype, jnp.floating) else jnp.iinfo(dtype).bits
     swizzle = plgpu.find_swizzle(shape[-1] * bits)
-    transforms = (plgpu.TilingTransform((8, swizzle * 8 // bits)), plgpu.SwizzleTransform(swizzle))
+    # JAX 0.11 derives these from a Protocol and leaves one of its methods out, which mypy takes for abstract.
+    tiling = plgpu.TilingTransform((8, swizzle * 8 // bits))  # type: ignore[abstract, unused-ignore]
+    transforms = (tiling, plgpu.SwizzleTransform(swizzle))  # type: ignore[abstract, unused-ignore]
     return plgpu.SMEM(shape, dtype, transforms=transforms)
 
 
