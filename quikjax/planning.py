@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 
 from quikjax import memory
@@ -432,9 +433,10 @@ class _Rows:
         )
 
     def _held(self, shape: tuple[int, ...], rule: Rule) -> int:
-        """Bytes of a packed weight in the device's memory: as stored, but that a CPU gives each 4-bit code a byte."""
+        """Bytes of a packed weight in the device's memory: as stored; before JAX 0.11.2 a CPU gives each 4-bit code a byte."""
         base = shape[1] - rule.outlier_count(shape[1], self.model.config.hidden_size)
-        wider = shape[0] * base * (8 - rule.weight_bits) // 8 if self.device.platform == "cpu" else 0
+        unpacked = self.device.platform == "cpu" and jax.__version_info__ < (0, 11, 2)
+        wider = shape[0] * base * (8 - rule.weight_bits) // 8 if unpacked else 0
         return _packed(shape, rule, base).bits() // 8 + wider
 
 
