@@ -5,18 +5,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_gptq import correlated
 
 from quikjax.calibration import empty_stats, observe
 from quikjax.quantization import quantize_params
 from quikjax.quantizers.descent import curvature, descend
 from quikjax.quantizers.gptq import gptq, inverse_factor, revive_dead_columns
 from quikjax.recipe import Recipe, Rule
-
-
-def correlated(rng: np.random.Generator, k: int, tokens: int) -> np.ndarray:
-    """Activations whose columns are correlated and of unequal size, as real ones are."""
-    mix = np.eye(k) + rng.normal(size=(k, k)) / np.sqrt(k)
-    return rng.normal(size=(tokens, k)) @ mix * np.exp(rng.normal(size=k))
 
 
 def damped(H: np.ndarray) -> np.ndarray:
