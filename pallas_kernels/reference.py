@@ -11,9 +11,10 @@ outlier columns in 16-bit floats. At run time (QUIK, arXiv 2310.09259, sections 
     reduced[n] = scale[n] * sum_k qweight[n, k]
 
 Contract. `q` and `acc` are bit-identical on every backend for identical `x`: all quantizer arithmetic is float32, rounds half
-to even, and multiplies by `c_b` and by `1 / s` where a division would let a compiler choose the bits. The float32 epilogue is
-equal within a stated tolerance. Values must be finite and `max - min` below the float32 maximum; int32 cannot overflow for
-`B <= MAX_BASE`.
+to even, and multiplies by `c_b` and by `1 / s` where a division would let a compiler choose the bits. One exception: this file
+compiled by XLA for a GPU takes `1 / s` from an approximate instruction, and a code on the boundary of two may be the other one;
+kernels there are held against the CPU's. The float32 epilogue is equal within a stated tolerance. Values must be finite and
+`max - min` below the float32 maximum; int32 cannot overflow for `B <= MAX_BASE`.
 
 Dtypes of the outlier product: `x` in its own dtype and `outliers` in theirs, both widened to float32 (exact), products
 accumulated in float32.
