@@ -114,7 +114,7 @@ def tune_split(spec: LinearSpec, rows: int, clock: gpu_timing.Clock, found: Foun
     def run(tiles: SplitTiles) -> Callable[..., Any]:
         padded = layout.up(spec.base, layout.COLUMN_TILE)
         return lambda *inputs: split_kernel.split_quantize(
-            inputs, tiled, spec.base, padded, spec.bits, spec.producer, parameters, tiles, 256
+            inputs, tiled, spec.base, padded, spec.bits, spec.producer, parameters, tiles, matmul_kernel.LONGEST_ROWS
         )
 
     sets = gpu_timing.make_sets(make, 1, False)

@@ -1,6 +1,7 @@
 """One linear layer for every kind of weight, dispatched on the leaf's type."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -51,6 +52,7 @@ def linears(
 ) -> list[Float[Array, "..."]]:
     """Several layers that read the same `x`: those of one `group` share one split and one quantized activation."""
     produced = x if isinstance(x, Produced) else Produced(api.Identity(), (x,))
+    made = functools.cache(produced.value)  # once, however many dense layers read it
     results: dict[int, Float[Array, "..."]] = {}
     groups: dict[Any, list[int]] = {}
     for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
@@ -58,7 +60,7 @@ def linears(
             shared = weight.group if weight.group is not None else ("alone", i)
             groups.setdefault((shared, weight.base, weight.activation_bits, weight.in_shape), []).append(i)
         else:
-            results[i] = _dense(produced.value(), weight, bias)
+            results[i] = _dense(made(), weight, bias)
     for members in groups.values():
         quantized = [weight for i in members if isinstance(weight := weights[i], QuikWeight)]
         for i, y in zip(members, _quik(produced, quantized, [biases[i] for i in members], backend), strict=True):

@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from quikjax.errors import QuikError, did_you_mean
 
@@ -59,6 +59,12 @@ class Rule(BaseModel):
         except re.error as error:
             raise ValueError(f"not a regular expression: {error}") from None
         return value
+
+    @model_validator(mode="after")
+    def _sweeps_go_over_gptq(self) -> "Rule":
+        if self.sweeps and self.method != "gptq":
+            raise ValueError(f'sweeps go over the codes of method "gptq"; method "{self.method}" takes none')
+        return self
 
     def needs_data(self) -> bool:
         """Whether the rule wants statistics of activations: for GPTQ, or to choose outliers."""

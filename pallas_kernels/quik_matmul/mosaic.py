@@ -11,7 +11,8 @@ Weights are the first operand of every product and activations the second, so th
 
 One accumulator tile is alive at a time: the integer sums become the float32 start value of the outlier product. The ring does
 not drain between the two products nor between tiles: both walk one sequence of steps, and the memory warpgroup already fetches
-the next tile's weights while the epilogue runs. Two compute warpgroups alternate: one widens while the other multiplies.
+the next tile's weights while the epilogue runs. A compute warpgroup widens the weights of its next step while the tensor core
+multiplies those of this one, where the registers hold both; otherwise one warpgroup widens while the other multiplies.
 
 Many rows: a persistent grid, a block per multiprocessor, walks the tiles along `n` within strips of `m`, so that neighbouring
 blocks read the same activations out of L2.
@@ -77,7 +78,12 @@ def default_tiles(rows: int, outputs: int, base: int, weight_bits: int, bits: in
         sides = [(128, 128, 1), (128, 64, 1), (64, 128, 1), (64, 64, 1), (64, 64, 2)]
         candidates = [MatmulTiles(n, m, 5, 8 if s == 1 else 1, s) for n, m, s in sides if base // K_STEP >= 4 * s]
         tiles = min(candidates, key=lambda tiles: _cycles(tiles, rows, outputs, base, cores))
-    while shared_memory(tiles, weight_bits, bits) > hopper.SHARED_MEMORY:
+    return _shortened(tiles, weight_bits, bits)
+
+
+def _shortened(tiles: MatmulTiles, weight_bits: int, bits: int, out_bytes: int = 2) -> MatmulTiles:
+    """The tiles with as deep a ring, two slots at least, as shared memory has room for."""
+    while tiles.stages > 2 and shared_memory(tiles, weight_bits, bits, out_bytes) > hopper.SHARED_MEMORY:
         tiles = dataclasses.replace(tiles, stages=tiles.stages - 1)
     return tiles
 
@@ -174,8 +180,7 @@ def quik_matmul(
     n, base = qweight.shape
     weight_bits = jnp.iinfo(qweight.dtype).bits
     # Tiles are chosen for 16-bit outputs; wider ones take their room from the ring.
-    while shared_memory(tiles, weight_bits, bits, jnp.dtype(out_dtype).itemsize) > hopper.SHARED_MEMORY and tiles.stages > 2:
-        tiles = dataclasses.replace(tiles, stages=tiles.stages - 1)
+    tiles = _shortened(tiles, weight_bits, bits, jnp.dtype(out_dtype).itemsize)
     # The copy engine stores whole pieces of 64 columns.
     width = -(-outputs // 64) * 64
     block_n = COMPUTE * tiles.n

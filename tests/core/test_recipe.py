@@ -84,9 +84,19 @@ def test_recipes_survive_json_and_files(tmp_path: Path) -> None:
 def test_what_is_refused() -> None:
     with pytest.raises(QuikError, match='no recipe "quik4b"; did you mean "quik-4b"'):
         find_recipe("quik4b")
-    for wrong in ({"weight_bits": 3}, {"unknown": 1}, {"match": "("}, {"block_size": 100}, {"outliers": 1.5}, {"outliers": -1}):
+    for wrong in (
+        {"weight_bits": 3},
+        {"unknown": 1},
+        {"match": "("},
+        {"block_size": 100},
+        {"outliers": 1.5},
+        {"outliers": -1},
+        {"sweeps": -1},
+    ):
         with pytest.raises(ValidationError):
             Rule(**{"match": "x", **wrong})
+    with pytest.raises(ValidationError, match='sweeps go over the codes of method "gptq"; method "rtn" takes none'):
+        Rule(match="x", method="rtn", sweeps=2)
     with pytest.raises(QuikError, match=r"not 1\.5"):
         RECIPES["quik-4b"].with_outliers(1.5)
 

@@ -61,6 +61,20 @@ def test_a_tensor_that_layers_make_themselves(producer: api.Producer) -> None:
         np.testing.assert_array_equal(np.asarray(y), np.asarray(expected))
 
 
+def test_dense_layers_that_share_a_tensor_make_it_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+    value = Produced.value
+
+    def noted(self: Produced) -> jax.Array:
+        made.append(1)
+        return value(self)
+
+    monkeypatch.setattr(Produced, "value", noted)
+    x = Produced(api.RmsNorm(1e-5), (kernel_cases.tokens(0, (3, 64), jnp.float32),), (jnp.ones(64),))
+    linears(x, [jnp.ones((8, 64))] * 3, [None] * 3)
+    assert len(made) == 1
+
+
 @pytest.mark.parametrize("bits", [4, 8, 16])
 def test_tile_form_of_a_tree_changes_no_bit(bits: int) -> None:
     params: dict[str, Any] = {"layer": packed_weight(7, 72, 320, 20, bits), "norm": jnp.ones(3)}
