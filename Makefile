@@ -46,8 +46,9 @@ lint: $(VENV)/.installed-test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Two processes, each test file in one of them: most of the time XLA compiles, on one core.
 test: lint $(VENV)/.installed-model $(VENV)/.installed-gpu-compile
-	$(WITH_CUDA) $(BIN)/python -m pytest
+	$(WITH_CUDA) $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: $(VENV)/.installed-test $(VENV)/.installed-model
 	$(BIN)/python -m pytest -m slow --timeout 3600
