@@ -14,7 +14,7 @@ from gpu_peers import random_layer
 
 from quikjax.models import registry
 from quikjax.pallas_kernels.arg_specs import LinearSpec
-from quikjax.weight import QuikWeight
+from quikjax.weights.quik import QuikWeight
 
 Fields = dict[str, Any]
 

@@ -20,11 +20,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from quikjax.loading import load
+from quikjax.checkpoint.load import load
 from quikjax.models.registry import pure_params
-from quikjax.pipeline import calibrate
-from quikjax.quantization import quantize_params
-from quikjax.recipe import Recipe, find_recipe
+from quikjax.quantizing.model import calibrate
+from quikjax.quantizing.params import quantize_params
+from quikjax.quantizing.recipe import Recipe, find_recipe
 from quikjax.texts import calibration_text, tokenize
 
 

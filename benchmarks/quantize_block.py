@@ -25,14 +25,14 @@ import numpy as np
 from flax import nnx
 from random_checkpoint import random_weight
 
-from quikjax.calibration import LayerStats, empty_stats, observe
+from quikjax.algorithms.gptq import gptq, inverse_factor
+from quikjax.algorithms.numerics import clipped_scales, outlier_columns
 from quikjax.models.registry import abstract_model, dotted, nested, pure_params
-from quikjax.numerics import clipped_scales, outlier_columns
-from quikjax.pipeline import _forward_all, _inputs
-from quikjax.quantization import pack, permuted_hessian
-from quikjax.quantizers.gptq import gptq, inverse_factor
-from quikjax.recipe import Rule, find_recipe
-from quikjax.weight import dequantize
+from quikjax.quantizing.model import _forward_all, _inputs
+from quikjax.quantizing.params import pack, permuted_hessian
+from quikjax.quantizing.recipe import Rule, find_recipe
+from quikjax.quantizing.statistics import LayerStats, empty_stats, observe
+from quikjax.weights.quik import dequantize
 
 SHAPES: dict[str, dict[str, Any]] = {
     "llama-2-7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32, "num_hidden_layers": 32},

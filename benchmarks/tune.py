@@ -32,8 +32,9 @@ import jax.numpy as jnp
 import numpy as np
 from gpu_report import OPS_TARGETS
 
-from quikjax.pallas_kernels import api, layout, mosaic_layer, reference, tuned
+from quikjax.pallas_kernels import api, layout, reference, tuned
 from quikjax.pallas_kernels.arg_specs import MODELS, ROWS, LinearSpec
+from quikjax.pallas_kernels.quik_linear import mosaic as mosaic_layer
 from quikjax.pallas_kernels.quik_matmul import mosaic as matmul_kernel
 from quikjax.pallas_kernels.quik_matmul.mosaic import MatmulTiles
 from quikjax.pallas_kernels.split_quantize import mosaic as split_kernel

@@ -14,9 +14,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, Int32
 
-from quikjax.linear import Produced, linears
 from quikjax.pallas_kernels import api
-from quikjax.weight import QuikWeight
+from quikjax.weights.linear import Produced, linears
+from quikjax.weights.quik import QuikWeight
 
 # Called by a block with the name of a group of layers and the tensor they all read; the block goes on with what it returns.
 # This is how calibration sees a block's inside, and spares what led to a tensor that it has kept from an earlier pass.

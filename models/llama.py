@@ -12,12 +12,12 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Int32
 
 from quikjax.errors import QuikError
-from quikjax.linear import Produced
 from quikjax.models.attention import attend
 from quikjax.models.base import Block, CausalLM, Config, Embedding, KeyValues, Linear, Observe, Place, project, unembed, watched
 from quikjax.models.published import Fields
 from quikjax.models.rope import Rope, published_rope, rotate
 from quikjax.pallas_kernels import api
+from quikjax.weights.linear import Produced
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

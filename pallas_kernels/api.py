@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from quikjax.pallas_kernels import in_place, reference
+from quikjax.pallas_kernels import cpu, reference
 from quikjax.pallas_kernels.choice import BACKENDS, SPLIT, BackendError, Choice, Problem, choose
 from quikjax.pallas_kernels.devices import Device, current_device
 from quikjax.pallas_kernels.layout import Packed, from_tiles, pack, to_tiles
@@ -107,12 +107,12 @@ def split_quantize(
     taken = choose(problem, device, backend, SPLIT).backend
     flat = tuple(x.reshape(rows, k) for x in inputs)
     if taken == "mosaic":
-        from quikjax.pallas_kernels import mosaic_layer
+        from quikjax.pallas_kernels.quik_linear import mosaic as mosaic_layer
 
         tiled = mosaic_layer.split(flat, columns, base, bits, producer, tuple(parameters), device)
         split = mosaic_layer.exact_split(tiled, rows, base, k - base)
     elif taken == "triton":
-        from quikjax.pallas_kernels import triton_layer
+        from quikjax.pallas_kernels.quik_linear import triton as triton_layer
 
         split = triton_layer.split(flat, columns, base, bits, producer, tuple(parameters))
     else:
@@ -141,11 +141,11 @@ def quik_matmul(
     taken = choose(_problem(rows, packed, bits, split.outliers.dtype, Identity()), device, backend).backend
     flat = Split(*(part.reshape(rows, *part.shape[len(batch) :]) for part in split))
     if taken == "mosaic":
-        from quikjax.pallas_kernels import mosaic_layer
+        from quikjax.pallas_kernels.quik_linear import mosaic as mosaic_layer
 
         y = mosaic_layer.product(mosaic_layer.tile_split(flat), rows, packed, bias, bits, out_dtype, device)
     elif taken == "triton":
-        from quikjax.pallas_kernels import triton_layer
+        from quikjax.pallas_kernels.quik_linear import triton as triton_layer
 
         y = triton_layer.product(flat, from_tiles(packed), bias, bits, out_dtype)
     else:
@@ -315,8 +315,8 @@ def _run_xla(call: _Call, inputs: Any, parameters: Any, weights: Any, biases: An
             reference.weight_only_matmul(x, w.columns, w.qweight, w.scale, w.outliers, bias).astype(x.dtype)
             for w, bias in zip(weights, biases, strict=True)
         ]
-    if call.device.platform == "cpu" and rows >= in_place.FEWEST_ROWS:
-        return in_place.linears(x, weights, biases, call.bits, bfloat16=call.device.bfloat16_products)
+    if call.device.platform == "cpu" and rows >= cpu.FEWEST_ROWS:
+        return cpu.linears(x, weights, biases, call.bits, bfloat16=call.device.bfloat16_products)
     split = reference.split_quantize(x, weights[0].columns, weights[0].base, call.bits)
     return [_reference_product(split, w, bias, call.bits).astype(x.dtype) for w, bias in zip(weights, biases, strict=True)]
 
@@ -334,20 +334,20 @@ def _run_mosaic(call: _Call, inputs: Any, parameters: Any, weights: Any, biases:
 # once per shape. Without, a LLaMA-2-7B took four minutes to lower, seven seconds a block.
 @functools.partial(jax.jit, static_argnames=("base", "bits", "producer", "device"))
 def _mosaic_split(inputs: Any, columns: Any, base: int, bits: int, producer: Producer, parameters: Any, device: Device) -> Any:
-    from quikjax.pallas_kernels import mosaic_layer
+    from quikjax.pallas_kernels.quik_linear import mosaic as mosaic_layer
 
     return mosaic_layer.split(inputs, columns, base, bits, producer, parameters, device)
 
 
 @functools.partial(jax.jit, static_argnames=("rows", "bits", "out_dtype", "device"))
 def _mosaic_product(tiled: Any, rows: int, packed: Packed, bias: Any, bits: int, out_dtype: Any, device: Device) -> jax.Array:
-    from quikjax.pallas_kernels import mosaic_layer
+    from quikjax.pallas_kernels.quik_linear import mosaic as mosaic_layer
 
     return mosaic_layer.product(tiled, rows, packed, bias, bits, out_dtype, device)
 
 
 def _run_triton(call: _Call, inputs: Any, parameters: Any, weights: Any, biases: Any, rows: int) -> list[jax.Array]:
-    from quikjax.pallas_kernels import triton_layer
+    from quikjax.pallas_kernels.quik_linear import triton as triton_layer
 
     del rows
     return triton_layer.run(inputs, parameters, call.producer, [from_tiles(w) for w in weights], biases, call.bits)

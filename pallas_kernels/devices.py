@@ -11,7 +11,7 @@ import jax
 class Device:
     """`platform` (`cpu`, `gpu`, `tpu`), `kind` as the vendor names it, compute `capability` and multiprocessors of a GPU.
 
-    `bfloat16_products`: a CPU with instructions for them, whose integer products are faster that way (`in_place`).
+    `bfloat16_products`: a CPU with instructions for them, whose integer products are faster that way (`cpu`).
     """
 
     platform: str

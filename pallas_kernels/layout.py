@@ -29,7 +29,7 @@ Leaf = Any
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Packed:
-    """A weight's arrays in either form (`quikjax.weight.QuikWeight` without its place in a model).
+    """A weight's arrays in either form (`quikjax.weights.quik.QuikWeight` without its place in a model).
 
     Data: `qweight` int4 or int8, `scale` and `reduced` float32, `outliers` 16-bit, `columns` int32. Static: the true numbers of
     base columns, `inputs` (`K`) and `outputs` (`N`).

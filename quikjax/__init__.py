@@ -11,36 +11,36 @@ The command line (`quikjax --help`) does the same from and to disk. Names are im
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from quikjax.version import __version__
 
 if TYPE_CHECKING:
     from quikjax.checkpoint import restore, restore_params, save
-    from quikjax.conversion import convert
+    from quikjax.checkpoint.load import load
     from quikjax.errors import QuikError
     from quikjax.evaluation import evaluate, reference, windows
-    from quikjax.generation import generate
-    from quikjax.loading import load
-    from quikjax.pipeline import calibrate, quantize_model
-    from quikjax.quantization import quantize_block, quantize_params
-    from quikjax.recipe import RECIPES, Recipe, Rule
-    from quikjax.weight import QuikWeight, dequantize, dequantize_params
+    from quikjax.generation.decode import generate
+    from quikjax.quantizing.checkpoint import convert
+    from quikjax.quantizing.model import calibrate, quantize_model
+    from quikjax.quantizing.params import quantize_block, quantize_params
+    from quikjax.quantizing.recipe import RECIPES, Recipe, Rule
+    from quikjax.weights.quik import QuikWeight, dequantize, dequantize_params
 
 _HOME = {
     "QuikError": "errors",
-    "QuikWeight": "weight",
-    "RECIPES": "recipe",
-    "Recipe": "recipe",
-    "Rule": "recipe",
-    "calibrate": "pipeline",
-    "convert": "conversion",
-    "dequantize": "weight",
-    "dequantize_params": "weight",
+    "QuikWeight": "weights.quik",
+    "RECIPES": "quantizing.recipe",
+    "Recipe": "quantizing.recipe",
+    "Rule": "quantizing.recipe",
+    "calibrate": "quantizing.model",
+    "convert": "quantizing.checkpoint",
+    "dequantize": "weights.quik",
+    "dequantize_params": "weights.quik",
     "evaluate": "evaluation",
     "generate": "generation",
-    "load": "loading",
-    "quantize_block": "quantization",
-    "quantize_model": "pipeline",
-    "quantize_params": "quantization",
+    "load": "checkpoint.load",
+    "quantize_block": "quantizing.params",
+    "quantize_model": "quantizing.model",
+    "quantize_params": "quantizing.params",
     "reference": "evaluation",
     "restore": "checkpoint",
     "restore_params": "checkpoint",
@@ -54,6 +54,7 @@ __all__ = [
     "QuikWeight",
     "Recipe",
     "Rule",
+    "__version__",
     "calibrate",
     "convert",
     "dequantize",

@@ -36,7 +36,14 @@ def test_the_sdist_carries_the_folders_once(built: Path) -> None:
     (sdist,) = built.glob("*.tar.gz")
     with tarfile.open(sdist) as archive:
         names = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
-    assert {"models/llama.py", "pallas_kernels/reference.py", "quikjax/weight.py", "README.md", "LICENSE", "Makefile"} <= names
+    assert {
+        "models/llama.py",
+        "pallas_kernels/reference.py",
+        "quikjax/weights/quik.py",
+        "README.md",
+        "LICENSE",
+        "Makefile",
+    } <= names
     assert not {name for name in names if name.startswith(("quikjax/models/", "quikjax/pallas_kernels/"))}
 
 

@@ -19,11 +19,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from quikjax.checkpoint.artifact_sizes import Sizes, sizes
 from quikjax.checkpoint.manifest import Manifest, Part
 from quikjax.checkpoint.parts import REST
 from quikjax.checkpoint.reader import Reader, read_manifest
 from quikjax.checkpoint.shapes import check_parameters, shapes_of
-from quikjax.checkpoint.sizes import Sizes, sizes
 from quikjax.checkpoint.writer import Writer, stored_shapes
 from quikjax.errors import QuikError
 from quikjax.models.base import CausalLM

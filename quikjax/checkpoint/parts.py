@@ -22,7 +22,7 @@ from quikjax.checkpoint import atomic, store
 from quikjax.checkpoint.manifest import ArrayRow, Json, Part, seal, unseal_part
 from quikjax.errors import QuikError
 from quikjax.models.registry import dotted, nested
-from quikjax.weight import QuikWeight
+from quikjax.weights.quik import QuikWeight
 
 REST = "rest"  # the part of everything that is in no transformer block
 

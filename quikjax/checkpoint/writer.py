@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from quikjax import __version__
 from quikjax.checkpoint import atomic, parts, tokenizers
 from quikjax.checkpoint.manifest import (
     MANIFEST,
@@ -31,6 +30,7 @@ from quikjax.checkpoint.manifest import (
 from quikjax.checkpoint.shapes import check_parameters, shapes_of
 from quikjax.errors import QuikError
 from quikjax.models.registry import abstract_model
+from quikjax.version import __version__
 
 ARRAYS, TOKENIZER, REPORT = "arrays", "tokenizer", "report.jsonl"
 OURS = {MANIFEST, f"{MANIFEST}.tmp", ARRAYS, TOKENIZER, REPORT, f"{REPORT}.tmp"}

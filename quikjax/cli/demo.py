@@ -1,138 +1,23 @@
 """`quikjax demo`: what QUIK does to a real model, on this machine, without a network."""
 
-import json
-import subprocess
-import sys
-import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
-import numpy as np
-from flax import nnx
+import typer
 
-from quikjax.cli.show import Lines, duration, megabytes, say, table
-from quikjax.conversion import Converted, convert, refuse_existing
-from quikjax.errors import QuikError
-from quikjax.evaluation import Evaluation, Reference, evaluate, reference, windows
-from quikjax.generation import generate
-from quikjax.loading import load, open_source
-from quikjax.models.registry import pure_params
-from quikjax.sizes import size_of_artifact, sizes_of_layers
-from quikjax.texts import calibration_text, calibration_windows, evaluation_text, tokenize
-
-MODEL = "smollm2-135m"
-PROMPT = "The capital of France is"
-NEW_TOKENS = 32
-EVALUATED = 8  # windows
-RECIPES = (("RTN-W4A4", "rtn-w4a4"), ("QUIK-4B", "quik-4b"), ("QUIK-8B", "quik-8b"))
+from quikjax.cli.options import Json
+from quikjax.cli.printing import print_json
 
 
-def run(out: Path | None, *, samples: int, seqlen: int, show: bool) -> dict[str, Any]:
-    """Run the demo; keep its artifacts in `out`, if given. Figures are returned, and printed on stdout with `show`."""
-    if out is not None:
-        refuse_existing(out, force=False)
-        return _run(out, samples, seqlen, show)
-    with tempfile.TemporaryDirectory(prefix="quikjax-demo-") as directory:
-        return _run(Path(directory), samples, seqlen, show)
+def demo(
+    out: Annotated[Path | None, typer.Option(help="Keep the artifacts in this directory (it must not exist).")] = None,
+    samples: Annotated[int, typer.Option(help="Calibration sequences.")] = 8,
+    seqlen: Annotated[int, typer.Option(help="Tokens per calibration sequence and evaluation window.")] = 512,
+    as_json: Json = False,
+) -> None:
+    """Quantize SmolLM2-135M three ways on this machine, offline, and compare."""
+    from quikjax.cli.demo_run import run
 
-
-def _run(directory: Path, samples: int, seqlen: int, show: bool) -> dict[str, Any]:
-    source = open_source(MODEL)
-    calibration, evaluation = calibration_text("pydoc"), evaluation_text("pydoc")
-    say(f"""SmolLM2-135M-Instruct is quantized three ways and compared with itself.
-  RTN-W4A4  4-bit weights and activations, rounded to nearest, no outliers: what breaks
-  QUIK-4B   the same bits, but 1/16 of the columns kept in FP16, GPTQ, and 8 bits where an MLP returns (down_proj)
-  QUIK-8B   8 bits everywhere, 1/16 of the columns in FP16
-Calibration: {samples} x {seqlen} tokens of {calibration.origin} (a small setting; `quikjax quantize` takes 16 x 2048).
-Evaluation: {EVALUATED} windows of {seqlen} tokens of {evaluation.origin}.
-Everything is on this machine; nothing is downloaded. Progress is on stderr, results on stdout.""")
-
-    converted: dict[str, Converted] = {}
-    for title, name in RECIPES:
-        say(f"\n== {title}: calibrating and quantizing")
-
-        def tokens(tokenizer: Any) -> np.ndarray:
-            return calibration_windows(tokenize(tokenizer, calibration.content), samples, seqlen)
-
-        converted[name] = convert(source, directory / name, name, tokens, progress=Lines(layers=name == "quik-4b"))
-        size = size_of_artifact(directory / name)
-        say(f"saved {directory / name}, {megabytes(size)}, in {duration(converted[name].seconds)}")
-
-    say("\n== QUIK-4B restored in a fresh process")
-    restored = _in_fresh_process(directory / "quik-4b")
-    say("\n== the original")
-    model, tokenizer = load(MODEL)
-    assert tokenizer is not None  # the demo model has one
-    ids = tokenize(tokenizer, PROMPT)[None]
-    said = generate(nnx.split(model)[0], pure_params(model), ids, max_new_tokens=NEW_TOKENS, stop=tokenizer.eos_token_id)
-    original = tokenizer.decode(said.tokens[0, : said.lengths[0]].tolist(), skip_special_tokens=True)
-
-    say("\n== measuring")
-    cut = windows(tokenize(tokenizer, evaluation.content), seqlen, EVALUATED)
-    base = reference(model, cut)
-    rows = [_row("original", evaluate(model, cut, base), None, source.size)]
-    for title, name in RECIPES:
-        rows.append(_measured(title, directory / name, converted[name], cut, base))
-        say(f"{title}: perplexity {rows[-1]['perplexity']:.2f}")
-    figures = {
-        "model": MODEL,
-        "prompt": PROMPT,
-        "original_continues": original,
-        "quik_4b_continues": restored["text"],
-        "rows": rows,
-    }
-    if show:
-        _print(figures, source.size)
-    return figures
-
-
-def _in_fresh_process(artifact: Path) -> dict[str, Any]:
-    command = [sys.executable, "-m", "quikjax.cli", "generate", str(artifact), PROMPT]
-    done = subprocess.run(
-        [*command, "--max-new-tokens", str(NEW_TOKENS), "--json"], stdout=subprocess.PIPE, text=True, check=False
-    )
-    if done.returncode:
-        raise QuikError(f"the artifact could not be used in a fresh process (exit {done.returncode}); its error is above")
-    return dict(json.loads(done.stdout))
-
-
-def _measured(title: str, path: Path, converted: Converted, cut: np.ndarray, base: Reference) -> dict[str, Any]:
-    model, _ = load(path)
-    return _row(title, evaluate(model, cut, base), converted, size_of_artifact(path))
-
-
-def _row(title: str, result: Evaluation, converted: Converted | None, size: int) -> dict[str, Any]:
-    layers = sizes_of_layers(converted.report if converted else [])
-    return {
-        "model": title,
-        **result.as_json(),
-        "bits_per_weight": layers.bits_per_weight,
-        "size_relative_to_fp16": layers.relative_to_fp16,
-        "bytes_on_disk": size,
-    }
-
-
-def _print(figures: dict[str, Any], source_size: int) -> None:
-    def cells(row: dict[str, Any]) -> list[str]:
-        return [
-            row["model"],
-            f"{row['perplexity']:.2f} ± {row['stderr']:.2f}",
-            f"{row['top1_agreement']:.1%}",
-            f"{row['kl']:.4f}",
-            f"{row['bits_per_weight']:.2f}",
-            f"{row['size_relative_to_fp16']:.3f}",
-            f"{row['bytes_on_disk'] / 1e6:.1f}",
-        ]
-
-    print(f'prompt     "{PROMPT}"')
-    print(f"original   {figures['original_continues']!r}")
-    print(f"QUIK-4B    {figures['quik_4b_continues']!r}")
-    print()
-    head = ("model", "perplexity", "top-1 agreement", "KL to original", "bits/weight", "size/FP16", "MB on disk")
-    print(table(head, [cells(row) for row in figures["rows"]]))
-    print()
-    print(
-        "Bits and size are of the transformer blocks' linear layers, everything counted; the original's are those of FP16. "
-        f"On disk is the whole model: the original's {megabytes(source_size)} are its source file, itself a 4-bit one (Q4_1, "
-        "embeddings in Q8_0); artifacts keep embeddings in float32."
-    )
+    figures = run(out, samples=samples, seqlen=seqlen, show=not as_json)
+    if as_json:
+        print_json(figures)

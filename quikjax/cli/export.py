@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from quikjax.cli.options import Json, parse_dtype
+from quikjax.cli.printing import megabytes, print_json, say
 from quikjax.errors import QuikError, did_you_mean
 
 FORMATS = ("safetensors-dequantized",)
@@ -15,18 +17,15 @@ def export(
     out: Annotated[Path, typer.Option(help="Directory to write; it must not exist.")],
     format: Annotated[str, typer.Option(help="safetensors-dequantized: a Hugging Face directory, weights dequantized.")],
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; left out, the artifact's own.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Write an artifact in a format that others read. One transformer block is in memory at a time."""
-    from quikjax.cli.app import parse_dtype, print_json
-    from quikjax.cli.show import megabytes, say
-
     if format not in FORMATS:
         raise QuikError(f'there is no format "{format}" to export to; {did_you_mean(format, FORMATS)}')
     if dtype is not None:
         parse_dtype(dtype)
 
-    from quikjax.exporting import export_safetensors
+    from quikjax.checkpoint.export.dequantized import export_safetensors
 
     def progress(done: int, total: int) -> None:
         say(f"  part {done} of {total} written")

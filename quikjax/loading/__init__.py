@@ -1,4 +1,4 @@
-"""Floor 4: published checkpoints of any format, opened lazily and turned into models."""
+"""Published checkpoints of any format, opened lazily and turned into models."""
 
 from pathlib import Path
 from typing import Any
@@ -6,35 +6,41 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 
-from quikjax.loading.formats import ARTIFACT_FILE, open_found, open_source
+from quikjax.loading.formats import open_found, open_source
 from quikjax.loading.params import load_params, match, verify
-from quikjax.loading.resolve import DEMO_MODELS, resolve
+from quikjax.loading.resolve import DEMO_MODELS, Found, resolve
 from quikjax.loading.source import Source, TensorInfo
 from quikjax.models.base import CausalLM
 from quikjax.models.registry import abstract_model
 
-__all__ = ["DEMO_MODELS", "Source", "TensorInfo", "load", "load_params", "match", "open_source", "verify"]
+__all__ = [
+    "DEMO_MODELS",
+    "Found",
+    "Source",
+    "TensorInfo",
+    "load_params",
+    "load_published",
+    "match",
+    "open_source",
+    "resolve",
+    "verify",
+]
 
 
-def load(model: str | Path, *, dtype: Any = jnp.float32) -> tuple[CausalLM, Any | None]:
-    """A model with its parameters, and its tokenizer, or None where the checkpoint has none.
+def load_published(model: str | Path | Found, *, dtype: Any = jnp.float32) -> tuple[CausalLM, Any | None]:
+    """A published model with its parameters, and its tokenizer, or None where the checkpoint has none.
 
-    On top of the parameters one tensor is held at a time.
+    On top of the parameters one tensor is held at a time. `quikjax.load` takes artifacts as well.
 
     Args:
-        model: whatever `open_source` takes, or the directory of an artifact that `quikjax.checkpoint` wrote.
-        dtype: floating dtype of the parameters; an artifact keeps its own.
+        model: whatever `open_source` takes, or what `resolve` found.
+        dtype: floating dtype of the parameters.
 
     Raises:
         QuikError: whatever is wrong with the checkpoint, in one sentence; everything that headers can tell is found before
             any tensor is read.
     """
-    found = resolve(model)
-    if (found.path / ARTIFACT_FILE).is_file():
-        from quikjax.checkpoint import restore
-
-        return restore(found.path)
-    source = open_found(found)
+    source = open_found(model if isinstance(model, Found) else resolve(model))
     abstract = abstract_model(source.config, dtype)
     match(source, abstract)
     tokenizer = source.tokenizer()

@@ -10,7 +10,7 @@ from flax import nnx
 
 from quikjax.models.base import CausalLM
 from quikjax.models.registry import abstract_model, dotted, nested, pure_params
-from quikjax.weight import QuikWeight
+from quikjax.weights.quik import QuikWeight
 
 CONFIG: dict[str, Any] = {
     "model_type": "llama",

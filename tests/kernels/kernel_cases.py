@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from quikjax.pallas_kernels import api, choice, layout, mosaic_layer
+from quikjax.pallas_kernels import api, choice, layout
 from quikjax.pallas_kernels.arg_specs import LinearSpec
 from quikjax.pallas_kernels.devices import H100
+from quikjax.pallas_kernels.quik_linear import mosaic as mosaic_layer
 
 
 def weight(seed: int, outputs: int, inputs: int, outliers: int, bits: int = 4, dtype: Any = jnp.bfloat16) -> api.Packed:

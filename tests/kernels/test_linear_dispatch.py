@@ -1,4 +1,4 @@
-"""`quikjax.linear` on top of the kernels' dispatch: groups, tile form, the named backend, the explanation."""
+"""`quikjax.weights.linear` on top of the kernels' dispatch: groups, tile form, the named backend, the explanation."""
 
 import dataclasses
 import re
@@ -10,10 +10,10 @@ import kernel_cases
 import numpy as np
 import pytest
 
-from quikjax.linear import Produced, explain, linear, linears, tile_params
 from quikjax.pallas_kernels import api
 from quikjax.pallas_kernels.devices import H100
-from quikjax.weight import QuikWeight
+from quikjax.weights.linear import Produced, explain, linear, linears, tile_params
+from quikjax.weights.quik import QuikWeight
 
 
 def packed_weight(seed: int, outputs: int, inputs: int, outliers: int, bits: int = 4, group: str | None = None) -> QuikWeight:

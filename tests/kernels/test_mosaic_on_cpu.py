@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from hopper_machine import running
 
-from quikjax.pallas_kernels import api, hopper, mosaic_layer, reference, tuned
+from quikjax.pallas_kernels import api, hopper, reference, tuned
 from quikjax.pallas_kernels.devices import H100, Device
+from quikjax.pallas_kernels.quik_linear import mosaic as mosaic_layer
 from quikjax.pallas_kernels.quik_matmul.mosaic import MatmulTiles
 from quikjax.pallas_kernels.split_quantize import mosaic as split_kernel
 from quikjax.pallas_kernels.split_quantize.mosaic import SplitTiles

@@ -17,7 +17,8 @@ import jax
 import jax.numpy as jnp
 import kernel_cases
 
-from quikjax.pallas_kernels import api, triton_layer
+from quikjax.pallas_kernels import api
+from quikjax.pallas_kernels.quik_linear import triton as triton_layer
 
 _INSTRUCTIONS = r"(?:wgmma\.mma_async|mma\.sync)[a-z0-9.:_]*|(?:rcp|div)\.[a-z.]+f32|cvt\.rni\.f32\.f32|(?:ld|st)\.local"
 

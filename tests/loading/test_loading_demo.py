@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from quikjax.loading import Source, load, open_source
+from quikjax.checkpoint.load import load
+from quikjax.loading import Source, open_source
 from quikjax.models.base import CausalLM
 
 NAME = "smollm2-135m"

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from loading_checkpoints import OPT_CONFIG, Weights, complaint, flax_tree, opt_weights, refusal, write_config, write_single
 
+from quikjax.checkpoint.load import load
 from quikjax.errors import QuikError
-from quikjax.loading import load, open_source
+from quikjax.loading import open_source
 from quikjax.loading.msgpack_header import read_layout
 
 

@@ -10,8 +10,9 @@ import pytest
 from loading_checkpoints import CONFIG, Weights, complaint, llama_weights, refusal, write_single
 from loading_ggufs import rounded, write_gguf
 
+from quikjax.checkpoint.load import load
 from quikjax.errors import QuikError
-from quikjax.loading import load, open_source
+from quikjax.loading import open_source
 from quikjax.loading.gguf_config import llama3_divisors
 
 _LLAMA3 = {

@@ -13,8 +13,9 @@ import pytest
 from loading_checkpoints import CONFIG, OPT_CONFIG, flax_tree, llama_weights, opt_weights, refusal, write_config, write_single
 from loading_ggufs import write_gguf
 
+from quikjax.checkpoint.load import load
 from quikjax.errors import QuikError
-from quikjax.loading import load, open_source
+from quikjax.loading import open_source
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 

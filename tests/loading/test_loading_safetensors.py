@@ -12,8 +12,9 @@ import pytest
 from loading_checkpoints import CONFIG, Weights, complaint, llama_weights, refusal, write_config, write_sharded, write_single
 from safetensors.numpy import save_file
 
+from quikjax.checkpoint.load import load
 from quikjax.errors import QuikError
-from quikjax.loading import load, load_params, open_source, verify
+from quikjax.loading import load_params, open_source, verify
 from quikjax.loading.source import Source
 from quikjax.models.registry import abstract_model, dotted, pure_params
 

@@ -11,8 +11,8 @@ from model_variants import VARIANTS
 from random_weights import random_weights
 
 from quikjax.models.registry import abstract_model, dotted, nested, pure_params
-from quikjax.pipeline import quantize_model
-from quikjax.weight import QuikWeight
+from quikjax.quantizing.model import quantize_model
+from quikjax.weights.quik import QuikWeight
 
 
 @pytest.mark.slow

@@ -1,0 +1,177 @@
+"""GPTQ (Frantar et al., arXiv 2210.17323) with outlier columns that absorb the error (QUIK, arXiv 2310.09259, section 3.1).
+
+`W` and `H` come in permuted, outliers last. With `U` the upper Cholesky factor of `H^-1`, column by column,
+
+    e = (w_i - s q(w_i)) / U_ii,    W[:, i+1:] -= e U[i, i+1:]
+
+for the base columns; outlier columns are never quantized, only updated.
+
+The loop is a `fori_loop` over blocks of columns and compiles once per shape. Inside, three sizes keep the arithmetic in caches
+and in matrix products: a panel of `PANEL` columns takes rank-one updates, a block takes products from its panels, the rest
+of the matrix takes one product per block.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax.scipy.linalg import solve_triangular
+from jaxtyping import Array, Bool, Float32, Int8, Int32
+
+from quikjax.algorithms.numerics import clipped_scales, codes, largest_code, row_scales
+
+PANEL = 16
+
+# The products behind a block have a static shape, so they run over columns that are already done. Cutting the loop into
+# phases, each with its own shorter matrix, bounds the waste: 1 + 1/_PHASES of the products that cannot be avoided.
+_PHASES = 4
+
+# How often damping may grow tenfold before a Hessian is given up.
+_TRIES = 8
+
+
+def inverse_factor(H: Float32[Array, "k k"], damping: float) -> tuple[Float32[Array, "k k"], float]:
+    """`U`, upper triangular with `H^-1 = U^T U`, and the damping that it took.
+
+    `damping * mean(diag H)` is added to the diagonal; where that is not yet positive definite, ten times as much, and so on.
+    `U` is not finite if no step sufficed. Columns that are dead (`H_ii = 0`) must have been given a diagonal.
+    """
+    U = _inverse_factor(H, jnp.float32(damping))
+    for _ in range(_TRIES):
+        if bool(jnp.isfinite(U).all()):
+            break
+        damping *= 10
+        U = _inverse_factor(H, jnp.float32(damping))
+    return U, damping
+
+
+@jax.jit
+def _inverse_factor(H: Float32[Array, "k k"], damping: Float32[Array, ""]) -> Float32[Array, "k k"]:
+    """One try, apart so that a loop over tries holds no copies of its own: two of `H`'s size beside `H` and `U`.
+
+    Reversed, `H = R R^T` with `R` upper triangular, and `U = R^-1`: one factorization and one triangular inverse, where
+    inverting `H` and factoring again would cost three times as much and lose digits.
+    """
+    one = jnp.eye(H.shape[0], dtype=H.dtype)
+    damped = H + damping * jnp.mean(jnp.diagonal(H)) * one
+    L = jnp.linalg.cholesky(damped[::-1, ::-1], symmetrize_input=False)
+    return solve_triangular(L, one, lower=True)[::-1, ::-1]
+
+
+@jax.jit
+def revive_dead_columns(H: Float32[Array, "k k"]) -> tuple[Float32[Array, "k k"], Bool[Array, " k"]]:
+    """Columns that no activation ever reached (`H_ii = 0`): their diagonal becomes 1; the caller zeroes their weights."""
+    dead = jnp.diagonal(H) == 0
+    return H + jnp.diag(dead.astype(H.dtype)), dead
+
+
+@partial(jax.jit, static_argnames=("base", "bits", "clip", "block"))
+def gptq(
+    W: Float32[Array, "n k"],
+    U: Float32[Array, "k k"],
+    dead: Bool[Array, " k"],
+    *,
+    base: int,
+    bits: int,
+    clip: bool,
+    block: int = 128,
+) -> tuple[Int8[Array, "n base"], Float32[Array, " n"], Float32[Array, "n outliers"]]:
+    """Quantize the first `base` columns of a permuted `W` per row: `(codes, s, outliers)`, the outliers having absorbed error.
+
+    `U` is `inverse_factor` of the equally permuted Hessian, `dead` its columns without data. Scales come from the base
+    columns before any update. `block` is a multiple of 16.
+    """
+    if block % PANEL:
+        raise ValueError(f"block must be a multiple of {PANEL}, not {block}")
+    n, k = W.shape
+    W = jnp.where(dead, 0.0, W)
+    s = (clipped_scales if clip else row_scales)(W[:, :base], bits)
+    if base == 0:
+        return jnp.zeros((n, 0), jnp.int8), s, W
+    blocks = -(-base // block)
+    padding = max(0, blocks * block - k)
+    # Transposed, a column is contiguous. Padding columns have no error to pass on and receive none.
+    rows = jnp.pad(W.T, ((0, padding), (0, 0)))
+    factor = jnp.pad(U, ((0, padding), (0, padding)))
+
+    phase = -(-blocks // _PHASES)
+    for first in range(0, blocks, phase):
+        last = min(first + phase, blocks)
+        offset = first * block
+        tail = _quantize_blocks(
+            rows[offset:], factor[offset:, offset:], s, base - offset, blocks=last - first, block=block, bits=bits
+        )
+        rows = jnp.concatenate([rows[:offset], tail])
+    # Base rows now hold `s * code`; the code is read back exactly, as rounding s * q / s cannot miss by half.
+    return codes(rows[:base].T, s, bits), s, rows[base:k].T
+
+
+def _quantize_blocks(
+    rows: Float32[Array, "k n"],
+    U: Float32[Array, "k k"],
+    s: Float32[Array, " n"],
+    base: int,
+    *,
+    blocks: int,
+    block: int,
+    bits: int,
+) -> Float32[Array, "k n"]:
+    """The first `blocks` blocks of `rows`, quantized in place, and everything behind them updated."""
+    k, n = rows.shape
+
+    def one_block(b: Int32[Array, ""], rows: Float32[Array, "k n"]) -> Float32[Array, "k n"]:
+        start = b * block
+        part = jax.lax.dynamic_slice(rows, (start, 0), (block, n))
+        strip = jax.lax.dynamic_slice(U, (start, 0), (block, k))
+        square = jax.lax.dynamic_slice(strip, (0, start), (block, block))
+        live = start + jnp.arange(block) < base
+        part, E = _quantize_block(part, square, s, live, bits)
+        behind = jnp.where(jnp.arange(k) >= start + block, strip, 0.0)
+        rows = rows - product(behind, E)
+        return jax.lax.dynamic_update_slice(rows, part, (start, 0))
+
+    return jax.lax.fori_loop(0, blocks, one_block, rows)
+
+
+def _quantize_block(
+    part: Float32[Array, "block n"],
+    U: Float32[Array, "block block"],
+    s: Float32[Array, " n"],
+    live: Bool[Array, " block"],
+    bits: int,
+) -> tuple[Float32[Array, "block n"], Float32[Array, "block n"]]:
+    """One block's columns (as rows) quantized, and their errors `E`. Columns that are not `live` are only updated."""
+    block, n = part.shape
+    inverse, qmax = 1 / s, largest_code(bits)
+
+    def panel(p: Int32[Array, ""], state: tuple[Array, Array]) -> tuple[Array, Array]:
+        part, E = state
+        start = p * PANEL
+        columns = jax.lax.dynamic_slice(part, (start, 0), (PANEL, n))
+        strip = jax.lax.dynamic_slice(U, (start, 0), (PANEL, block))
+        square = jax.lax.dynamic_slice(strip, (0, start), (PANEL, PANEL))
+        alive = jax.lax.dynamic_slice(live, (start,), (PANEL,))
+
+        def column(i: Int32[Array, ""], state: tuple[Array, Array]) -> tuple[Array, Array]:
+            columns, errors = state
+            w = columns[i]
+            w_hat = jnp.clip(jnp.round(w * inverse), -qmax - 1, qmax) * s
+            diagonal = jnp.where(alive[i], square[i, i], 1.0)
+            e = jnp.where(alive[i], (w - w_hat) / diagonal, 0.0)
+            later = jnp.where(jnp.arange(PANEL) > i, square[i], 0.0)
+            columns = columns - later[:, None] * e
+            columns = columns.at[i].set(jnp.where(alive[i], w_hat, w))
+            return columns, errors.at[i].set(e)
+
+        columns, errors = jax.lax.fori_loop(0, PANEL, column, (columns, jnp.zeros_like(columns)))
+        behind = jnp.where(jnp.arange(block) >= start + PANEL, strip, 0.0)
+        part = part - product(behind, errors)
+        part = jax.lax.dynamic_update_slice(part, columns, (start, 0))
+        return part, jax.lax.dynamic_update_slice(E, errors, (start, 0))
+
+    return jax.lax.fori_loop(0, block // PANEL, panel, (part, jnp.zeros_like(part)))
+
+
+def product(strip: Float32[Array, "e k"], errors: Float32[Array, "e n"]) -> Float32[Array, "k n"]:
+    """`strip^T errors` at the highest precision the platform has."""
+    return jax.lax.dot_general(strip, errors, (((0,), (0,)), ((), ())), precision=jax.lax.Precision.HIGHEST)

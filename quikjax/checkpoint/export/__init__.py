@@ -1,0 +1,1 @@
+"""Artifacts in formats that others read."""

@@ -1,0 +1,135 @@
+"""`quikjax plan`: what will be done to a model, and what it will take. Reads no weight."""
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from quikjax.cli.options import Json, parse_activation_memory, parse_dtype, parse_outliers
+from quikjax.cli.printing import print_json, size, table
+from quikjax.errors import QuikError
+
+if TYPE_CHECKING:
+    from quikjax.pallas_kernels.choice import Choice
+    from quikjax.planning.plan import Plan
+
+
+def plan(
+    model: Annotated[str, typer.Argument(help="A model as `quantize` takes it, or just its config.json. No weight is fetched.")],
+    recipe: Annotated[str, typer.Option(help="quik-4b, quik-8b, w4a8, rtn-w4a4, gptq-w4a16, fp, or a .json file.")] = "quik-4b",
+    outliers: Annotated[str | None, typer.Option(help="Columns in FP16: a count, or a fraction such as 0.0625 or 1/16.")] = None,
+    batch: Annotated[int, typer.Option(help="Texts at once when the result runs.")] = 1,
+    length: Annotated[int | None, typer.Option(help="Tokens in each; left out, 2048 or the model's context.")] = None,
+    samples: Annotated[int, typer.Option(help="Calibration sequences.")] = 16,
+    seqlen: Annotated[int | None, typer.Option(help="Tokens in each; left out, 2048 or the model's context.")] = None,
+    activation_memory: Annotated[
+        float | None, typer.Option(help="As `quantize` takes it: GB of memory for activations; left out, a quarter of all.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16: of all that is not quantized.")] = "float32",
+    device: Annotated[str, typer.Option(help="here, cpu, h100, h200, a100 or l40s.")] = "here",
+    memory: Annotated[float | None, typer.Option(help="GB (10^9 bytes) that one device holds; left out, the device's.")] = None,
+    as_json: Json = False,
+) -> None:
+    """What quantizing a model will do, and what the result will take, before any weight is read.
+
+    Everything that would go wrong is listed at once; the exit status is then 1.
+    """
+    from quikjax.quantizing.recipe import find_recipe
+
+    chosen = find_recipe(recipe)
+    if outliers is not None:
+        chosen = chosen.with_outliers(parse_outliers(outliers))
+    if memory is not None and memory <= 0:
+        raise QuikError(f"--memory takes the GB of one device, not {memory:g}")
+    activation_bytes = parse_activation_memory(activation_memory)
+    floating = parse_dtype(dtype)
+
+    from quikjax.planning.plan import describe, find_device, make_plan
+
+    there, held = find_device(device, None if memory is None else int(memory * 1e9))
+    found = describe(model)
+    made = make_plan(
+        found.config,
+        chosen,
+        source=found.source,
+        dtype=floating,
+        batch=batch,
+        length=length,
+        samples=samples,
+        seqlen=seqlen,
+        activation_bytes=activation_bytes,
+        device=there,
+        memory_bytes=held,
+    )
+    if as_json:
+        print_json({"model": model, **made.as_json()})
+    else:
+        print(_plan_text(model, made))
+    if made.problems:
+        count = len(made.problems)
+        raise QuikError(f"this cannot be quantized so: {count} problem{'s' if count > 1 else ''}, listed with the plan")
+
+
+def _plan_text(model: str, plan: "Plan") -> str:
+    headers = "tensors as its configuration says" if plan.has_headers else "from its configuration alone"
+    lines = [
+        f"model        {model} ({plan.model_type}, {headers}), activations and unquantized weights in {plan.dtype}",
+        f"recipe       {plan.recipe}",
+        f"device       {plan.device}, {size(plan.memory_bytes)}",
+        "",
+    ]
+    reasons: list[str] = []
+
+    def runs_on(choice: "Choice | None") -> str:
+        if choice is None:
+            return "none"
+        text = str(choice)
+        if text not in reasons:
+            reasons.append(text)
+        return f"{choice.backend} [{reasons.index(text) + 1}]"
+
+    rows = [
+        [
+            layer.pattern.removesuffix(".weight"),
+            str(layer.count),
+            f"{layer.outputs} x {layer.inputs}",
+            f"W{layer.weight_bits}A{layer.activation_bits}",
+            layer.method,
+            str(layer.outliers),
+            size(layer.bytes * layer.count),
+            runs_on(layer.prefill),
+            runs_on(layer.decode),
+        ]
+        for layer in plan.layers
+    ]
+    if rows:
+        head = ("layer", "count", "N x K", "bits", "method", "outliers", "size", "prefill", "decode")
+        lines += [table(head, rows), *(f"[{i}] {reason}" for i, reason in enumerate(reasons, 1)), ""]
+    dense = [[row.pattern, str(row.count), " x ".join(map(str, row.shape)), size(row.bytes * row.count)] for row in plan.dense]
+    lines += [table(("not quantized", "count", "shape", "size"), dense), ""]
+    quantizing, running = plan.quantizing, plan.running
+    lines += [
+        f"quantized    {sum(layer.count for layer in plan.layers)} layers, {size(plan.quantized_bytes)}: "
+        f"{plan.bits_per_weight:.2f} bits per weight, {plan.bits_per_weight / 16:.3f} of their size in FP16",
+        f"all          {size(plan.total_bytes)} ({size(plan.fp16_bytes)} in FP16): quantized layers "
+        f"{size(plan.quantized_bytes)}, other parameters of blocks {size(plan.dense_block_bytes)}, "
+        f"embeddings and head {size(plan.rest_bytes)}",
+        f"to quantize  {size(quantizing.device)} on the device (a block {size(quantizing.block)}, work "
+        f"{size(quantizing.work)}; embeddings {size(quantizing.rest)} before it), {size(quantizing.host)} of activations in "
+        f"host memory ({plan.samples} x {plan.seqlen} tokens"
+        + (f", read one sequence at a time from {size(quantizing.spilled)} on disk" if quantizing.spilled else "")
+        + f"): {_verdict(plan.quantizing_fits)}",
+        f"to run       {size(running.total)} with {plan.batch} x {plan.length} tokens (weights "
+        f"{size(running.blocks + running.rest)}, keys and values {size(running.cache)}, temporaries "
+        f"{size(running.temporaries)}): {_where(plan)}",
+    ]
+    return "\n".join([*lines, *(f"problem      {problem}" for problem in plan.problems)])
+
+
+def _verdict(fits: bool) -> str:
+    return "fits" if fits else "does not fit"
+
+
+def _where(plan: "Plan") -> str:
+    if plan.devices_needed is None:
+        return "does not fit, over any number of such devices"
+    return "fits" if plan.fits else f"does not fit; it would over {plan.devices_needed} such devices"

@@ -1,0 +1,99 @@
+"""What people see while work is going on: plain lines on stderr, tables on stdout."""
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from quikjax.quantizing.params import LayerReport
+
+
+def say(line: str = "") -> None:
+    """One line of progress."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def duration(seconds: int | float) -> str:
+    """Seconds for people.
+
+    >>> duration(5.26), duration(75), duration(7322)
+    ('5.3 s', '1 min 15 s', '2 h 02 min')
+    """
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def megabytes(size: int | float) -> str:
+    """Bytes in MB (10^6).
+
+    >>> megabytes(92_871_040)
+    '92.9 MB'
+    """
+    return f"{size / 1e6:.1f} MB"
+
+
+class Lines:
+    """Progress of a conversion as lines: one per layer, and what is left after each block."""
+
+    def __init__(self, *, layers: bool = True) -> None:
+        self._layers = layers
+        self._blocks = 0
+        self._said = time.perf_counter()
+
+    def start(self, blocks: int, finished: int) -> None:
+        if finished:
+            say(f"going on after {finished} of {blocks} blocks that an earlier run finished")
+        if self._layers:
+            say(f"{'layer':<44} {'bits':<5} {'outliers':>8} {'rel. error':>10} {'SNR':>8} {'time':>8}")
+
+    def layer(self, report: LayerReport, seconds: float) -> None:
+        if self._layers:
+            bits = f"W{report.weight_bits}A{report.activation_bits}"
+            damping = "" if report.damping is None or report.damping in (0.01, 0.5) else f"  damping {report.damping:g}"
+            say(
+                f"{report.path.removesuffix('.weight'):<44} {bits:<5} {report.outliers:>8} {report.relative_error:>10.4f} "
+                f"{report.snr_db:>5.1f} dB {seconds:>6.1f} s{damping}"
+            )
+
+    def block(self, name: str, done: int, total: int, seconds_left: float) -> None:
+        # Blocks of a second or less would only scroll.
+        now = time.perf_counter()
+        if done < total and (now - self._said > 2 or self._layers):
+            self._said = now
+            say(f"  block {done} of {total} saved, about {duration(seconds_left)} left")
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A markdown table, columns aligned for a terminal: the first to the left, numbers to the right."""
+    cells = [list(head), *[list(row) for row in rows]]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(head))]
+
+    def line(row: Sequence[str]) -> str:
+        fitted = [
+            text.ljust(width) if i == 0 else text.rjust(width) for i, (text, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        return "| " + " | ".join(fitted) + " |"
+
+    rule = "|" + "|".join("-" * (width + 1) + (":" if i else "-") for i, width in enumerate(widths)) + "|"
+    return "\n".join([line(cells[0]), rule, *[line(row) for row in cells[1:]]])
+
+
+def print_json(value: dict[str, Any]) -> None:
+    """One JSON object on stdout."""
+    print(json.dumps(value, allow_nan=False, indent=2))
+
+
+def size(count: int | float) -> str:
+    """Bytes for people, in powers of ten.
+
+    >>> size(1_500), size(92_871_040), size(2.5e9)
+    ('1.5 kB', '92.9 MB', '2.50 GB')
+    """
+    if count >= 1e9:
+        return f"{count / 1e9:.2f} GB"
+    return f"{count / 1e6:.1f} MB" if count >= 1e6 else f"{count / 1e3:.1f} kB"

@@ -1,0 +1,94 @@
+"""`quikjax quantize`: from a published checkpoint to an artifact, going on where a killed run stopped."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from quikjax.cli.options import Json, Model, parse_activation_memory, parse_dtype, parse_outliers
+from quikjax.errors import QuikError
+
+
+def quantize(
+    model: Model,
+    out: Annotated[Path, typer.Option(help="Directory to write; it must not exist.")],
+    recipe: Annotated[str, typer.Option(help="quik-4b, quik-8b, w4a8, rtn-w4a4, gptq-w4a16, fp, or a .json file.")] = "quik-4b",
+    outliers: Annotated[str | None, typer.Option(help="Columns in FP16: a count, or a fraction such as 0.0625 or 1/16.")] = None,
+    calibration: Annotated[str, typer.Option(help="A UTF-8 text file, pydoc, or wikitext2.")] = "pydoc",
+    samples: Annotated[int, typer.Option(help="Calibration sequences.")] = 16,
+    seqlen: Annotated[int, typer.Option(help="Tokens per calibration sequence.")] = 2048,
+    activation_memory: Annotated[
+        float | None,
+        typer.Option(
+            help="GB (10^9 bytes) of memory for activations between blocks; what takes more is on disk, in OUT.work, and the "
+            "result is the same. Left out, a quarter of all memory."
+        ),
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16: of all that is not quantized.")] = "float32",
+    force: Annotated[bool, typer.Option("--force", help="Replace an artifact that exists, once the new one is whole.")] = False,
+    restart: Annotated[bool, typer.Option("--restart", help="Forget what a killed run has finished.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Quantize a published model and save it. A killed run goes on where it stopped.
+
+    OUT.log.jsonl, beside the artifact, gets a line for each layer as it is done: follow it with tail -f.
+    """
+    from quikjax.cli.printing import Lines, duration, megabytes, print_json, say
+    from quikjax.quantizing.checkpoint import convert, refuse_existing
+    from quikjax.quantizing.memory import default_activation_bytes
+    from quikjax.quantizing.recipe import find_recipe
+    from quikjax.reports.sizes import size_of_artifact, sizes_of_layers
+    from quikjax.texts import calibration_text, calibration_windows, tokenize
+
+    # Everything that can be wrong is looked at before anything is loaded.
+    chosen = find_recipe(recipe)
+    if outliers is not None:
+        chosen = chosen.with_outliers(parse_outliers(outliers))
+    activation_bytes = parse_activation_memory(activation_memory)
+    floating = parse_dtype(dtype)
+    refuse_existing(out, force=force)
+    text = calibration_text(calibration) if chosen.needs_data() else None
+    say(f"model        {model}, activations and unquantized weights in {dtype}")
+    say(f"recipe       {chosen.name}" + (f", outliers {outliers}" if outliers is not None else ""))
+    if text is not None:
+        say(f"calibration  {samples} x {seqlen} tokens of {text.origin}")
+        budget = default_activation_bytes() if activation_bytes is None else activation_bytes
+        say(f"activations  in memory up to {megabytes(budget)}, beyond that on disk")
+    say(f"output       {out}")
+
+    def windows(tokenizer: Any) -> Any:
+        assert text is not None
+        return calibration_windows(tokenize(tokenizer, text.content), samples, seqlen)
+
+    try:
+        done = convert(
+            model,
+            out,
+            chosen,
+            None if text is None else windows,
+            dtype=floating,
+            force=force,
+            restart=restart,
+            activation_bytes=activation_bytes,
+            progress=Lines(),
+        )
+    except KeyboardInterrupt:
+        raise QuikError("interrupted; finished blocks are kept, run the same command again to go on") from None
+    layers, disk = sizes_of_layers(done.report), size_of_artifact(out)
+    say(f"saved {out} ({megabytes(disk)}) in {duration(done.seconds)}, fingerprint {done.fingerprint[:16]}")
+    if layers.layers:
+        say(
+            f"{layers.layers} layers quantized: {layers.bits_per_weight:.2f} bits per weight, "
+            f"{layers.relative_to_fp16:.3f} of their size in FP16"
+        )
+    if as_json:
+        print_json(
+            {
+                "artifact": str(out),
+                "fingerprint": done.fingerprint,
+                "seconds": done.seconds,
+                "bytes_on_disk": disk,
+                **layers.as_json(),
+                "layers": done.report,
+            }
+        )

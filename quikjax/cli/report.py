@@ -1,0 +1,110 @@
+"""`quikjax report`: what was done to a model, and how well. Reads no weight."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from quikjax.cli.options import Json
+from quikjax.cli.printing import print_json, size, table
+
+if TYPE_CHECKING:
+    from quikjax.reports.artifact import ArtifactReport
+
+
+def report(
+    artifact: Annotated[Path, typer.Argument(help="The directory that `quantize` wrote.")],
+    layers: Annotated[bool, typer.Option("--layers", help="One row per layer, not one per kind of layer.")] = False,
+    as_json: Json = False,
+) -> None:
+    """What was quantized and how well, what was not and why, and where it all came from. Reads no weight."""
+    from quikjax.reports.artifact import read_report
+
+    found = read_report(artifact)
+    if as_json:
+        print_json(found.as_json())
+    else:
+        print(_report_text(found, layers))
+
+
+def _report_text(report: "ArtifactReport", every_layer: bool) -> str:
+    recipe = report.recipe or {}
+    model_type = (report.config or {}).get("model_type", "parameters without a model")
+    lines = [
+        f"artifact     {report.path} ({model_type}, {report.parts} parts, unquantized weights in {report.dtype}, "
+        f"{'with' if report.has_tokenizer else 'without'} tokenizer)",
+        f"fingerprint  {report.fingerprint}",
+        f"written by   {report.written_by}",
+        f"recipe       {recipe.get('name', 'not recorded')}",
+        *(f"{name:<12} {_provenance(value)}" for name, value in report.provenance.items()),
+        "",
+    ]
+    if every_layer and report.rows:
+        rows = [
+            [
+                row["path"].removesuffix(".weight"),
+                f"{row['outputs']} x {row['inputs']}",
+                f"W{row['weight_bits']}A{row['activation_bits']}",
+                row["method"],
+                str(row["outliers"]),
+                *_error_cells(report, row["relative_error"]),
+                "" if row["damping"] is None else f"{row['damping']:g}",
+            ]
+            for row in report.rows
+        ]
+        lines += [table(("layer", "N x K", "bits", "method", "outliers", "rel. error", "SNR", "damping"), rows), ""]
+    elif report.layers:
+        rows = [
+            [
+                kind.pattern.removesuffix(".weight"),
+                str(kind.count),
+                f"{kind.outputs} x {kind.inputs}",
+                f"W{kind.weight_bits}A{kind.activation_bits}",
+                kind.method or "?",
+                str(kind.outliers),
+                size(kind.bytes),
+                *_error_cells(report, kind.relative_error),
+                *_error_cells(report, kind.worst_error)[:1],
+                "" if kind.damping is None else f"{kind.damping:g}",
+            ]
+            for kind in report.layers
+        ]
+        head = ("layer", "count", "N x K", "bits", "method", "outliers", "size", "rel. error", "SNR", "worst", "damping")
+        lines += [table(head, rows)]
+        worst = report.worst()
+        if worst:
+            named = ", ".join(
+                f"{row['path'].removesuffix('.weight')} {_error_cells(report, row['relative_error'])[0]}" for row in worst
+            )
+            lines += [f"worst layers: {named}"]
+        else:
+            lines += ["the artifact has no report, so errors are not known"]
+        lines += [""]
+    dense = [
+        [kind.pattern, str(kind.count), " x ".join(map(str, kind.shape)), kind.dtype, size(kind.bytes), kind.reason]
+        for kind in report.dense
+    ]
+    sizes = report.sizes
+    count = sum(kind.count for kind in report.layers)
+    lines += [
+        table(("not quantized", "count", "shape", "dtype", "size", "why"), dense),
+        "",
+        f"quantized    {count} layers; linear layers have {sizes.bits_per_weight:.2f} bits per weight, "
+        f"{sizes.relative_to_fp16:.3f} of their size in FP16",
+        f"all          {size(sizes.all_bits // 8)} for {sizes.all_parameters} parameters; {size(sizes.disk_bytes)} on disk",
+    ]
+    return "\n".join(lines)
+
+
+def _error_cells(report: "ArtifactReport", error: float | None) -> list[str]:
+    """Relative error and signal-to-noise."""
+    if error is None:
+        return ["?", "?"]
+    decibels = report.snr_db(error)
+    return [f"{error:.4f}", "exact" if decibels is None else f"{decibels:.1f} dB"]
+
+
+def _provenance(value: object) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_provenance(entry)}" for name, entry in value.items())
+    return " x ".join(map(str, value)) if isinstance(value, list) else str(value)

@@ -1,1 +1,0 @@
-"""One algorithm, one file of pure maths on matrices: no trees, no files, no models."""

@@ -1,0 +1,59 @@
+"""A log that grows while a model is quantized, for `tail -f` and for whoever asks later where the time went.
+
+One JSON object per line:
+
+{"run": "2026-01-31T12:00:00+00:00", "finished_blocks": 2, "blocks": 32}    a run begins, or goes on after so many blocks
+{"path": "model.layers.2.self_attn.q_proj.weight", "bytes": 8454144, "seconds": 1.8, ...}    a layer is quantized
+
+It is no part of the artifact, which has no times in it: the same inputs give the same bytes.
+"""
+
+import contextlib
+import datetime
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+from quikjax.errors import resumable
+from quikjax.quantizing.params import LayerReport
+
+
+class LayerLog:
+    """Append to the log in the file `path`; with `anew`, what is there is removed first.
+
+    Layers of a block that a killed run did not finish are there again after the next `run`. Every line is written at once and
+    is whole, but for a last one that met a full disk or a power cut: the next run removes it.
+
+    Raises:
+        QuikError: from every method, if the disk is full or refuses. What was logged stays.
+    """
+
+    def __init__(self, path: Path, *, anew: bool) -> None:
+        self.path = path
+        with self._told():
+            if anew:
+                path.unlink(missing_ok=True)
+            elif path.exists():
+                os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
+
+    def start(self, blocks: int, finished: int) -> None:
+        """A run begins: so many blocks, so many of them finished by earlier runs. Its time is in UTC."""
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        self._append({"run": now, "finished_blocks": finished, "blocks": blocks})
+
+    def layer(self, report: LayerReport, seconds: float) -> None:
+        """A layer is quantized: its report, `bytes` of the packed weight, and seconds as `Progress.layer` counts them."""
+        size = round(report.bits_per_weight * report.outputs * report.inputs / 8)
+        self._append({**report.as_json(), "bytes": size, "seconds": round(seconds, 3)})
+
+    def _append(self, record: dict[str, Any]) -> None:
+        finite = {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in record.items()
+        }
+        with self._told(), open(self.path, "a", encoding="utf-8", newline="\n") as file:
+            file.write(json.dumps(finite, allow_nan=False) + "\n")
+
+    def _told(self) -> contextlib.AbstractContextManager[None]:
+        return resumable(f"cannot write {self.path}")

@@ -1,0 +1,274 @@
+"""Whole models through calibration and quantization, one transformer block at a time.
+
+Activations flow block by block: the Hessian of each group of layers comes from unquantized activations through the weights
+that are already quantized, in order of execution (QUIK, section 3.1). Weights enter as dense arrays throughout (quantized
+ones dequantized), so one compiled function per kind of block serves the whole model.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from quikjax.errors import QuikError
+from quikjax.models.base import Block, CausalLM, Place, default_positions
+from quikjax.models.registry import dotted, nested, pure_params
+from quikjax.quantizing.activation_store import Activations, Batch, read
+from quikjax.quantizing.params import LayerReport, Report, quantize_block
+from quikjax.quantizing.recipe import Recipe, find_recipe
+from quikjax.quantizing.statistics import LayerStats, empty_stats, observe
+from quikjax.weights.quik import QuikWeight, dequantize
+
+# The parameters of one block, flat, by dotted path within it.
+BlockParams = dict[str, Any]
+
+# What groups of layers read in one batch, kept from pass to pass over a block so that attention runs once; beyond KEPT_BYTES
+# for all batches it is computed again. That decides which programs XLA compiles, so it must not depend on where there is room:
+# what a smaller budget of memory leaves no room for is on disk.
+Kept = dict[str, Batch]
+KEPT_BYTES = 1 << 30
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantizedBlock:
+    """One finished block: its published name (`model.layers.3`), its parameters with packed weights, its layers' reports."""
+
+    name: str
+    params: BlockParams
+    reports: list[LayerReport]
+
+
+def quantize_model(
+    model: CausalLM,
+    recipe: Recipe | str,
+    batches: Iterable[Int[Array | np.ndarray, "batch length"]],
+    *,
+    report: Report | None = None,
+) -> dict[str, Any]:
+    """Quantize a model that is in memory, sequentially: each block's statistics come through the quantized ones before it.
+
+    Args:
+        model: any of our models, dense.
+        recipe: what to do, or a recipe's name; one that needs no data ignores `batches`.
+        batches: calibration tokens, `[batch, length]` each, without padding.
+        report: called with each layer's `LayerReport` as it is done.
+
+    Returns:
+        The parameters as nested dictionaries with `QuikWeight`s, for `nnx.merge(nnx.split(model)[0], ...)`.
+
+    Raises:
+        QuikError: there is nothing to calibrate on, or weights or activations are not finite.
+    """
+    recipe = find_recipe(recipe)
+    params = dotted(pure_params(model))
+    prefix = ".".join(model.block_path) + "."
+
+    def load(name: str) -> BlockParams:
+        return {path.removeprefix(name + "."): leaf for path, leaf in params.items() if path.startswith(name + ".")}
+
+    result = {path: leaf for path, leaf in params.items() if not path.startswith(prefix)}
+    hidden: list[Batch] = list(embed_batches(model, batches)) if recipe.needs_data() else []
+    blocks = quantize_blocks(model, load, recipe, hidden, report=report)
+    del hidden
+    for block in blocks:
+        result.update({f"{block.name}.{path}": leaf for path, leaf in block.params.items()})
+    return nested({path: result[path] for path in params})
+
+
+def calibrate(
+    graphdef: nnx.GraphDef[CausalLM], params: Mapping[str, Any], batches: Iterable[Int[Array | np.ndarray, "batch length"]]
+) -> dict[str, LayerStats]:
+    """Statistics of every layer's input in the *unquantized* model, by dotted path, for `quantize_params`.
+
+    Layers that read the same tensor share one `LayerStats`. Holds one Hessian per group of layers: use `quantize_model` for
+    models whose Hessians do not fit.
+
+    Raises:
+        QuikError: `batches` is empty, or a sequence longer than the model's context.
+    """
+    model = nnx.merge(graphdef, params)
+    hidden: list[Batch] = list(embed_batches(model, batches))
+    stats: dict[str, LayerStats] = {}
+    for name, block in model.blocks.items():
+        blockdef, block_params = nnx.split(block)
+        pure = nnx.to_pure_dict(block_params)
+        path = ".".join((*model.block_path, name))
+        kept: list[Kept] = [{} for _ in hidden]
+        for group, layers in block.groups.items():
+            shared = _observe_all(blockdef, pure, hidden, kept, group, Activations())
+            stats.update({f"{path}.{layer}.weight": shared for layer in layers})
+        hidden = list(_forward_all(blockdef, pure, hidden, kept))
+    return stats
+
+
+def embed_batches(model: CausalLM, batches: Iterable[Int[Array | np.ndarray, "batch length"]]) -> Iterator[np.ndarray]:
+    """The hidden states that enter the first block, one host array after the other. Only the embedding's weights are read.
+
+    Raises:
+        QuikError: there are no tokens, or more in a row than the model's context.
+    """
+    limit, seen = model.config.context_length, 0
+    for ids in batches:
+        if ids.shape[1] > limit:
+            raise QuikError(
+                f"a calibration sequence has {ids.shape[1]} tokens, the model's context is {limit}; use a smaller seqlen"
+            )
+        tokens = jnp.asarray(ids)
+        seen += tokens.size
+        yield np.asarray(model.embed(tokens, default_positions(tokens)))
+    if not seen:
+        raise QuikError("there is nothing to calibrate on; give at least one batch of tokens")
+
+
+def quantize_blocks(
+    model: CausalLM,
+    load: Callable[[str], BlockParams],
+    recipe: Recipe,
+    hidden: Sequence[Batch],
+    *,
+    store: Activations | None = None,
+    report: Report | None = None,
+    skip: Sequence[str] = (),
+) -> Iterator[QuantizedBlock]:
+    """Quantize block after block, holding one at a time. The generator's caller stores each before asking for the next.
+
+    Args:
+        model: may be abstract: only its structure is used.
+        load: gives a block's dense parameters by its name (`model.layers.3`).
+        hidden: what enters the first block that is not skipped, one array per batch. Empty for a recipe that needs no data.
+            Callers should drop it: what enters a block is freed here as soon as all that leaves it is there.
+        store: takes what leaves each block, under the block's name, before the block is yielded; left out, memory.
+        skip: names of leading blocks that are finished already (`hidden` is what left the last of them).
+    """
+    store = store or Activations()
+    for key, block in model.blocks.items():
+        name = ".".join((*model.block_path, key))
+        if name in skip:
+            continue
+        reports: list[LayerReport] = []
+
+        def note(layer: LayerReport, reports: list[LayerReport] = reports) -> None:
+            reports.append(layer)
+            if report is not None:
+                report(layer)
+
+        params = load(name)
+        prefix, width = name + ".", model.config.hidden_size
+        if not hidden:
+            quantized = quantize_block(params, recipe, dict.fromkeys(params), prefix=prefix, hidden_size=width, report=note)
+            yield QuantizedBlock(name, quantized, reports)
+            continue
+        blockdef = nnx.split(block)[0]
+        quantized, hidden = _quantize_block_in_order(blockdef, block, params, recipe, hidden, name, width, store, note)
+        yield QuantizedBlock(name, quantized, reports)
+
+
+def _quantize_block_in_order(
+    blockdef: nnx.GraphDef[Block],
+    block: Block,
+    params: BlockParams,
+    recipe: Recipe,
+    hidden: Sequence[Batch],
+    name: str,
+    hidden_size: int,
+    store: Activations,
+    report: Report,
+) -> tuple[BlockParams, list[Batch]]:
+    """One block, group after group: packed parameters, and what leaves the block with quantized weights."""
+    dense, packed, prefix = dict(params), dict(params), name + "."
+    kept: list[Kept] = [{} for _ in hidden]
+    for group, layers in block.groups.items():
+        paths = [f"{layer}.weight" for layer in layers]
+        if not any(recipe.rule_for(prefix + path) for path in paths):
+            continue
+        stats = _observe_all(blockdef, nested(dense), hidden, kept, group, store)
+        packed = quantize_block(
+            packed, recipe, dict.fromkeys(paths, stats), prefix=prefix, hidden_size=hidden_size, report=report
+        )
+        for path in paths:
+            if isinstance(packed[path], QuikWeight):
+                dense[path] = dequantize(packed[path]).astype(params[path].dtype)
+    return packed, store.put(name, _forward_all(blockdef, nested(dense), hidden, kept))
+
+
+def _observe_all(
+    blockdef: nnx.GraphDef[Block],
+    params: Mapping[str, Any],
+    hidden: Sequence[Batch],
+    kept: Sequence[Kept],
+    group: str,
+    store: Activations,
+) -> LayerStats:
+    """Statistics of what a group reads, over all batches. The tensor itself joins `kept`, up to KEPT_BYTES in all."""
+    seen = jax.eval_shape(partial(_inputs, blockdef, group=group), params, read(hidden[0]), _read_kept(kept[0]))
+    stats = empty_stats(seen.shape[-1], group=group)
+    for index, (batch, known) in enumerate(zip(hidden, kept, strict=True)):
+        before = _read_kept(known)
+        x, stats = _observe(blockdef, params, read(batch), before, stats, group)
+        # Waiting for it keeps later batches out of memory until they are needed.
+        x.block_until_ready()
+        if len(hidden) * (sum(array.nbytes for array in before.values()) + x.nbytes) <= KEPT_BYTES:
+            known[group] = store.keep(group, index, np.asarray(x))
+    return stats
+
+
+def _forward_all(
+    blockdef: nnx.GraphDef[Block], params: Mapping[str, Any], hidden: Sequence[Batch], kept: Sequence[Kept]
+) -> Iterator[np.ndarray]:
+    for batch, known in zip(hidden, kept, strict=True):
+        yield np.asarray(_forward(blockdef, params, read(batch), _read_kept(known)))
+
+
+def _read_kept(kept: Kept) -> dict[str, np.ndarray]:
+    return {group: read(x) for group, x in kept.items()}
+
+
+def _run(
+    blockdef: nnx.GraphDef[Block], params: Mapping[str, Any], hidden: Float[Array, "batch length hidden"], kept: dict[str, Any]
+) -> tuple[Float[Array, "batch length hidden"], dict[str, Array]]:
+    """What leaves a block, and what each group of layers read. Under `jit`, what led to a kept tensor is dead code."""
+    seen: dict[str, Array] = {}
+
+    def see(group: str, x: Array) -> Array:
+        seen[group] = kept.get(group, x)
+        return seen[group]
+
+    positions = jnp.broadcast_to(jnp.arange(hidden.shape[1], dtype=jnp.int32), hidden.shape[:2])
+    return nnx.merge(blockdef, params)(hidden, Place(positions), observe=see)[0], seen
+
+
+def _inputs(
+    blockdef: nnx.GraphDef[Block],
+    params: Mapping[str, Any],
+    hidden: Float[Array, "batch length hidden"],
+    kept: dict[str, Any],
+    *,
+    group: str,
+) -> Float[Array, "batch length k"]:
+    return _run(blockdef, params, hidden, kept)[1][group]
+
+
+@partial(jax.jit, static_argnames=("blockdef", "group"), donate_argnames=("stats",))
+def _observe(
+    blockdef: nnx.GraphDef[Block],
+    params: Mapping[str, Any],
+    hidden: Float[Array, "batch length hidden"],
+    kept: dict[str, Any],
+    stats: LayerStats,
+    group: str,
+) -> tuple[Float[Array, "batch length k"], LayerStats]:
+    x = _inputs(blockdef, params, hidden, kept, group=group)
+    return x, observe(stats, x)
+
+
+@partial(jax.jit, static_argnames=("blockdef",))
+def _forward(
+    blockdef: nnx.GraphDef[Block], params: Mapping[str, Any], hidden: Float[Array, "batch length hidden"], kept: dict[str, Any]
+) -> Float[Array, "batch length hidden"]:
+    return _run(blockdef, params, hidden, kept)[0]

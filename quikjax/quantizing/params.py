@@ -1,0 +1,298 @@
+"""From a parameter tree, a recipe and statistics to a tree with packed weights: pure, on any Flax tree.
+
+`quantize_params` does a whole tree in one call; `quantize_block` the layers of one transformer block that `stats` covers, which
+is what the sequential pipeline loops over.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Float32, Int8, Int32
+
+from quikjax.algorithms.descent import curvature, descend
+from quikjax.algorithms.gptq import gptq, inverse_factor, revive_dead_columns
+from quikjax.algorithms.numerics import outlier_columns, reduced_rows, relative_error, signal_to_noise
+from quikjax.algorithms.rtn import rtn
+from quikjax.errors import QuikError
+from quikjax.quantizing.recipe import Recipe, Rule, find_recipe
+from quikjax.quantizing.statistics import LayerStats
+from quikjax.weights.linear import linear
+from quikjax.weights.quik import QuikWeight, as_matrix, dequantize
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LayerReport:
+    """What was done to one layer, and how well.
+
+    `relative_error` is `||y - y_hat|| / ||y||` of the layer's output on sampled calibration rows, weights and activations
+    quantized (without statistics: of the weights alone); `snr_db` the same in decibels. `damping` is what GPTQ took, `None` for
+    RTN.
+    """
+
+    path: str
+    outputs: int
+    inputs: int
+    method: str
+    weight_bits: int
+    activation_bits: int
+    outliers: int
+    relative_error: float
+    snr_db: float
+    damping: float | None
+    bits_per_weight: float
+
+    def as_json(self) -> dict[str, Any]:
+        """A JSON object; an infinite `snr_db` (an exact layer) becomes `None`."""
+        fields = dataclasses.asdict(self)
+        fields["snr_db"] = None if np.isinf(self.snr_db) else self.snr_db
+        return fields
+
+
+Report = Callable[[LayerReport], None]
+
+
+def quantize_params(
+    params: Any,
+    recipe: Recipe | str,
+    stats: Mapping[str, LayerStats] | None = None,
+    *,
+    hidden_size: int | None = None,
+    report: Report | None = None,
+) -> Any:
+    """Replace every kernel that a rule of `recipe` matches by a `QuikWeight`; the tree's structure and other leaves stay.
+
+    Args:
+        params: any pytree of arrays: our models' nested dictionaries, an `nnx.State`, a Linen `params` collection.
+        recipe: rules over dotted paths, or a recipe's name.
+        stats: statistics of each matched kernel's input, by dotted path. May be `None` for a recipe that needs no data.
+        hidden_size: the model's width, to which numbers of outliers refer; left out, each layer's own input width.
+        report: called with one `LayerReport` per layer, in the tree's order.
+
+    Raises:
+        QuikError: a recipe with rules matches nothing; statistics are missing, of another width or not finite; a weight is not
+            finite, or an outlier overflows its dtype; a kernel's input axes cannot be known.
+    """
+    recipe = find_recipe(recipe)
+    leaves, structure = jax.tree_util.tree_flatten_with_path(params, is_leaf=lambda leaf: isinstance(leaf, QuikWeight))
+    paths = [dotted_path(path) for path, _ in leaves]
+    rules = [
+        recipe.rule_for(path) if isinstance(leaf, jax.Array | np.ndarray) else None
+        for path, (_, leaf) in zip(paths, leaves, strict=True)
+    ]
+    if recipe.rules and not any(rules):
+        some = ", ".join(paths[:3])
+        raise QuikError(f'recipe "{recipe.name}" matches none of the {len(paths)} parameters ({some}, ...)')
+    factors: dict[Any, Factor] = {}
+    results = []
+    for path, rule, (_, leaf) in zip(paths, rules, leaves, strict=True):
+        if rule is None:
+            results.append(leaf)
+            continue
+        weight, outcome = _quantize_kernel(path, leaf, rule, (stats or {}).get(path), hidden_size, factors)
+        if report is not None:
+            report(outcome)
+        results.append(weight)
+    return jax.tree.unflatten(structure, results)
+
+
+def quantize_block(
+    params: Mapping[str, Any],
+    recipe: Recipe | str,
+    stats: Mapping[str, LayerStats | None],
+    *,
+    prefix: str = "",
+    hidden_size: int | None = None,
+    report: Report | None = None,
+) -> dict[str, Any]:
+    """Quantize the layers of one block that `stats` covers and the recipe matches; everything else stays.
+
+    `params` are the block's own, a flat dictionary by dotted path; `stats` has the same keys, and `None` where a rule needs no
+    data. `prefix` is put before a path for the recipe's rules and the report (`model.layers.3.`). Layers sharing one `LayerStats`
+    share outliers and the Hessian's factorization.
+
+    Raises:
+        QuikError: as `quantize_params`.
+    """
+    recipe = find_recipe(recipe)
+    factors: dict[Any, Factor] = {}
+    result = dict(params)
+    for path, layer in stats.items():
+        rule = recipe.rule_for(prefix + path)
+        if rule is None:
+            continue
+        result[path], outcome = _quantize_kernel(prefix + path, params[path], rule, layer, hidden_size, factors)
+        if report is not None:
+            report(outcome)
+    return result
+
+
+def dotted_path(path: tuple[Any, ...]) -> str:
+    """A pytree path as published names are written: `params.Dense_0.kernel`. The `.value` of an NNX variable is left out."""
+    names = [str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path]
+    return ".".join(names[:-1] if names and names[-1] == "value" else names)
+
+
+@dataclasses.dataclass(frozen=True)
+class Factor:
+    """What layers with one input share: the permutation as it is stored, and GPTQ's order with the factor in that order.
+
+    `rounded` int32 `[K]`: base columns in the order in which GPTQ rounds them, then the outliers as stored. `restore` int32 `[B]`
+    puts codes in that order back into the stored one. `U`: factor of the equally permuted, damped inverse Hessian. `S`: its
+    `descent.curvature`, if the rule wants sweeps.
+    """
+
+    columns: Any
+    rounded: Any
+    restore: Any
+    U: Any
+    S: Any
+    dead: Any
+    damping: float
+
+
+def input_axes(path: str, rule: Rule, ndim: int) -> tuple[int, ...]:
+    """Which axes of the kernel at `path`, which has `ndim`, are its inputs: the rule's, or by the convention of its name.
+
+    Raises:
+        QuikError: the rule's do not fit, or nothing says.
+    """
+    if rule.in_axes is not None:
+        axes = tuple(axis % ndim if -ndim <= axis < ndim else axis for axis in rule.in_axes)
+        if not axes or len(set(axes)) != len(axes) or len(axes) >= ndim or max(axes) >= ndim:
+            raise QuikError(f"in_axes {rule.in_axes} do not fit {path}, which has {ndim} axes")
+        return axes
+    name = path.rpartition(".")[2]
+    if ndim == 2 and name in ("weight", "kernel"):
+        return (1,) if name == "weight" else (0,)
+    raise QuikError(f"which axes of {path} ({ndim} axes) are inputs is not known; state in_axes in the rule that matches it")
+
+
+def _columns(rule: Rule, stats: LayerStats, count: int) -> Int32[Array, " k"]:
+    """The permutation that puts the `count` columns of the highest score last."""
+    return outlier_columns(stats.absmax if rule.outlier_score == "maximum" else jnp.diagonal(stats.hessian), count)
+
+
+def _factor(path: str, rule: Rule, stats: LayerStats, count: int) -> Factor:
+    columns = _columns(rule, stats, count)
+    base = columns[: columns.shape[0] - count]
+    order = jnp.arange(base.shape[0])
+    if rule.order == "hessian":
+        order = jnp.argsort(jnp.diagonal(stats.hessian)[base], stable=True, descending=True)
+    rounded = jnp.concatenate([base[order], columns[base.shape[0] :]])
+    H, dead = permuted_hessian(stats.hessian, stats.count, rounded)
+    U, damping = inverse_factor(H, rule.damping)
+    if not bool(jnp.isfinite(U).all()):
+        raise QuikError(f"the Hessian of {path} stays indefinite up to a damping of {damping:.3g}; calibrate on more text")
+    S = curvature(U, base=base.shape[0]) if rule.sweeps else None
+    # Seven digits are all a float32 has; the rest would only look precise.
+    return Factor(columns, rounded, jnp.argsort(order), U, S, dead, float(f"{damping:.7g}"))
+
+
+@jax.jit
+def permuted_hessian(
+    hessian: Float32[Array, "k k"], count: Array, columns: Array
+) -> tuple[Float32[Array, "k k"], Bool[Array, " k"]]:
+    """The paper's `H` from a sum over `count` sequences, permuted, dead columns revived; compiled as one, it is held once."""
+    H = hessian[columns[:, None], columns] * (2 / jnp.maximum(count, 1).astype(jnp.float32))
+    return revive_dead_columns(H)
+
+
+def _quantize_kernel(
+    path: str,
+    kernel: Float[Array, "..."],
+    rule: Rule,
+    stats: LayerStats | None,
+    hidden_size: int | None,
+    factors: dict[Any, Factor],
+) -> tuple[QuikWeight, LayerReport]:
+    if stats is None and rule.needs_data():
+        raise QuikError(
+            f"{path} cannot be quantized without statistics of its input; calibrate, or use a recipe that needs no data"
+        )
+    in_axes = input_axes(path, rule, kernel.ndim)
+    W = as_matrix(kernel, in_axes).astype(jnp.float32)
+    n, k = W.shape
+    if not bool(jnp.isfinite(W).all()):
+        raise QuikError(f"{path} has weights that are not finite; the checkpoint is damaged")
+    count = 0
+    if stats is not None:
+        if stats.absmax.shape != (k,):
+            raise QuikError(f"the statistics for {path} are of {stats.absmax.shape[0]} columns, the kernel has {k}")
+        largest = float(jnp.max(stats.absmax, initial=0.0))
+        if not np.isfinite(largest):
+            raise QuikError(f"activations that enter {path} are not finite; calibrate in float32 or on other text")
+        if largest > rule.zero_threshold * (2 if rule.weight_bits == 8 else 1) or rule.zero_threshold == 0:
+            count = rule.outlier_count(k, hidden_size)
+    base = k - count
+
+    damping = None
+    if rule.method == "gptq":
+        assert stats is not None
+        key = (id(stats), count, rule.outlier_score, rule.damping, rule.order, rule.sweeps > 0)
+        if key not in factors:
+            factors[key] = _factor(path, rule, stats, count)
+        shared = factors[key]
+        columns, damping = shared.columns, shared.damping
+        permuted, how = W[:, shared.rounded], {"bits": rule.weight_bits, "block": rule.block_size}
+        q, s, outliers = gptq(permuted, shared.U, shared.dead, base=base, clip=rule.clip, **how)
+        if rule.sweeps:
+            q, s, outliers = descend(permuted, shared.U, shared.S, shared.dead, q, s, sweeps=rule.sweeps, **how)
+        q = q[:, shared.restore]
+    else:
+        columns = jnp.arange(k, dtype=jnp.int32) if stats is None else _columns(rule, stats, count)
+        q, s, outliers = rtn(W[:, columns], base=base, bits=rule.weight_bits, clip=rule.clip)
+
+    weight = pack(q, s, outliers, columns, rule, kernel.shape, in_axes, None if stats is None else stats.group)
+    if not bool(jnp.isfinite(weight.outliers.astype(jnp.float32)).all()):
+        raise QuikError(f'an outlier weight of {path} overflows {rule.outlier_dtype}; set outlier_dtype to "bfloat16"')
+    error = float(_layer_error(weight, W, None if stats is None else stats.sample[: int(stats.filled)]))
+    return weight, LayerReport(
+        path=path,
+        outputs=n,
+        inputs=k,
+        method=rule.method,
+        weight_bits=rule.weight_bits,
+        activation_bits=rule.activation_bits,
+        outliers=count,
+        relative_error=error,
+        snr_db=signal_to_noise(error),
+        damping=damping,
+        bits_per_weight=weight.bits() / (n * k),
+    )
+
+
+def pack(
+    q: Int8[Array, "n base"],
+    s: Float32[Array, " n"],
+    outliers: Float[Array, "n outliers"],
+    columns: Array,
+    rule: Rule,
+    shape: tuple[int, ...],
+    in_axes: tuple[int, ...],
+    group: str | None,
+) -> QuikWeight:
+    """A `QuikWeight` from a quantizer's codes, scales and outlier columns (in the order of `columns`)."""
+    return QuikWeight(
+        qweight=q.astype(jnp.int4 if rule.weight_bits == 4 else jnp.int8),
+        scale=s,
+        reduced=reduced_rows(q, s),
+        outliers=outliers.astype(rule.outlier_dtype),
+        columns=columns,
+        weight_bits=rule.weight_bits,
+        activation_bits=rule.activation_bits,
+        shape=tuple(shape),
+        in_axes=in_axes,
+        base=q.shape[1],
+        group=group,
+    )
+
+
+def _layer_error(weight: QuikWeight, W: Float32[Array, "n k"], sample: Float32[Array, "rows k"] | None) -> Array:
+    if sample is None or sample.shape[0] == 0:
+        return relative_error(W, as_matrix(dequantize(weight), weight.in_axes))
+    y_hat = linear(sample.reshape(-1, *weight.in_shape), weight).reshape(sample.shape[0], -1)
+    return relative_error(sample @ W.T, y_hat)

@@ -1,0 +1,146 @@
+"""One linear layer for every kind of weight, dispatched on the leaf's type."""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from quikjax.pallas_kernels import api
+from quikjax.weights.quik import QuikWeight, Weight
+
+
+@dataclasses.dataclass(frozen=True)
+class Produced:
+    """A tensor that is not there yet: `producer(*inputs, *parameters)`, a norm or a gate.
+
+    Packed layers that read it compute it in the kernel that splits it, where that kernel can; others read its `value`.
+    """
+
+    producer: api.Producer
+    inputs: tuple[Float[Array, "..."], ...]
+    parameters: tuple[Float[Array, " k"], ...] = ()
+
+    def value(self) -> Float[Array, "..."]:
+        """The tensor, in the dtype of the inputs."""
+        return self.producer(*self.inputs, *self.parameters)
+
+
+def linear(
+    x: Float[Array, "..."] | Produced, weight: Weight, bias: Float[Array, "..."] | None = None, backend: str | None = None
+) -> Float[Array, "..."]:
+    """`y = x W^T + bias`, in the dtype of `x`.
+
+    A dense `weight` is `[N, K]` (outputs, inputs) and multiplies in its promoted dtype with float32 accumulation. A
+    `QuikWeight` may stand for a kernel with several axes: `x` ends in its `in_shape`, the result in its `out_shape`. It runs on
+    the first backend that can (`pallas_kernels.choice`), or on the one named.
+
+    Raises:
+        BackendError: the named backend cannot run this layer.
+    """
+    return linears(x, [weight], [bias], backend)[0]
+
+
+def linears(
+    x: Float[Array, "..."] | Produced,
+    weights: Sequence[Weight],
+    biases: Sequence[Float[Array, "..."] | None],
+    backend: str | None = None,
+) -> list[Float[Array, "..."]]:
+    """Several layers that read the same `x`: those of one `group` share one split and one quantized activation."""
+    produced = x if isinstance(x, Produced) else Produced(api.Identity(), (x,))
+    made = functools.cache(produced.value)  # once, however many dense layers read it
+    results: dict[int, Float[Array, "..."]] = {}
+    groups: dict[Any, list[int]] = {}
+    for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
+        if isinstance(weight, QuikWeight):
+            shared = weight.group if weight.group is not None else ("alone", i)
+            groups.setdefault((shared, weight.base, weight.activation_bits, weight.in_shape), []).append(i)
+        else:
+            results[i] = _dense(made(), weight, bias)
+    for members in groups.values():
+        quantized = [weight for i in members if isinstance(weight := weights[i], QuikWeight)]
+        for i, y in zip(members, _quik(produced, quantized, [biases[i] for i in members], backend), strict=True):
+            results[i] = y
+    return [results[i] for i in range(len(weights))]
+
+
+def explain(
+    weight: QuikWeight, rows: int, dtype: Any, backend: str | None = None, device: api.Device | None = None
+) -> api.Choice:
+    """Which backend multiplies `rows` tokens of `dtype` by a packed weight on this device (or another), and why.
+
+    Needs shapes only: the weight's fields may be `ShapeDtypeStruct`s.
+
+    Raises:
+        BackendError: the named backend cannot run this layer.
+    """
+    return api.explain(rows, _packed(weight), weight.activation_bits, dtype, backend=backend, device=device)
+
+
+def tile_params(params: Any) -> Any:
+    """A parameter tree whose packed weights are padded to the kernels' tiles, once: the same numbers, nothing to pad per call.
+
+    For running on a GPU. Save and validate the tree before, not after: files hold weights without padding.
+    """
+
+    def tile(leaf: Any) -> Any:
+        if not isinstance(leaf, QuikWeight):
+            return leaf
+        tiled = api.to_tiles(_packed(leaf))
+        return dataclasses.replace(
+            leaf,
+            qweight=tiled.qweight,
+            scale=tiled.scale,
+            reduced=tiled.reduced,
+            outliers=tiled.outliers,
+            columns=tiled.columns,
+        )
+
+    return jax.tree.map(tile, params, is_leaf=lambda leaf: isinstance(leaf, QuikWeight))
+
+
+def _packed(weight: QuikWeight) -> api.Packed:
+    return api.Packed(
+        qweight=weight.qweight,
+        scale=weight.scale,
+        reduced=weight.reduced,
+        outliers=weight.outliers,
+        columns=weight.columns,
+        base=weight.base,
+        inputs=weight.inputs,
+        outputs=weight.outputs,
+    )
+
+
+def _dense(x: Float[Array, "..."], weight: Array, bias: Float[Array, "..."] | None) -> Float[Array, "..."]:
+    y = jax.lax.dot_general(x, weight.astype(x.dtype), (((x.ndim - 1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+    if bias is not None:
+        y = y + bias.astype(jnp.float32)
+    return y.astype(x.dtype)
+
+
+def _quik(
+    x: Produced,
+    weights: Sequence[QuikWeight],
+    biases: Sequence[Float[Array, "..."] | None],
+    backend: str | None,
+) -> list[Float[Array, "..."]]:
+    first = weights[0]
+    shape = x.inputs[0].shape
+    batch = shape[: len(shape) - len(first.in_axes)]
+    if shape[len(batch) :] != first.in_shape:
+        raise ValueError(f"x ends in {shape[len(batch) :]}, the weight reads {first.in_shape}")
+    results = api.linears(
+        tuple(tensor.reshape(*batch, first.inputs) for tensor in x.inputs),
+        [_packed(weight) for weight in weights],
+        [None if bias is None else bias.reshape(-1) for bias in biases],
+        first.activation_bits,
+        producer=x.producer,
+        parameters=tuple(parameter.reshape(-1) for parameter in x.parameters),
+        backend=backend,
+    )
+    return [y.reshape(*batch, *weight.out_shape) for y, weight in zip(results, weights, strict=True)]

@@ -1,0 +1,107 @@
+"""Recipes: what they match, how many outliers they ask for, what they refuse."""
+
+import json
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from quikjax.errors import QuikError
+from quikjax.quantizing.recipe import RECIPES, Recipe, Rule, find_recipe
+
+LLAMA = "model.layers.3.mlp.down_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("path", "bits", "damping", "scaled"),
+    [
+        (LLAMA, 8, 0.01, True),
+        ("model.layers.3.self_attn.q_proj.weight", 4, 0.01, False),
+        ("model.layers.3.mlp.up_proj.weight", 4, 0.01, False),
+        ("model.decoder.layers.0.fc2.weight", 4, 0.01, False),
+        ("model.decoder.layers.0.self_attn.out_proj.weight", 4, 0.01, False),
+        ("transformer.h.0.mlp.dense_4h_to_h.weight", 8, 0.5, True),
+        ("transformer.h.0.mlp.dense_h_to_4h.weight", 4, 0.5, False),
+        ("transformer.h.0.self_attention.query_key_value.weight", 4, 0.5, False),
+        ("transformer.h.0.self_attention.dense.weight", 4, 0.5, False),
+    ],
+)
+def test_quik_4b_is_the_papers_choice_for_each_family(path: str, bits: int, damping: float, scaled: bool) -> None:
+    rule = RECIPES["quik-4b"].rule_for(path)
+    assert rule is not None
+    assert (rule.weight_bits, rule.activation_bits, rule.damping, rule.scale_outliers) == (bits, bits, damping, scaled)
+
+
+@pytest.mark.parametrize("name", sorted(RECIPES))
+@pytest.mark.parametrize(
+    "path",
+    [
+        "model.embed_tokens.weight",
+        "lm_head.weight",
+        "model.layers.0.input_layernorm.weight",
+        "model.layers.0.self_attn.q_proj.bias",
+        "model.decoder.project_in.weight",
+        "transformer.word_embeddings.weight",
+    ],
+)
+def test_no_recipe_touches_embeddings_norms_heads_and_biases(name: str, path: str) -> None:
+    assert RECIPES[name].rule_for(path) is None
+
+
+@pytest.mark.parametrize(
+    ("outliers", "scaled", "inputs", "hidden", "expected"),
+    [
+        ("auto", False, 4096, 4096, 256),
+        ("auto", True, 28672, 8192, 896),  # LLaMA-2-70B's down_proj: 3.5 x 256
+        ("auto", False, 576, 576, 36),
+        ("auto", True, 1536, 576, 96),
+        ("auto", False, 3072, 768, 48),  # OPT's fc2 keeps the hidden state's number
+        (0.125, True, 1536, 576, 192),
+        (10, False, 576, 576, 10),
+        (10_000, False, 576, 576, 576),
+        (0, True, 1536, 576, 0),
+        (0.5, False, 64, None, 32),
+    ],
+)
+def test_numbers_of_outliers(outliers: int | float | str, scaled: bool, inputs: int, hidden: int | None, expected: int) -> None:
+    rule = Rule(match="x", outliers=outliers, scale_outliers=scaled)
+    assert rule.outlier_count(inputs, hidden) == expected
+
+
+def test_recipes_survive_json_and_files(tmp_path: Path) -> None:
+    for recipe in RECIPES.values():
+        assert Recipe.model_validate_json(recipe.model_dump_json()) == recipe
+    file = tmp_path / "mine.json"
+    file.write_text(RECIPES["w4a8"].model_dump_json())
+    assert find_recipe(str(file)) == RECIPES["w4a8"]
+    file.write_text(json.dumps({"name": "mine", "rules": [{"match": "x", "bits": 3}]}))
+    with pytest.raises(QuikError, match=r"mine.json is not a recipe: rules\.0\.bits"):
+        find_recipe(str(file))
+    with pytest.raises(QuikError, match="cannot read the recipe"):
+        find_recipe(str(tmp_path / "absent.json"))
+
+
+def test_what_is_refused() -> None:
+    with pytest.raises(QuikError, match='no recipe "quik4b"; did you mean "quik-4b"'):
+        find_recipe("quik4b")
+    for wrong in (
+        {"weight_bits": 3},
+        {"unknown": 1},
+        {"match": "("},
+        {"block_size": 100},
+        {"outliers": 1.5},
+        {"outliers": -1},
+        {"sweeps": -1},
+    ):
+        with pytest.raises(ValidationError):
+            Rule(**{"match": "x", **wrong})
+    with pytest.raises(ValidationError, match='sweeps go over the codes of method "gptq"; method "rtn" takes none'):
+        Rule(match="x", method="rtn", sweeps=2)
+    with pytest.raises(QuikError, match=r"not 1\.5"):
+        RECIPES["quik-4b"].with_outliers(1.5)
+
+
+def test_which_recipes_need_data() -> None:
+    assert {name for name, recipe in RECIPES.items() if not recipe.needs_data()} == {"rtn-w4a4", "fp"}
+    assert RECIPES["rtn-w4a4"].with_outliers(0.25).needs_data()
+    assert [rule.outliers for rule in RECIPES["quik-4b"].with_outliers(0.25).rules] == [0.25] * 4
