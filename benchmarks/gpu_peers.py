@@ -85,7 +85,7 @@ def ablation(bits: int, device: api.Device, kernels: str) -> dict[str, Callable[
     def fused_epilogue(x: jax.Array, packed: api.Packed) -> jax.Array:
         parts = apart(split(x, packed))
         # Still in tile form, the base alone.
-        columns = packed.columns[: layout.up(packed.base, layout.COLUMN_TILE)]
+        columns = packed.columns[: layout.round_up(packed.base, layout.COLUMN_TILE)]
         base_only = dataclasses.replace(packed, outliers=packed.outliers[:, :0], columns=columns, inputs=packed.base)
         y = api.quik_matmul(
             parts._replace(outliers=parts.outliers[:, :0]), base_only, None, bits, x.dtype, backend=kernels, device=device

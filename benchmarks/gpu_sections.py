@@ -15,7 +15,7 @@ from gpu_report import OPS_TARGETS, size_name
 from isolated import Row, first_line
 
 from quikjax.models.attention import attend
-from quikjax.models.base import Place
+from quikjax.models.base import Positions
 from quikjax.pallas_kernels import api
 from quikjax.pallas_kernels.arg_specs import MODELS, LinearSpec
 
@@ -368,10 +368,10 @@ def _shares(run: Run, fields: Mapping[str, Any], whole: float, rows: int) -> Non
         parts["integer product"] += layers * products * max(0.0, without - bare)
     heads = fields["num_attention_heads"]
     shape = (1, rows, heads, hidden // heads)
-    place = Place(jnp.arange(rows, dtype=jnp.int32)[None])
+    positions = Positions(jnp.arange(rows, dtype=jnp.int32)[None])
     attention = run.clock.time(
-        lambda q, k, v, place: attend(q, k, v, place, None, scale=shape[-1] ** -0.5)[0],
-        [(*tensors, place) for tensors in run.sets(_tensors(shape, shape, shape))],
+        lambda q, k, v, positions: attend(q, k, v, positions, None, scale=shape[-1] ** -0.5)[0],
+        [(*tensors, positions) for tensors in run.sets(_tensors(shape, shape, shape))],
     )
     parts["attention"] = layers * attention.median
     parts["rest"] = whole - sum(parts.values())

@@ -100,7 +100,7 @@ def quantize_group(clock: Clock, weights: dict[str, jax.Array], rules: dict[str,
         if rule.clip:
             clock("clip search", (n, k), partial(_scales, permuted[:, :base], bits=rule.weight_bits))
         # Without its clip search, which is timed above; speed does not depend on the scales.
-        run = partial(gptq, permuted, U, dead, base=base, bits=rule.weight_bits, clip=False, block=rule.block_size)
+        run = partial(gptq, permuted, U, dead, base=base, bits=rule.weight_bits, clip=False, block=rule.column_block)
         q, s, outliers = clock("GPTQ", (n, k), run)
         results[path] = dequantize(pack(q, s, outliers, columns, rule, W.shape, (1,), None))
         products += n * base * (k - base) + n * base * base // 2

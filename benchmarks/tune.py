@@ -56,7 +56,7 @@ TARGETS = [
 
 def split_candidates(rows: int, inputs: int, outliers: int, producer: Producer) -> list[SplitTiles]:
     """Every tiling that the kernel takes: one to four rows a block, one to eight warpgroups."""
-    base, padded = layout.up(inputs - outliers, layout.COLUMN_TILE), layout.up(outliers, layout.COLUMN_TILE)
+    base, padded = layout.round_up(inputs - outliers, layout.COLUMN_TILE), layout.round_up(outliers, layout.COLUMN_TILE)
     tilings = [SplitTiles(r, w) for r, w in itertools.product((1, 2, 4), range(1, 9)) if r <= rows]
     return [t for t in tilings if split_kernel.why_not(inputs, base, padded, jnp.bfloat16, producer, t) is None]
 
@@ -113,7 +113,7 @@ def tune_split(spec: LinearSpec, rows: int, clock: gpu_timing.Clock, found: Foun
         return tuple(jax.random.normal(k, shape, jnp.float32).astype(jnp.bfloat16) for k in keys)
 
     def run(tiles: SplitTiles) -> Callable[..., Any]:
-        padded = layout.up(spec.base, layout.COLUMN_TILE)
+        padded = layout.round_up(spec.base, layout.COLUMN_TILE)
         return lambda *inputs: split_kernel.split_quantize(
             inputs, tiled, spec.base, padded, spec.bits, spec.producer, parameters, tiles, matmul_kernel.LONGEST_ROWS
         )
@@ -183,7 +183,7 @@ def tune_matmul(spec: LinearSpec, rows: int, clock: gpu_timing.Clock, device: ap
         found("quik_matmul", tiles, ms)
         return ms
 
-    candidates = matmul_candidates(rows, layout.up(spec.base, layout.WEIGHT_TILE), spec.weight_bits, spec.bits)
+    candidates = matmul_candidates(rows, layout.round_up(spec.base, layout.WEIGHT_TILE), spec.weight_bits, spec.bits)
     *_, refused = rank(candidates, correct, milliseconds)
     _complain("quik_matmul", spec, rows, refused)
 
@@ -206,7 +206,7 @@ def _complain(operation: str, spec: LinearSpec, rows: int, refused: list[tuple[A
 
 def keys(spec: LinearSpec, rows: int) -> tuple[str, str]:
     """The names under which `tuned` looks for a layer's tiles: of its split, of its product."""
-    outputs, base = layout.up(spec.outputs, layout.WEIGHT_TILE), layout.up(spec.base, layout.WEIGHT_TILE)
+    outputs, base = layout.round_up(spec.outputs, layout.WEIGHT_TILE), layout.round_up(spec.base, layout.WEIGHT_TILE)
     return (
         tuned.split_key(rows, spec.inputs, spec.producer),
         tuned.matmul_key(rows, outputs, base, spec.weight_bits, spec.bits),
@@ -295,7 +295,7 @@ def main() -> int:
     if arguments.list:
         for name, (spec, rows) in jobs.items():
             splits = split_candidates(rows, spec.inputs, spec.outliers, spec.producer) if spec.bits < 16 else []
-            base = layout.up(spec.base, layout.WEIGHT_TILE)
+            base = layout.round_up(spec.base, layout.WEIGHT_TILE)
             products = matmul_candidates(rows, base, spec.weight_bits, spec.bits)
             print(f"{name}: {len(splits)} splits, {len(products)} products")
         return 0

@@ -1,1 +1,1 @@
-"""Floor 3: one file per published `model_type`, found by `registry`."""
+"""Flax NNX definitions: one file per published `model_type`, found by `registry`."""

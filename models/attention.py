@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32
 
-from quikjax.models.base import KeyValues, Place
+from quikjax.models.base import KeyValues, Positions
 
 # Queries are taken this many at a time when all keys come from the same call: keys behind a chunk are never multiplied.
 _CHUNK = 512
@@ -21,7 +21,7 @@ def attend(
     query: Float[Array, "batch length heads head"],
     key: Float[Array, "batch length kv_heads head"],
     value: Float[Array, "batch length kv_heads head"],
-    place: Place,
+    positions: Positions,
     cache: KeyValues | None,
     *,
     scale: float,
@@ -34,16 +34,16 @@ def attend(
     ALiBi's `slope * key_position` to the scores before they are scaled, rounded to bfloat16 as Falcon was trained with it.
     """
     if cache is None:
-        written, key_positions = KeyValues(key, value), place.positions
+        written, key_positions = KeyValues(key, value), positions.queries
     else:
-        assert place.slots is not None
-        assert place.used is not None
-        at = (0, place.used, 0, 0)
+        assert positions.keys is not None
+        assert positions.write_at is not None
+        at = (0, positions.write_at, 0, 0)
         written = KeyValues(
             jax.lax.dynamic_update_slice(cache.keys, key.astype(cache.keys.dtype), at),
             jax.lax.dynamic_update_slice(cache.values, value.astype(cache.values.dtype), at),
         )
-        key_positions = place.slots
+        key_positions = positions.keys
     length = query.shape[1]
     chunk = length if cache is not None else _CHUNK
     parts = []
@@ -55,7 +55,7 @@ def attend(
                 query[:, start:stop],
                 written.keys[:, :seen],
                 written.values[:, :seen],
-                place.positions[:, start:stop],
+                positions.queries[:, start:stop],
                 key_positions[:, :seen],
                 scale,
                 slopes,

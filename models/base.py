@@ -64,12 +64,16 @@ class Cache(NamedTuple):
     used: Int32[Array, ""]
 
 
-class Place(NamedTuple):
-    """Where the tokens of a call stand: their positions, and, with a cache, its positions (these tokens included) and fill."""
+class Positions(NamedTuple):
+    """Where the tokens of one call stand.
 
-    positions: Int32[Array, "batch length"]
-    slots: Int32[Array, "batch slots"] | None = None
-    used: Int32[Array, ""] | None = None
+    `queries` are the positions of the call's own tokens. With a cache, `keys` are the positions that its slots hold once these
+    tokens are written, and `write_at` is the slot where the first of them goes; without one, both are `None`.
+    """
+
+    queries: Int32[Array, "batch length"]
+    keys: Int32[Array, "batch slots"] | None = None
+    write_at: Int32[Array, ""] | None = None
 
 
 class Block(nnx.Module):
@@ -80,7 +84,7 @@ class Block(nnx.Module):
     def __call__(
         self,
         hidden: Float[Array, "batch length hidden"],
-        place: Place,
+        positions: Positions,
         cache: KeyValues | None = None,
         observe: Observe | None = None,
     ) -> tuple[Float[Array, "batch length hidden"], KeyValues]:
@@ -88,7 +92,7 @@ class Block(nnx.Module):
         raise NotImplementedError
 
 
-def watched(observe: Observe | None) -> Callable[[str, Tensor], Tensor]:
+def observer(observe: Observe | None) -> Callable[[str, Tensor], Tensor]:
     """What a block calls with each group's name and tensor: the tensor is made only if somebody observes it."""
     if observe is None:
         return lambda _group, x: x
@@ -136,11 +140,11 @@ class CausalLM(nnx.Module):
         self, ids: Int[Array, "batch length"], positions: Int32[Array, "batch length"] | None = None
     ) -> tuple[Float[Array, "batch length hidden"], dict[str, KeyValues]]:
         """What leaves the last block, before the head, and every block's keys and values."""
-        place = Place(default_positions(ids) if positions is None else positions)
-        hidden = self.embed(ids, place.positions)
+        where = Positions(default_positions(ids) if positions is None else positions)
+        hidden = self.embed(ids, where.queries)
         written = {}
         for name, block in self.blocks.items():
-            hidden, written[name] = block(hidden, place)
+            hidden, written[name] = block(hidden, where)
         return hidden, written
 
     def prefill(
@@ -161,11 +165,11 @@ class CausalLM(nnx.Module):
     ) -> tuple[Float[Array, "batch length vocab"], Cache]:
         """Read further tokens behind a cache (which must have room for them): their logits, and the cache with them in it."""
         slots = jax.lax.dynamic_update_slice(cache.positions, positions, (0, cache.used))
-        place = Place(positions, slots, cache.used)
+        where = Positions(positions, slots, cache.used)
         hidden = self.embed(ids, positions)
         written = {}
         for name, block in self.blocks.items():
-            hidden, written[name] = block(hidden, place, cache.blocks[name])
+            hidden, written[name] = block(hidden, where, cache.blocks[name])
         return self.head(hidden), Cache(written, slots, cache.used + ids.shape[1])
 
 

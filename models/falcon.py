@@ -29,10 +29,10 @@ from quikjax.models.base import (
     LayerNorm,
     Linear,
     Observe,
-    Place,
+    Positions,
+    observer,
     project,
     unembed,
-    watched,
 )
 from quikjax.models.published import Fields
 from quikjax.models.rope import Rope, published_rope, rotate
@@ -148,7 +148,7 @@ class FalconAttention(nnx.Module):
         self.dense = Linear(config.hidden_size, config.hidden_size, bias=config.bias, dtype=dtype)
 
     def mix(
-        self, fused: Float[Array, "batch length fused"], place: Place, cache: KeyValues | None
+        self, fused: Float[Array, "batch length fused"], positions: Positions, cache: KeyValues | None
     ) -> tuple[Float[Array, "batch length hidden"], KeyValues]:
         """From the fused projection to what `dense` reads."""
         config = self.config
@@ -160,8 +160,8 @@ class FalconAttention(nnx.Module):
         if config.rope is None:
             slopes = jnp.asarray(alibi_slopes(config.heads))
         else:
-            query, key = rotate(query, place.positions, config.rope), rotate(key, place.positions, config.rope)
-        mixed, written = attend(query, key, value, place, cache, scale=config.head_size**-0.5, slopes=slopes)
+            query, key = rotate(query, positions.queries, config.rope), rotate(key, positions.queries, config.rope)
+        mixed, written = attend(query, key, value, positions, cache, scale=config.head_size**-0.5, slopes=slopes)
         return mixed.reshape(batch, length, -1), written
 
 
@@ -199,15 +199,15 @@ class FalconBlock(Block):
     def __call__(
         self,
         hidden: Float[Array, "batch length hidden"],
-        place: Place,
+        positions: Positions,
         cache: KeyValues | None = None,
         observe: Observe | None = None,
     ) -> tuple[Float[Array, "batch length hidden"], KeyValues]:
-        see = watched(observe)
+        see = observer(observe)
         attention, mlp = self.self_attention, self.mlp
 
         x = see("attention_input", self.ln_attn.of(hidden))
-        mixed, written = attention.mix(attention.query_key_value(x), place, cache)
+        mixed, written = attention.mix(attention.query_key_value(x), positions, cache)
         attended = attention.dense(see("attention_output", mixed))
 
         x = see("mlp_input", self.ln_mlp.of(hidden))
@@ -228,16 +228,16 @@ class FalconOneNormBlock(FalconBlock):
     def __call__(
         self,
         hidden: Float[Array, "batch length hidden"],
-        place: Place,
+        positions: Positions,
         cache: KeyValues | None = None,
         observe: Observe | None = None,
     ) -> tuple[Float[Array, "batch length hidden"], KeyValues]:
-        see = watched(observe)
+        see = observer(observe)
         attention, mlp = self.self_attention, self.mlp
 
         x = see("block_input", self.input_layernorm.of(hidden))
         fused, wide = project(x, attention.query_key_value, mlp.dense_h_to_4h)
-        mixed, written = attention.mix(fused, place, cache)
+        mixed, written = attention.mix(fused, positions, cache)
         attended = attention.dense(see("attention_output", mixed))
         x = see("mlp_output", _gelu(wide))
         return hidden + (mlp.dense_4h_to_h(x) + attended), written
@@ -251,15 +251,15 @@ class FalconSequentialBlock(FalconBlock):
     def __call__(
         self,
         hidden: Float[Array, "batch length hidden"],
-        place: Place,
+        positions: Positions,
         cache: KeyValues | None = None,
         observe: Observe | None = None,
     ) -> tuple[Float[Array, "batch length hidden"], KeyValues]:
-        see = watched(observe)
+        see = observer(observe)
         attention, mlp = self.self_attention, self.mlp
 
         x = see("attention_input", self.input_layernorm.of(hidden))
-        mixed, written = attention.mix(attention.query_key_value(x), place, cache)
+        mixed, written = attention.mix(attention.query_key_value(x), positions, cache)
         hidden = hidden + attention.dense(see("attention_output", mixed))
 
         x = see("mlp_input", self.post_attention_layernorm.of(hidden))

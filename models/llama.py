@@ -13,7 +13,19 @@ from jaxtyping import Array, Float, Int, Int32
 
 from quikjax.errors import QuikError
 from quikjax.models.attention import attend
-from quikjax.models.base import Block, CausalLM, Config, Embedding, KeyValues, Linear, Observe, Place, project, unembed, watched
+from quikjax.models.base import (
+    Block,
+    CausalLM,
+    Config,
+    Embedding,
+    KeyValues,
+    Linear,
+    Observe,
+    Positions,
+    observer,
+    project,
+    unembed,
+)
 from quikjax.models.published import Fields
 from quikjax.models.rope import Rope, published_rope, rotate
 from quikjax.pallas_kernels import api
@@ -127,11 +139,11 @@ class LlamaBlock(Block):
     def __call__(
         self,
         hidden: Float[Array, "batch length hidden"],
-        place: Place,
+        positions: Positions,
         cache: KeyValues | None = None,
         observe: Observe | None = None,
     ) -> tuple[Float[Array, "batch length hidden"], KeyValues]:
-        see = watched(observe)
+        see = observer(observe)
         attention, mlp = self.self_attn, self.mlp
         config = attention.config
 
@@ -140,8 +152,8 @@ class LlamaBlock(Block):
             y.reshape(*y.shape[:-1], -1, config.head_size)
             for y in project(x, attention.q_proj, attention.k_proj, attention.v_proj)
         )
-        query, key = rotate(query, place.positions, config.rope), rotate(key, place.positions, config.rope)
-        mixed, written = attend(query, key, value, place, cache, scale=config.head_size**-0.5)
+        query, key = rotate(query, positions.queries, config.rope), rotate(key, positions.queries, config.rope)
+        mixed, written = attend(query, key, value, positions, cache, scale=config.head_size**-0.5)
         x = see("attention_output", mixed.reshape(*hidden.shape[:-1], -1))
         hidden = hidden + attention.o_proj(x)
 

@@ -23,10 +23,10 @@ from quikjax.models.base import (
     LayerNorm,
     Linear,
     Observe,
-    Place,
+    Positions,
+    observer,
     project,
     unembed,
-    watched,
 )
 from quikjax.models.published import Fields
 
@@ -123,11 +123,11 @@ class OPTBlock(Block):
     def __call__(
         self,
         hidden: Float[Array, "batch length hidden"],
-        place: Place,
+        positions: Positions,
         cache: KeyValues | None = None,
         observe: Observe | None = None,
     ) -> tuple[Float[Array, "batch length hidden"], KeyValues]:
-        see = watched(observe)
+        see = observer(observe)
         config, attention = self.config, self.self_attn
 
         x = see("attention_input", self.self_attn_layer_norm.of(hidden) if config.norm_first else hidden)
@@ -135,7 +135,7 @@ class OPTBlock(Block):
             y.reshape(*y.shape[:-1], config.heads, config.head_size)
             for y in project(x, attention.q_proj, attention.k_proj, attention.v_proj)
         )
-        mixed, written = attend(query, key, value, place, cache, scale=config.head_size**-0.5)
+        mixed, written = attend(query, key, value, positions, cache, scale=config.head_size**-0.5)
         x = see("attention_output", mixed.reshape(hidden.shape))
         hidden = hidden + attention.out_proj(x)
         if not config.norm_first:

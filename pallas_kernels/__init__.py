@@ -1,4 +1,4 @@
-"""Floor 1: arrays in, arrays out. Imports jax and nothing of ours.
+"""Kernels: arrays in, arrays out. Imports jax and nothing of ours.
 
 `reference` is the definition of the numbers; every other backend is tested against it.
 """

@@ -107,8 +107,8 @@ def why_not_mosaic_split(problem: Problem, device: Device) -> str | None:
     tiles, _ = tuned.split_tiles(problem.rows, problem.inputs, problem.producer, device)
     return split.why_not(
         problem.inputs,
-        layout.up(problem.base, layout.COLUMN_TILE),
-        layout.up(problem.outliers, layout.COLUMN_TILE),
+        layout.round_up(problem.base, layout.COLUMN_TILE),
+        layout.round_up(problem.outliers, layout.COLUMN_TILE),
         problem.dtype,
         problem.producer,
         tiles,
@@ -148,12 +148,12 @@ def choose(problem: Problem, device: Device, backend: str | None = None, predica
     for name in BACKENDS:
         reason = predicates[name](problem, device)
         if reason is None:
-            return Choice(name, _praise(name, problem, device, refused), refused)
+            return Choice(name, _why_chosen(name, problem, device, refused), refused)
         refused[name] = reason
     raise BackendError(f"no backend can run this layer: {refused['xla']}")
 
 
-def _praise(name: str, problem: Problem, device: Device, refused: dict[str, str]) -> str:
+def _why_chosen(name: str, problem: Problem, device: Device, refused: dict[str, str]) -> str:
     if name == "mosaic":
         if problem.bits == 16:
             return "weights widened in registers on Hopper"

@@ -74,7 +74,7 @@ def pack(
     )
 
 
-def up(count: int, tile: int) -> int:
+def round_up(count: int, tile: int) -> int:
     """`count` rounded up to a multiple of `tile`."""
     return -(-count // tile) * tile
 
@@ -91,7 +91,7 @@ def pad_to(array: Shaped[Array, "..."], shape: tuple[int, ...], value: int = 0) 
 
 def tile_columns(columns: Shaped[Array, " _"], base: int, inputs: int) -> Shaped[Array, " _"]:
     """Columns in tile form, from either form."""
-    padded_base, padded_outliers = up(base, COLUMN_TILE), up(inputs - base, COLUMN_TILE)
+    padded_base, padded_outliers = round_up(base, COLUMN_TILE), round_up(inputs - base, COLUMN_TILE)
     if columns.shape[0] == padded_base + padded_outliers:
         return columns
     first = columns[:1]
@@ -109,17 +109,17 @@ def exact_columns(columns: Shaped[Array, " _"], base: int, inputs: int) -> Shape
     """Columns without padding, from either form."""
     if columns.shape[0] == inputs:
         return columns
-    padded = up(base, COLUMN_TILE)
+    padded = round_up(base, COLUMN_TILE)
     return jnp.concatenate([columns[:base], columns[padded : padded + inputs - base]])
 
 
 def to_tiles(packed: Packed) -> Packed:
     """The weight in tile form."""
-    rows = up(packed.outputs, WEIGHT_TILE)
-    outliers = up(packed.outlier_count, OUTLIER_TILE)
+    rows = round_up(packed.outputs, WEIGHT_TILE)
+    outliers = round_up(packed.outlier_count, OUTLIER_TILE)
     return dataclasses.replace(
         packed,
-        qweight=pad_to(packed.qweight, (rows, up(packed.base, WEIGHT_TILE))),
+        qweight=pad_to(packed.qweight, (rows, round_up(packed.base, WEIGHT_TILE))),
         scale=pad_to(packed.scale, (rows,), 1),
         reduced=pad_to(packed.reduced, (rows,)),
         outliers=pad_to(packed.outliers, (rows, outliers)),

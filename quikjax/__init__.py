@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from quikjax.errors import QuikError
     from quikjax.evaluation import evaluate, reference, windows
     from quikjax.generation.decode import generate
-    from quikjax.quantizing.checkpoint import convert
+    from quikjax.quantizing.checkpoint import quantize_checkpoint
     from quikjax.quantizing.model import calibrate, quantize_model
     from quikjax.quantizing.params import quantize_block, quantize_params
     from quikjax.quantizing.recipe import RECIPES, Recipe, Rule
@@ -32,7 +32,7 @@ _HOME = {
     "Recipe": "quantizing.recipe",
     "Rule": "quantizing.recipe",
     "calibrate": "quantizing.model",
-    "convert": "quantizing.checkpoint",
+    "quantize_checkpoint": "quantizing.checkpoint",
     "dequantize": "weights.quik",
     "dequantize_params": "weights.quik",
     "evaluate": "evaluation",
@@ -56,13 +56,13 @@ __all__ = [
     "Rule",
     "__version__",
     "calibrate",
-    "convert",
     "dequantize",
     "dequantize_params",
     "evaluate",
     "generate",
     "load",
     "quantize_block",
+    "quantize_checkpoint",
     "quantize_model",
     "quantize_params",
     "reference",

@@ -38,10 +38,10 @@ def split(
     """
     m, k = inputs[0].shape
     exact, columns = layout.exact_columns(columns, base, k), layout.tile_columns(columns, base, k)
-    padded_base = layout.up(base, layout.COLUMN_TILE)
+    padded_base = layout.round_up(base, layout.COLUMN_TILE)
     if bits == 16:
         x = producer(*inputs, *parameters)
-        x = layout.pad_to(jnp.take(x, columns, axis=1, mode="clip"), (layout.up(m, 8), columns.shape[0]))
+        x = layout.pad_to(jnp.take(x, columns, axis=1, mode="clip"), (layout.round_up(m, 8), columns.shape[0]))
         return TileSplit(x[:, :padded_base], None, None, x[:, padded_base:] if base < k else None)
     tiles, _ = tuned.split_tiles(m, k, producer, device)
     if split_kernel.why_not(k, padded_base, columns.shape[0] - padded_base, inputs[0].dtype, producer, tiles) is not None:
@@ -56,13 +56,13 @@ def split(
 
 def tile_split(exact: Split) -> TileSplit:
     """Tile form of a split that any backend made, `[M, ...]`."""
-    rows = layout.up(exact.codes.shape[0], 8)
-    long = layout.up(rows, matmul_kernel.LONGEST_ROWS)
+    rows = layout.round_up(exact.codes.shape[0], 8)
+    long = layout.round_up(rows, matmul_kernel.LONGEST_ROWS)
     outliers = None
     if count := exact.outliers.shape[1]:
-        outliers = layout.pad_to(exact.outliers, (rows, layout.up(count, layout.COLUMN_TILE)))
+        outliers = layout.pad_to(exact.outliers, (rows, layout.round_up(count, layout.COLUMN_TILE)))
     return TileSplit(
-        layout.pad_to(exact.codes, (rows, layout.up(exact.codes.shape[1], layout.COLUMN_TILE))),
+        layout.pad_to(exact.codes, (rows, layout.round_up(exact.codes.shape[1], layout.COLUMN_TILE))),
         layout.pad_to(exact.scale, (long,)),
         layout.pad_to(exact.zero, (long,)),
         outliers,

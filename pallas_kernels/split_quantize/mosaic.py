@@ -73,7 +73,7 @@ def _room(tiles: SplitTiles, producer: Producer) -> int:
 
 
 def staged_lines(columns: int, dtype: Any) -> int:
-    """Lines a row takes in shared memory: the copy engine writes to multiples of 128 bytes only."""
+    """ProgressLines a row takes in shared memory: the copy engine writes to multiples of 128 bytes only."""
     unit = hopper.row_unit(columns)
     assert unit is not None, "why_not refuses such widths"
     per_128_bytes = max(1, 128 // (unit * jnp.dtype(dtype).itemsize))

@@ -22,7 +22,7 @@ def largest_code(bits: int) -> int:
 
 
 def row_scales(W: Float32[Array, "n b"], bits: int) -> Float32[Array, " n"]:
-    """`s = max|W| / qmax` per row; 1 for a row of zeros or without columns (QUIK; `spec` section 2)."""
+    """`s = max|W| / qmax` per row; 1 for a row of zeros or without columns (QUIK, section 3)."""
     if W.shape[1] == 0:
         return jnp.ones(W.shape[0], jnp.float32)
     s = jnp.max(jnp.abs(W), axis=1) * np.float32(1 / largest_code(bits))

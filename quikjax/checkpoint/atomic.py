@@ -167,7 +167,7 @@ def _code(error: BaseException) -> int | None:
 
 
 @contextlib.contextmanager
-def told(doing: str, consequence: str = "") -> Iterator[None]:
+def disk_errors(doing: str, consequence: str = "") -> Iterator[None]:
     """Turn an error of the disk into one sentence, `doing` before it and `consequence` behind it; others pass."""
     try:
         yield

@@ -19,7 +19,7 @@ def read_manifest(path: str | os.PathLike[str]) -> Manifest:
     """
     directory = Path(os.path.realpath(path))
     _refuse_foreign(directory)
-    with atomic.told(f"cannot read {directory}"):
+    with atomic.disk_errors(f"cannot read {directory}"):
         manifest = unseal_manifest(directory / MANIFEST)
     if not isinstance(manifest, Manifest):
         raise QuikError(f"{directory} is an unfinished artifact; run what was writing it again")
@@ -42,7 +42,7 @@ class Reader:
         self.path = Path(os.path.realpath(path))
         self.verify = verify
         self.manifest = read_manifest(path)
-        with atomic.told(f"cannot read {self.path}"):
+        with atomic.disk_errors(f"cannot read {self.path}"):
             self.parts = self._read_labels()
             self._check_listing()
 
@@ -81,7 +81,7 @@ class Reader:
         """
         if name not in self.parts:
             raise QuikError(f'{self.path} has no part "{name}"; {did_you_mean(name, self.parts)}')
-        with atomic.told(f"cannot read {self.path}"):
+        with atomic.disk_errors(f"cannot read {self.path}"):
             return parts.read(self.path / ARRAYS, name, self.parts[name], verify=self.verify)
 
     def tokenizer(self) -> Any:
@@ -104,7 +104,7 @@ def _refuse_foreign(directory: Path) -> None:
         raise QuikError(f"there is no directory {directory}{hint}")
     if not directory.is_dir():
         raise QuikError(f"{directory} is a file, not the directory of an artifact")
-    with atomic.told(f"cannot read {directory}"):
+    with atomic.disk_errors(f"cannot read {directory}"):
         entries = os.listdir(directory)
     if MANIFEST not in entries:
         hint = " but of a published checkpoint: quantize it first" if "config.json" in entries else ""

@@ -87,7 +87,7 @@ class Writer:
         self._shapes = None if config is None else shapes_of(abstract_model(config))
         self._parts: dict[str, Part] = {}
         self._refuse_existing()
-        with atomic.told(f"cannot write {self.partial}"):
+        with atomic.disk_errors(f"cannot write {self.partial}"):
             self.partial.parent.mkdir(parents=True, exist_ok=True)
             free = shutil.disk_usage(self.partial.parent).free
             if expected_bytes is not None and free < expected_bytes:
@@ -194,7 +194,7 @@ class Writer:
             if twice:
                 raise QuikError(f'{twice[0]} is in part "{other}" already and cannot be in "{name}" too')
         self._parts.pop(name, None)
-        with atomic.told(f"cannot save {self.path}", self._consequence()):
+        with atomic.disk_errors(f"cannot save {self.path}", self._consequence()):
             part = parts.write(self.partial / ARRAYS, name, params)
         self._parts[name] = part
         return part
@@ -210,7 +210,7 @@ class Writer:
             QuikError: parameters of the configuration are missing; the disk is full or refuses.
         """
         self.check_whole({path: shape for part in self._parts.values() for path, shape in stored_shapes(part).items()})
-        with atomic.told(f"cannot save {self.path}", self._consequence()):
+        with atomic.disk_errors(f"cannot save {self.path}", self._consequence()):
             if tokenizer is not None:
                 tokenizers.save(tokenizer, self.partial / TOKENIZER)
             if report is not None:

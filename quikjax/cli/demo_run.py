@@ -11,13 +11,13 @@ import numpy as np
 from flax import nnx
 
 from quikjax.checkpoint.load import load
-from quikjax.cli.printing import Lines, duration, megabytes, say, table
+from quikjax.cli.printing import ProgressLines, duration, megabytes, say, table
 from quikjax.errors import QuikError
 from quikjax.evaluation import Evaluation, Reference, evaluate, reference, windows
 from quikjax.generation.decode import generate
 from quikjax.loading import open_source
 from quikjax.models.registry import pure_params
-from quikjax.quantizing.checkpoint import Converted, convert, refuse_existing
+from quikjax.quantizing.checkpoint import QuantizedCheckpoint, quantize_checkpoint, refuse_existing
 from quikjax.reports.sizes import size_of_artifact, sizes_of_layers
 from quikjax.texts import calibration_text, calibration_windows, evaluation_text, tokenize
 
@@ -48,14 +48,16 @@ Calibration: {samples} x {seqlen} tokens of {calibration.origin} (a small settin
 Evaluation: {EVALUATED} windows of {seqlen} tokens of {evaluation.origin}.
 Everything is on this machine; nothing is downloaded. Progress is on stderr, results on stdout.""")
 
-    converted: dict[str, Converted] = {}
+    converted: dict[str, QuantizedCheckpoint] = {}
     for title, name in RECIPES:
         say(f"\n== {title}: calibrating and quantizing")
 
         def tokens(tokenizer: Any) -> np.ndarray:
             return calibration_windows(tokenize(tokenizer, calibration.content), samples, seqlen)
 
-        converted[name] = convert(source, directory / name, name, tokens, progress=Lines(layers=name == "quik-4b"))
+        converted[name] = quantize_checkpoint(
+            source, directory / name, name, tokens, progress=ProgressLines(layers=name == "quik-4b")
+        )
         size = size_of_artifact(directory / name)
         say(f"saved {directory / name}, {megabytes(size)}, in {duration(converted[name].seconds)}")
 
@@ -97,13 +99,13 @@ def _in_fresh_process(artifact: Path) -> dict[str, Any]:
     return dict(json.loads(done.stdout))
 
 
-def _measured(title: str, path: Path, converted: Converted, cut: np.ndarray, base: Reference) -> dict[str, Any]:
+def _measured(title: str, path: Path, converted: QuantizedCheckpoint, cut: np.ndarray, base: Reference) -> dict[str, Any]:
     model, _ = load(path)
     return _row(title, evaluate(model, cut, base), converted, size_of_artifact(path))
 
 
-def _row(title: str, result: Evaluation, converted: Converted | None, size: int) -> dict[str, Any]:
-    layers = sizes_of_layers(converted.report if converted else [])
+def _row(title: str, result: Evaluation, converted: QuantizedCheckpoint | None, size: int) -> dict[str, Any]:
+    layers = sizes_of_layers(converted.layers if converted else [])
     return {
         "model": title,
         **result.as_json(),

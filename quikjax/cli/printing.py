@@ -4,9 +4,10 @@ import json
 import sys
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from quikjax.quantizing.params import LayerReport
+if TYPE_CHECKING:
+    from quikjax.quantizing.params import LayerResult
 
 
 def say(line: str = "") -> None:
@@ -37,7 +38,7 @@ def megabytes(size: int | float) -> str:
     return f"{size / 1e6:.1f} MB"
 
 
-class Lines:
+class ProgressLines:
     """Progress of a conversion as lines: one per layer, and what is left after each block."""
 
     def __init__(self, *, layers: bool = True) -> None:
@@ -51,13 +52,13 @@ class Lines:
         if self._layers:
             say(f"{'layer':<44} {'bits':<5} {'outliers':>8} {'rel. error':>10} {'SNR':>8} {'time':>8}")
 
-    def layer(self, report: LayerReport, seconds: float) -> None:
+    def layer(self, layer: "LayerResult", seconds: float) -> None:
         if self._layers:
-            bits = f"W{report.weight_bits}A{report.activation_bits}"
-            damping = "" if report.damping is None or report.damping in (0.01, 0.5) else f"  damping {report.damping:g}"
+            bits = f"W{layer.weight_bits}A{layer.activation_bits}"
+            damping = "" if layer.damping is None or layer.damping in (0.01, 0.5) else f"  damping {layer.damping:g}"
             say(
-                f"{report.path.removesuffix('.weight'):<44} {bits:<5} {report.outliers:>8} {report.relative_error:>10.4f} "
-                f"{report.snr_db:>5.1f} dB {seconds:>6.1f} s{damping}"
+                f"{layer.path.removesuffix('.weight'):<44} {bits:<5} {layer.outliers:>8} {layer.relative_error:>10.4f} "
+                f"{layer.snr_db:>5.1f} dB {seconds:>6.1f} s{damping}"
             )
 
     def block(self, name: str, done: int, total: int, seconds_left: float) -> None:

@@ -33,8 +33,8 @@ def quantize(
 
     OUT.log.jsonl, beside the artifact, gets a line for each layer as it is done: follow it with tail -f.
     """
-    from quikjax.cli.printing import Lines, duration, megabytes, print_json, say
-    from quikjax.quantizing.checkpoint import convert, refuse_existing
+    from quikjax.cli.printing import ProgressLines, duration, megabytes, print_json, say
+    from quikjax.quantizing.checkpoint import quantize_checkpoint, refuse_existing
     from quikjax.quantizing.memory import default_activation_bytes
     from quikjax.quantizing.recipe import find_recipe
     from quikjax.reports.sizes import size_of_artifact, sizes_of_layers
@@ -61,7 +61,7 @@ def quantize(
         return calibration_windows(tokenize(tokenizer, text.content), samples, seqlen)
 
     try:
-        done = convert(
+        done = quantize_checkpoint(
             model,
             out,
             chosen,
@@ -70,11 +70,11 @@ def quantize(
             force=force,
             restart=restart,
             activation_bytes=activation_bytes,
-            progress=Lines(),
+            progress=ProgressLines(),
         )
     except KeyboardInterrupt:
         raise QuikError("interrupted; finished blocks are kept, run the same command again to go on") from None
-    layers, disk = sizes_of_layers(done.report), size_of_artifact(out)
+    layers, disk = sizes_of_layers(done.layers), size_of_artifact(out)
     say(f"saved {out} ({megabytes(disk)}) in {duration(done.seconds)}, fingerprint {done.fingerprint[:16]}")
     if layers.layers:
         say(
@@ -89,6 +89,6 @@ def quantize(
                 "seconds": done.seconds,
                 "bytes_on_disk": disk,
                 **layers.as_json(),
-                "layers": done.report,
+                "layers": done.layers,
             }
         )

@@ -17,7 +17,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Float32, Int, Int32
 
 from quikjax.errors import QuikError
-from quikjax.models.base import Block, CausalLM, Place, default_positions
+from quikjax.models.base import Block, CausalLM, Positions, default_positions
 from quikjax.models.registry import pure_params
 
 # Logits are made for this many tokens at a time: a vocabulary of 50 000 makes 100 MB of them.
@@ -151,7 +151,7 @@ def _through_block(
     blockdef: nnx.GraphDef[Block], params: Mapping[str, Any], hidden: Float[Array, "batch length hidden"]
 ) -> Float[Array, "batch length hidden"]:
     positions = jnp.broadcast_to(jnp.arange(hidden.shape[1], dtype=jnp.int32), hidden.shape[:2])
-    return nnx.merge(blockdef, params)(hidden, Place(positions))[0]
+    return nnx.merge(blockdef, params)(hidden, Positions(positions))[0]
 
 
 def _chunks(hidden: Float[Array, "1 length hidden"]) -> Float[Array, "chunks chunk hidden"]:

@@ -43,11 +43,11 @@ def read_index(path: Path) -> dict[str, list[str]]:
     Raises:
         QuikError: it is damaged, or names a shard that is not there.
     """
-    places = read_json(path).get("weight_map")
-    if not isinstance(places, dict) or not places or not all(isinstance(shard, str) for shard in places.values()):
+    entries = read_json(path).get("weight_map")
+    if not isinstance(entries, dict) or not entries or not all(isinstance(shard, str) for shard in entries.values()):
         raise QuikError(f'{path} has no usable "weight_map"; copy or download it again')
-    shards: dict[str, list[str]] = {shard: [] for shard in sorted(set(places.values()))}
-    for name, shard in places.items():
+    shards: dict[str, list[str]] = {shard: [] for shard in sorted(set(entries.values()))}
+    for name, shard in entries.items():
         shards[shard].append(name)
     missing = [shard for shard in shards if Path(shard).name != shard or not (path.parent / shard).is_file()]
     if missing:
@@ -97,19 +97,19 @@ class SafetensorsSource(DirectorySource):
             check_shards(index, expected, held)
         else:
             raise QuikError(f"{directory} has neither model.safetensors nor model.safetensors.index.json")
-        self._places = {name: (directory / shard, place) for shard, places in held.items() for name, place in places.items()}
+        self._entries = {name: (directory / shard, entry) for shard, entries in held.items() for name, entry in entries.items()}
         self._tensors = {
-            name: TensorInfo(place.shape, place.dtype, place.dtype.name, place.size) for name, (_, place) in self._places.items()
+            name: TensorInfo(entry.shape, entry.dtype, entry.dtype.name, entry.size) for name, (_, entry) in self._entries.items()
         }
 
     def tensors(self) -> dict[str, TensorInfo]:
         return self._tensors
 
     def _read(self, name: str) -> np.ndarray:
-        path, place = self._places[name]
+        path, entry = self._entries[name]
         array = np.fromfile(
-            path, dtype=place.dtype.newbyteorder("<"), count=place.size // place.dtype.itemsize, offset=place.offset
+            path, dtype=entry.dtype.newbyteorder("<"), count=entry.size // entry.dtype.itemsize, offset=entry.offset
         )
-        if array.nbytes != place.size:
+        if array.nbytes != entry.size:
             raise OSError("the file became shorter while it was being read")
-        return array.reshape(place.shape)
+        return array.reshape(entry.shape)

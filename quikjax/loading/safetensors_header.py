@@ -33,7 +33,7 @@ _DTYPES: dict[str, np.dtype[Any]] = {
 }
 
 
-class Place(NamedTuple):
+class TensorEntry(NamedTuple):
     """Where a tensor lies in its file."""
 
     shape: tuple[int, ...]
@@ -42,7 +42,7 @@ class Place(NamedTuple):
     size: int
 
 
-def read_header(path: Path) -> dict[str, Place]:
+def read_header(path: Path) -> dict[str, TensorEntry]:
     """Every tensor of a safetensors file by name, in the order of the file.
 
     Raises:
@@ -63,22 +63,22 @@ def read_header(path: Path) -> dict[str, Place]:
     try:
         entries = json.loads(text)
         entries.pop("__metadata__", None)
-        places = [(name, _place(name, entry, 8 + length)) for name, entry in entries.items()]
+        entries = [(name, _place(name, entry, 8 + length)) for name, entry in entries.items()]
     except (ValueError, TypeError, KeyError, AttributeError) as problem:
         raise QuikError(f"the header of {path} is damaged ({problem}); copy or download the file again") from None
-    places.sort(key=lambda item: (item[1].offset, item[1].size))
+    entries.sort(key=lambda item: (item[1].offset, item[1].size))
     end = 8 + length
-    for name, place in places:
-        if place.offset != end:
+    for name, entry in entries:
+        if entry.offset != end:
             raise QuikError(f"the header of {path} is damaged (tensor {name} does not follow the one before it)")
-        end += place.size
+        end += entry.size
     if end != size:
         state = "truncated" if size < end else "damaged"
         raise QuikError(f"{path} is {state}: its header describes {end} bytes, the file has {size}; copy or download it again")
-    return dict(places)
+    return dict(entries)
 
 
-def _place(name: str, entry: dict[str, Any], start: int) -> Place:
+def _place(name: str, entry: dict[str, Any], start: int) -> TensorEntry:
     kind, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
     if kind not in _DTYPES:
         raise ValueError(f"tensor {name} has the unknown dtype {kind}")
@@ -87,4 +87,4 @@ def _place(name: str, entry: dict[str, Any], start: int) -> Place:
     dtype = _DTYPES[kind]
     if end - begin != math.prod(shape) * dtype.itemsize:
         raise ValueError(f"tensor {name} of shape {list(shape)} and dtype {kind} has {end - begin} bytes")
-    return Place(shape, dtype, start + begin, end - begin)
+    return TensorEntry(shape, dtype, start + begin, end - begin)

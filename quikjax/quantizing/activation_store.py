@@ -79,7 +79,7 @@ class ActivationStore(Activations):
             QuikError: the disk is full or refuses.
         """
         target = self.directory / step
-        with self._told():
+        with self._disk_errors():
             shutil.rmtree(target, ignore_errors=True)
             target.mkdir(parents=True)
         written: list[Batch] = []
@@ -87,7 +87,7 @@ class ActivationStore(Activations):
         for index, batch in enumerate(batches):
             written.append(self._write(target / f"{index}.npy", batch, sync=True))
             sums.append([str(batch.dtype), _digest(batch)])
-        with self._told(), open(target / "sums.json", "w") as text:
+        with self._disk_errors(), open(target / "sums.json", "w") as text:
             json.dump(sums, text)
             text.flush()
             os.fsync(text.fileno())
@@ -102,7 +102,7 @@ class ActivationStore(Activations):
         if not self.spill:
             return x
         directory = self.directory / "inputs"
-        with self._told():
+        with self._disk_errors():
             directory.mkdir(parents=True, exist_ok=True)
         return self._write(directory / f"{group}.{index}.npy", x, sync=False)
 
@@ -135,14 +135,14 @@ class ActivationStore(Activations):
         return batches
 
     def _write(self, path: Path, batch: np.ndarray, *, sync: bool) -> Batch:
-        with self._told(), open(path, "wb") as file:
+        with self._disk_errors(), open(path, "wb") as file:
             np.save(file, batch, allow_pickle=False)
             file.flush()
             if sync:
                 os.fsync(file.fileno())
         return OnDisk(path, batch.dtype) if self.spill else batch
 
-    def _told(self) -> contextlib.AbstractContextManager[None]:
+    def _disk_errors(self) -> contextlib.AbstractContextManager[None]:
         return resumable(f"cannot keep activations in {self.directory}")
 
 

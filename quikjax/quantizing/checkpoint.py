@@ -32,7 +32,7 @@ from quikjax.quantizing import memory
 from quikjax.quantizing.activation_store import ActivationStore, Batch
 from quikjax.quantizing.layer_log import LayerLog
 from quikjax.quantizing.model import embed_batches, quantize_blocks
-from quikjax.quantizing.params import LayerReport
+from quikjax.quantizing.params import LayerResult
 from quikjax.quantizing.recipe import Recipe, find_recipe
 from quikjax.texts import tokens_fingerprint
 
@@ -44,28 +44,28 @@ class Progress(Protocol):
     def start(self, blocks: int, finished: int) -> None:
         """Work begins: so many blocks, so many of them finished by an earlier run."""
 
-    def layer(self, report: LayerReport, seconds: float) -> None:
+    def layer(self, layer: LayerResult, seconds: float) -> None:
         """A layer is quantized; seconds since the one before it (calibration of its group included)."""
 
     def block(self, name: str, done: int, total: int, seconds_left: float) -> None:
         """A block is on disk."""
 
 
-class Converted(NamedTuple):
-    """A finished conversion: the artifact's fingerprint, one report row per layer, and the time it took."""
+class QuantizedCheckpoint(NamedTuple):
+    """A finished conversion: the artifact's fingerprint, one JSON row per layer, and the time it took."""
 
     fingerprint: str
-    report: list[dict[str, Any]]
+    layers: list[dict[str, Any]]
     seconds: float
 
 
-class _Silent:
+class NoProgress:
     def start(self, blocks: int, finished: int) -> None: ...
-    def layer(self, report: LayerReport, seconds: float) -> None: ...
+    def layer(self, layer: LayerResult, seconds: float) -> None: ...
     def block(self, name: str, done: int, total: int, seconds_left: float) -> None: ...
 
 
-def convert(
+def quantize_checkpoint(
     model: str | Path | Source,
     out: str | os.PathLike[str],
     recipe: Recipe | str,
@@ -77,7 +77,7 @@ def convert(
     activation_bytes: int | None = None,
     provenance: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
-) -> Converted:
+) -> QuantizedCheckpoint:
     """Quantize a published checkpoint into the artifact `out`.
 
     Args:
@@ -98,7 +98,7 @@ def convert(
     """
     started = time.perf_counter()
     recipe = find_recipe(recipe)
-    progress = progress or _Silent()
+    progress = progress or NoProgress()
     target = Path(os.path.realpath(out))
     refuse_existing(target, force=force)
     source = model if isinstance(model, Source) else open_source(model)
@@ -140,7 +140,7 @@ def convert(
         rows = _convert_blocks(source, abstract, recipe, tokens, dtype, writer, work, store, log, progress)
         fingerprint = writer.finish(tokenizer=tokenizer, report=rows)
     shutil.rmtree(work, ignore_errors=True)
-    return Converted(fingerprint, rows, time.perf_counter() - started)
+    return QuantizedCheckpoint(fingerprint, rows, time.perf_counter() - started)
 
 
 def refuse_existing(target: Path, *, force: bool) -> None:
@@ -239,18 +239,18 @@ def _convert_blocks(
         flat = dotted(load_params(source, abstract, [name], dtype))
         return {path.removeprefix(name + "."): leaf for path, leaf in flat.items()}
 
-    def note(layer: LayerReport) -> None:
+    def note(layer: LayerResult) -> None:
         seconds = clock.lap()
         log.layer(layer, seconds)
         progress.layer(layer, seconds)
 
     clock = _Clock()
     began = time.perf_counter()
-    blocks = quantize_blocks(abstract, load, recipe, hidden, store=store, report=note, skip=tuple(done))
+    blocks = quantize_blocks(abstract, load, recipe, hidden, store=store, on_layer=note, skip=tuple(done))
     del params, hidden
     for block in blocks:
         # What the next block needs is in the store already: it must be safe before this one counts as finished.
-        _write_rows(work, block.name, [layer.as_json() for layer in block.reports])
+        _write_rows(work, block.name, [layer.as_json() for layer in block.results])
         writer.write_part(block.name, {f"{block.name}.{path}": leaf for path, leaf in block.params.items()})
         if tokens is not None:
             store.commit(block.name)

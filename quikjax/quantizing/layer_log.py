@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from quikjax.errors import resumable
-from quikjax.quantizing.params import LayerReport
+from quikjax.quantizing.params import LayerResult
 
 
 class LayerLog:
@@ -32,7 +32,7 @@ class LayerLog:
 
     def __init__(self, path: Path, *, anew: bool) -> None:
         self.path = path
-        with self._told():
+        with self._disk_errors():
             if anew:
                 path.unlink(missing_ok=True)
             elif path.exists():
@@ -43,17 +43,17 @@ class LayerLog:
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         self._append({"run": now, "finished_blocks": finished, "blocks": blocks})
 
-    def layer(self, report: LayerReport, seconds: float) -> None:
+    def layer(self, layer: LayerResult, seconds: float) -> None:
         """A layer is quantized: its report, `bytes` of the packed weight, and seconds as `Progress.layer` counts them."""
-        size = round(report.bits_per_weight * report.outputs * report.inputs / 8)
-        self._append({**report.as_json(), "bytes": size, "seconds": round(seconds, 3)})
+        size = round(layer.bits_per_weight * layer.outputs * layer.inputs / 8)
+        self._append({**layer.as_json(), "bytes": size, "seconds": round(seconds, 3)})
 
     def _append(self, record: dict[str, Any]) -> None:
         finite = {
             name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in record.items()
         }
-        with self._told(), open(self.path, "a", encoding="utf-8", newline="\n") as file:
+        with self._disk_errors(), open(self.path, "a", encoding="utf-8", newline="\n") as file:
             file.write(json.dumps(finite, allow_nan=False) + "\n")
 
-    def _told(self) -> contextlib.AbstractContextManager[None]:
+    def _disk_errors(self) -> contextlib.AbstractContextManager[None]:
         return resumable(f"cannot write {self.path}")

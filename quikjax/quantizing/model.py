@@ -17,10 +17,10 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from quikjax.errors import QuikError
-from quikjax.models.base import Block, CausalLM, Place, default_positions
+from quikjax.models.base import Block, CausalLM, Positions, default_positions
 from quikjax.models.registry import dotted, nested, pure_params
 from quikjax.quantizing.activation_store import Activations, Batch, read
-from quikjax.quantizing.params import LayerReport, Report, quantize_block
+from quikjax.quantizing.params import LayerResult, OnLayer, quantize_block
 from quikjax.quantizing.recipe import Recipe, find_recipe
 from quikjax.quantizing.statistics import LayerStats, empty_stats, observe
 from quikjax.weights.quik import QuikWeight, dequantize
@@ -37,11 +37,11 @@ KEPT_BYTES = 1 << 30
 
 @dataclasses.dataclass(frozen=True)
 class QuantizedBlock:
-    """One finished block: its published name (`model.layers.3`), its parameters with packed weights, its layers' reports."""
+    """One finished block: its published name (`model.layers.3`), its parameters with packed weights, its layers' results."""
 
     name: str
     params: BlockParams
-    reports: list[LayerReport]
+    results: list[LayerResult]
 
 
 def quantize_model(
@@ -49,7 +49,7 @@ def quantize_model(
     recipe: Recipe | str,
     batches: Iterable[Int[Array | np.ndarray, "batch length"]],
     *,
-    report: Report | None = None,
+    on_layer: OnLayer | None = None,
 ) -> dict[str, Any]:
     """Quantize a model that is in memory, sequentially: each block's statistics come through the quantized ones before it.
 
@@ -57,7 +57,7 @@ def quantize_model(
         model: any of our models, dense.
         recipe: what to do, or a recipe's name; one that needs no data ignores `batches`.
         batches: calibration tokens, `[batch, length]` each, without padding.
-        report: called with each layer's `LayerReport` as it is done.
+        on_layer: called with each layer's `LayerResult` as it is done.
 
     Returns:
         The parameters as nested dictionaries with `QuikWeight`s, for `nnx.merge(nnx.split(model)[0], ...)`.
@@ -74,7 +74,7 @@ def quantize_model(
 
     result = {path: leaf for path, leaf in params.items() if not path.startswith(prefix)}
     hidden: list[Batch] = list(embed_batches(model, batches)) if recipe.needs_data() else []
-    blocks = quantize_blocks(model, load, recipe, hidden, report=report)
+    blocks = quantize_blocks(model, load, recipe, hidden, on_layer=on_layer)
     del hidden
     for block in blocks:
         result.update({f"{block.name}.{path}": leaf for path, leaf in block.params.items()})
@@ -133,7 +133,7 @@ def quantize_blocks(
     hidden: Sequence[Batch],
     *,
     store: Activations | None = None,
-    report: Report | None = None,
+    on_layer: OnLayer | None = None,
     skip: Sequence[str] = (),
 ) -> Iterator[QuantizedBlock]:
     """Quantize block after block, holding one at a time. The generator's caller stores each before asking for the next.
@@ -151,22 +151,22 @@ def quantize_blocks(
         name = ".".join((*model.block_path, key))
         if name in skip:
             continue
-        reports: list[LayerReport] = []
+        results: list[LayerResult] = []
 
-        def note(layer: LayerReport, reports: list[LayerReport] = reports) -> None:
-            reports.append(layer)
-            if report is not None:
-                report(layer)
+        def note(layer: LayerResult, results: list[LayerResult] = results) -> None:
+            results.append(layer)
+            if on_layer is not None:
+                on_layer(layer)
 
         params = load(name)
         prefix, width = name + ".", model.config.hidden_size
         if not hidden:
-            quantized = quantize_block(params, recipe, dict.fromkeys(params), prefix=prefix, hidden_size=width, report=note)
-            yield QuantizedBlock(name, quantized, reports)
+            quantized = quantize_block(params, recipe, dict.fromkeys(params), prefix=prefix, hidden_size=width, on_layer=note)
+            yield QuantizedBlock(name, quantized, results)
             continue
         blockdef = nnx.split(block)[0]
         quantized, hidden = _quantize_block_in_order(blockdef, block, params, recipe, hidden, name, width, store, note)
-        yield QuantizedBlock(name, quantized, reports)
+        yield QuantizedBlock(name, quantized, results)
 
 
 def _quantize_block_in_order(
@@ -178,7 +178,7 @@ def _quantize_block_in_order(
     name: str,
     hidden_size: int,
     store: Activations,
-    report: Report,
+    on_layer: OnLayer,
 ) -> tuple[BlockParams, list[Batch]]:
     """One block, group after group: packed parameters, and what leaves the block with quantized weights."""
     dense, packed, prefix = dict(params), dict(params), name + "."
@@ -189,7 +189,7 @@ def _quantize_block_in_order(
             continue
         stats = _observe_all(blockdef, nested(dense), hidden, kept, group, store)
         packed = quantize_block(
-            packed, recipe, dict.fromkeys(paths, stats), prefix=prefix, hidden_size=hidden_size, report=report
+            packed, recipe, dict.fromkeys(paths, stats), prefix=prefix, hidden_size=hidden_size, on_layer=on_layer
         )
         for path in paths:
             if isinstance(packed[path], QuikWeight):
@@ -240,7 +240,7 @@ def _run(
         return seen[group]
 
     positions = jnp.broadcast_to(jnp.arange(hidden.shape[1], dtype=jnp.int32), hidden.shape[:2])
-    return nnx.merge(blockdef, params)(hidden, Place(positions), observe=see)[0], seen
+    return nnx.merge(blockdef, params)(hidden, Positions(positions), observe=see)[0], seen
 
 
 def _inputs(

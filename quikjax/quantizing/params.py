@@ -25,7 +25,7 @@ from quikjax.weights.quik import QuikWeight, as_matrix, dequantize
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LayerReport:
+class LayerResult:
     """What was done to one layer, and how well.
 
     `relative_error` is `||y - y_hat|| / ||y||` of the layer's output on sampled calibration rows, weights and activations
@@ -52,7 +52,7 @@ class LayerReport:
         return fields
 
 
-Report = Callable[[LayerReport], None]
+OnLayer = Callable[[LayerResult], None]
 
 
 def quantize_params(
@@ -61,7 +61,7 @@ def quantize_params(
     stats: Mapping[str, LayerStats] | None = None,
     *,
     hidden_size: int | None = None,
-    report: Report | None = None,
+    on_layer: OnLayer | None = None,
 ) -> Any:
     """Replace every kernel that a rule of `recipe` matches by a `QuikWeight`; the tree's structure and other leaves stay.
 
@@ -70,7 +70,7 @@ def quantize_params(
         recipe: rules over dotted paths, or a recipe's name.
         stats: statistics of each matched kernel's input, by dotted path. May be `None` for a recipe that needs no data.
         hidden_size: the model's width, to which numbers of outliers refer; left out, each layer's own input width.
-        report: called with one `LayerReport` per layer, in the tree's order.
+        on_layer: called with one `LayerResult` per layer, in the tree's order.
 
     Raises:
         QuikError: a recipe with rules matches nothing; statistics are missing, of another width or not finite; a weight is not
@@ -93,8 +93,8 @@ def quantize_params(
             results.append(leaf)
             continue
         weight, outcome = _quantize_kernel(path, leaf, rule, (stats or {}).get(path), hidden_size, factors)
-        if report is not None:
-            report(outcome)
+        if on_layer is not None:
+            on_layer(outcome)
         results.append(weight)
     return jax.tree.unflatten(structure, results)
 
@@ -106,7 +106,7 @@ def quantize_block(
     *,
     prefix: str = "",
     hidden_size: int | None = None,
-    report: Report | None = None,
+    on_layer: OnLayer | None = None,
 ) -> dict[str, Any]:
     """Quantize the layers of one block that `stats` covers and the recipe matches; everything else stays.
 
@@ -125,8 +125,8 @@ def quantize_block(
         if rule is None:
             continue
         result[path], outcome = _quantize_kernel(prefix + path, params[path], rule, layer, hidden_size, factors)
-        if report is not None:
-            report(outcome)
+        if on_layer is not None:
+            on_layer(outcome)
     return result
 
 
@@ -208,7 +208,7 @@ def _quantize_kernel(
     stats: LayerStats | None,
     hidden_size: int | None,
     factors: dict[Any, Factor],
-) -> tuple[QuikWeight, LayerReport]:
+) -> tuple[QuikWeight, LayerResult]:
     if stats is None and rule.needs_data():
         raise QuikError(
             f"{path} cannot be quantized without statistics of its input; calibrate, or use a recipe that needs no data"
@@ -237,7 +237,7 @@ def _quantize_kernel(
             factors[key] = _factor(path, rule, stats, count)
         shared = factors[key]
         columns, damping = shared.columns, shared.damping
-        permuted, how = W[:, shared.rounded], {"bits": rule.weight_bits, "block": rule.block_size}
+        permuted, how = W[:, shared.rounded], {"bits": rule.weight_bits, "block": rule.column_block}
         q, s, outliers = gptq(permuted, shared.U, shared.dead, base=base, clip=rule.clip, **how)
         if rule.sweeps:
             q, s, outliers = descend(permuted, shared.U, shared.S, shared.dead, q, s, sweeps=rule.sweeps, **how)
@@ -250,7 +250,7 @@ def _quantize_kernel(
     if not bool(jnp.isfinite(weight.outliers.astype(jnp.float32)).all()):
         raise QuikError(f'an outlier weight of {path} overflows {rule.outlier_dtype}; set outlier_dtype to "bfloat16"')
     error = float(_layer_error(weight, W, None if stats is None else stats.sample[: int(stats.filled)]))
-    return weight, LayerReport(
+    return weight, LayerResult(
         path=path,
         outputs=n,
         inputs=k,

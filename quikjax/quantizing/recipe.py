@@ -44,7 +44,7 @@ class Rule(BaseModel):
     order: Literal["hessian", "activation"] = "hessian"
     """GPTQ: round base columns by falling diagonal of the Hessian, so that what matters most is rounded while all others can
     still make up for it (GPTQ's own "act order"), or by rising largest activation, as QUIK's code does."""
-    block_size: int = Field(128, gt=0, multiple_of=16)
+    column_block: int = Field(128, gt=0, multiple_of=16)
     sweeps: int = Field(0, ge=0)
     """GPTQ: passes of coordinate descent over its codes, each followed by the best scale for them. Every pass costs about what
     GPTQ does, and the first ones gain most."""

@@ -33,7 +33,7 @@ class LayerSizes(NamedTuple):
 
 
 def sizes_of_layers(report: Sequence[Mapping[str, Any]]) -> LayerSizes:
-    """From a report's rows (`LayerReport.as_json`)."""
+    """From a report's rows (`LayerResult.as_json`)."""
     weights = [int(row["inputs"]) * int(row["outputs"]) for row in report]
     bits = sum(float(row["bits_per_weight"]) * count for row, count in zip(report, weights, strict=True))
     return LayerSizes(len(report), sum(weights), bits)

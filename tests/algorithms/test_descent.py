@@ -146,7 +146,9 @@ def test_a_rule_with_sweeps_lowers_the_reported_error_and_keeps_the_stored_order
     for sweeps in (0, 4):
         rule = Rule(match="weight", outliers=4, activation_bits=16, sweeps=sweeps)
         reports: list = []
-        weights.append(quantize_params(tree, Recipe(name="x", rules=(rule,)), {"weight": stats}, report=reports.append)["weight"])
+        weights.append(
+            quantize_params(tree, Recipe(name="x", rules=(rule,)), {"weight": stats}, on_layer=reports.append)["weight"]
+        )
         weights[-1].validate()
         errors.append(reports[0].relative_error)
     np.testing.assert_array_equal(weights[0].columns, weights[1].columns)

@@ -18,7 +18,7 @@ from quikjax.checkpoint.export.dequantized import export_safetensors
 from quikjax.errors import QuikError
 from quikjax.loading import open_source
 from quikjax.models.registry import abstract_model, dotted, nested, pure_params
-from quikjax.quantizing.checkpoint import convert
+from quikjax.quantizing.checkpoint import quantize_checkpoint
 from quikjax.quantizing.recipe import Recipe, Rule
 from quikjax.reports.artifact import read_report
 from quikjax.testing import tiny_config, tiny_model
@@ -40,7 +40,7 @@ RECIPE = Recipe(
 def artifact(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("artifacts") / "some"
     tokens = np.random.default_rng(0).integers(0, 256, (2, 32)).astype(np.int32)
-    convert(tiny_checkpoint, out, RECIPE, lambda _tokenizer: tokens)
+    quantize_checkpoint(tiny_checkpoint, out, RECIPE, lambda _tokenizer: tokens)
     return out
 
 

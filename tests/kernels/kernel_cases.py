@@ -74,7 +74,7 @@ def split_kernel(spec: LinearSpec, rows: int) -> tuple[tuple[Any, ...], Callable
     """The split of a layer alone: what tells it from other splits, the function, the shapes of its arguments in tile form."""
     s = jax.ShapeDtypeStruct
     shape = (rows, spec.inputs)
-    columns = layout.up(spec.base, layout.COLUMN_TILE) + layout.up(spec.outliers, layout.COLUMN_TILE)
+    columns = layout.round_up(spec.base, layout.COLUMN_TILE) + layout.round_up(spec.outliers, layout.COLUMN_TILE)
     inputs = tuple(s(shape, jnp.bfloat16) for _ in range(spec.producer.inputs))
     parameters = tuple(s((spec.inputs,), jnp.bfloat16) for _ in range(spec.producer.parameters))
 
@@ -87,11 +87,11 @@ def split_kernel(spec: LinearSpec, rows: int) -> tuple[tuple[Any, ...], Callable
 
 def product_kernel(spec: LinearSpec, rows: int) -> tuple[tuple[Any, ...], Callable[..., Any], tuple[Any, ...]]:
     """The product of a layer alone, likewise. Rows count up to 8: what the kernel sees of 1, 2, 3 and 8 rows is the same."""
-    rows = layout.up(rows, 8)
+    rows = layout.round_up(rows, 8)
     _, (_, packed, bias, _) = layer_shapes(dataclasses.replace(spec, producer=api.Identity()), rows)
     s = jax.ShapeDtypeStruct
-    base, outliers = layout.up(spec.base, layout.COLUMN_TILE), layout.up(spec.outliers, layout.COLUMN_TILE)
-    per_row = s((layout.up(rows, 256),), jnp.float32) if spec.bits < 16 else None
+    base, outliers = layout.round_up(spec.base, layout.COLUMN_TILE), layout.round_up(spec.outliers, layout.COLUMN_TILE)
+    per_row = s((layout.round_up(rows, 256),), jnp.float32) if spec.bits < 16 else None
     tokens = s((rows, base), jnp.int8 if spec.bits < 16 else jnp.bfloat16)
     kept = s((rows, outliers), jnp.bfloat16) if spec.outliers else None
 
@@ -100,6 +100,6 @@ def product_kernel(spec: LinearSpec, rows: int) -> tuple[tuple[Any, ...], Callab
         return mosaic_layer.product(split, rows, packed, bias, spec.bits, jnp.bfloat16, H100)
 
     # The kernel knows the padded widths only: 1 and 36 outliers of 4096 are one kernel.
-    widths = (layout.up(spec.base, layout.WEIGHT_TILE), layout.up(spec.outliers, layout.OUTLIER_TILE))
+    widths = (layout.round_up(spec.base, layout.WEIGHT_TILE), layout.round_up(spec.outliers, layout.OUTLIER_TILE))
     key = ("product", rows, spec.outputs, base, outliers, *widths, spec.weight_bits, spec.bits, spec.bias)
     return key, function, (tokens, per_row, per_row, kept, packed, bias)

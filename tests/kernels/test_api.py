@@ -139,7 +139,7 @@ def test_arguments_that_do_not_fit_are_refused() -> None:
 def test_tile_form_changes_no_bit(outliers: int, bits: int) -> None:
     packed = kernel_cases.weight(3, 72, 640, outliers)
     tiled = api.to_tiles(packed)
-    assert tiled.qweight.shape == (128, layout.up(640 - outliers, 128))
+    assert tiled.qweight.shape == (128, layout.round_up(640 - outliers, 128))
     assert tiled.columns.shape[0] % layout.COLUMN_TILE == 0
     assert api.to_tiles(tiled).qweight is tiled.qweight
     for name in ("qweight", "scale", "reduced", "outliers", "columns"):

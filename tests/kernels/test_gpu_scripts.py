@@ -259,12 +259,14 @@ def test_every_layer_has_candidates_and_the_default_among_what_is_legal(tune: Mo
 
     for specs in MODELS.values():
         for spec in specs:
-            base = layout.up(spec.base, layout.WEIGHT_TILE)
+            base = layout.round_up(spec.base, layout.WEIGHT_TILE)
             for rows in ROWS:
                 splits = tune.split_candidates(rows, spec.inputs, spec.outliers, spec.producer)
                 assert bool(splits) == kernel_cases.has_split_kernel(spec, rows), (spec, rows)
                 assert tune.matmul_candidates(rows, base, spec.weight_bits, spec.bits), (spec, rows)
-                tiles, measured = tuned.matmul_tiles(rows, layout.up(spec.outputs, 128), base, spec.weight_bits, spec.bits, H100)
+                tiles, measured = tuned.matmul_tiles(
+                    rows, layout.round_up(spec.outputs, 128), base, spec.weight_bits, spec.bits, H100
+                )
                 assert not measured, "nothing was measured yet: no tiles are shipped"
                 assert matmul.why_not(tiles, base, spec.weight_bits, spec.bits) is None
 

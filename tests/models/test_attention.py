@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from quikjax.models.attention import attend
-from quikjax.models.base import KeyValues, Place
+from quikjax.models.base import KeyValues, Positions
 from quikjax.models.rope import Rope, rotate
 
 HEAD = 8
@@ -42,10 +42,10 @@ def test_against_the_definition(batch: int, length: int, padding: int, alibi: bo
     positions[0] -= padding  # left padding: negative positions are seen by nobody
     # Powers of two, so that their products with rounded positions need no rounding.
     slopes = np.asarray([0.5, 0.25, 0.125, 0.0625, 0.03125, 0.0]) if alibi else None
-    place = Place(jnp.asarray(positions, jnp.int32))
+    where = Positions(jnp.asarray(positions, jnp.int32))
 
     def run(q: Any, k: Any, v: Any) -> Any:
-        return attend(q, k, v, place, None, scale=0.3, slopes=None if slopes is None else jnp.asarray(slopes, jnp.float32))
+        return attend(q, k, v, where, None, scale=0.3, slopes=None if slopes is None else jnp.asarray(slopes, jnp.float32))
 
     found, written = (jax.jit(run) if jitted else run)(*(jnp.asarray(x, jnp.float32) for x in (q, k, v)))
     assert np.isfinite(found).all()
@@ -58,12 +58,12 @@ def test_a_long_second_prompt_reads_the_cache() -> None:
     rng = np.random.default_rng(0)
     q, k, v = (rng.normal(size=(1, 700, heads, HEAD)).astype(np.float32) for heads in (4, 2, 2))
     query, key, value = (jnp.asarray(x) for x in (q, k, v))
-    whole, _ = attend(query, key, value, Place(jnp.arange(700, dtype=jnp.int32)[None]), None, scale=0.3)
+    whole, _ = attend(query, key, value, Positions(jnp.arange(700, dtype=jnp.int32)[None]), None, scale=0.3)
     slots = jnp.where(jnp.arange(800) < 700, jnp.arange(800), -1).astype(jnp.int32)[None]
     empty = jnp.zeros((1, 800, 2, HEAD))
     cache = KeyValues(empty.at[:, :100].set(key[:, :100]), empty.at[:, :100].set(value[:, :100]))
-    place = Place(jnp.arange(100, 700, dtype=jnp.int32)[None], slots=slots, used=jnp.int32(100))
-    rest, written = attend(query[:, 100:], key[:, 100:], value[:, 100:], place, cache, scale=0.3)
+    where = Positions(jnp.arange(100, 700, dtype=jnp.int32)[None], keys=slots, write_at=jnp.int32(100))
+    rest, written = attend(query[:, 100:], key[:, 100:], value[:, 100:], where, cache, scale=0.3)
     np.testing.assert_allclose(rest, whole[:, 100:], atol=1e-5)
     np.testing.assert_array_equal(written.keys[:, :700], k)
 
@@ -71,11 +71,11 @@ def test_a_long_second_prompt_reads_the_cache() -> None:
 def test_gradients_flow_through_the_pieces() -> None:
     rng = np.random.default_rng(1)
     q, k, v = (jnp.asarray(rng.normal(size=(1, 512, 2, HEAD)), jnp.float32) for _ in range(3))
-    place = Place(jnp.arange(512, dtype=jnp.int32)[None])
+    where = Positions(jnp.arange(512, dtype=jnp.int32)[None])
     towards = jnp.asarray(rng.normal(size=q.shape), jnp.float32)
 
     def loss(q: Any) -> Any:
-        return jnp.vdot(attend(q, k, v, place, None, scale=0.3)[0], towards)
+        return jnp.vdot(attend(q, k, v, where, None, scale=0.3)[0], towards)
 
     gradient = jax.grad(loss)(q)
     step = 1e-2 * towards / jnp.linalg.norm(towards)

@@ -13,7 +13,7 @@ from model_variants import VARIANTS
 from random_weights import random_weights
 
 from quikjax.errors import QuikError
-from quikjax.models.base import CausalLM, Place, default_positions
+from quikjax.models.base import CausalLM, Positions, default_positions
 from quikjax.models.falcon import alibi_slopes
 from quikjax.models.registry import abstract_model, dotted, nested, pure_params
 from quikjax.models.rope import DynamicRope, LinearRope, Llama3Rope, Rope, YarnRope, rotate
@@ -54,7 +54,7 @@ def test_layers_of_a_group_read_what_the_block_was_given_for_it(name: str) -> No
             seen.append(group)
             return jnp.zeros_like(x) if group == silenced else x
 
-        out = nnx.merge(graphdef, nested(params))(hidden, Place(default_positions(ids)), None, observe)[0]
+        out = nnx.merge(graphdef, nested(params))(hidden, Positions(default_positions(ids)), None, observe)[0]
         assert seen == list(block.groups)
         return out
 

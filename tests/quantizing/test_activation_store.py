@@ -13,8 +13,8 @@ import pytest
 
 from quikjax.errors import QuikError
 from quikjax.quantizing.activation_store import ActivationStore, OnDisk, read
-from quikjax.quantizing.checkpoint import convert
-from quikjax.quantizing.params import LayerReport
+from quikjax.quantizing.checkpoint import quantize_checkpoint
+from quikjax.quantizing.params import LayerResult
 
 # Of 4 sequences of 32 tokens: 221 kB of activations in all, 55 of one sequence.
 MUCH, LITTLE = 1_000_000, 100_000
@@ -41,7 +41,7 @@ class Watch:
     def start(self, blocks: int, finished: int) -> None:
         self.finished = finished
 
-    def layer(self, report: LayerReport, seconds: float) -> None:
+    def layer(self, report: LayerResult, seconds: float) -> None:
         self.seen |= {str(file.relative_to(self.activations)) for file in self.activations.rglob("*.npy")}
         self.layers -= 1
         if not self.layers:
@@ -56,14 +56,14 @@ def undisturbed(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory)
     """An artifact made in memory."""
     out = tmp_path_factory.mktemp("undisturbed") / "a"
     watch = Watch(out.with_name("a.work"))
-    convert(tiny_checkpoint, out, "quik-4b", windows, activation_bytes=MUCH, progress=watch)
+    quantize_checkpoint(tiny_checkpoint, out, "quik-4b", windows, activation_bytes=MUCH, progress=watch)
     assert not any(path.startswith("inputs/") for path in watch.seen)
     return out
 
 
 def test_an_artifact_made_from_disk_has_the_same_bytes(tiny_checkpoint: Path, undisturbed: Path, tmp_path: Path) -> None:
     watch = Watch(tmp_path / "a.work")
-    convert(tiny_checkpoint, tmp_path / "a", "quik-4b", windows, activation_bytes=LITTLE, progress=watch)
+    quantize_checkpoint(tiny_checkpoint, tmp_path / "a", "quik-4b", windows, activation_bytes=LITTLE, progress=watch)
     assert {"embedded/3.npy", "model.layers.1/0.npy", "inputs/mlp_output.3.npy"} <= watch.seen
     assert contents(tmp_path / "a") == contents(undisturbed)
     assert not (tmp_path / "a.work").exists()
@@ -77,9 +77,9 @@ def test_a_run_goes_on_with_another_budget(
     """Stopped in the middle of the first block and of the second, of 7 layers each."""
     watch = Watch(tmp_path / "a.work", layers)
     with pytest.raises(Stop):
-        convert(tiny_checkpoint, tmp_path / "a", "quik-4b", windows, activation_bytes=before, progress=watch)
+        quantize_checkpoint(tiny_checkpoint, tmp_path / "a", "quik-4b", windows, activation_bytes=before, progress=watch)
     watch = Watch(tmp_path / "a.work")
-    convert(tiny_checkpoint, tmp_path / "a", "quik-4b", windows, activation_bytes=after, progress=watch)
+    quantize_checkpoint(tiny_checkpoint, tmp_path / "a", "quik-4b", windows, activation_bytes=after, progress=watch)
     assert watch.finished == layers // 7
     assert contents(tmp_path / "a") == contents(undisturbed)
 
@@ -92,7 +92,7 @@ def test_a_run_killed_while_its_activations_are_on_disk_goes_on(
 import os, signal
 import numpy as np
 from quikjax.quantizing import activation_store as activations
-from quikjax.quantizing.checkpoint import convert
+from quikjax.quantizing.checkpoint import quantize_checkpoint
 def kill(*_arguments): os.kill(os.getpid(), signal.SIGKILL)
 class Progress:
     def start(self, blocks, finished): pass
@@ -100,7 +100,7 @@ class Progress:
     def block(self, name, done, total, seconds_left): activations.json.dump = kill
 windows = lambda _tokenizer: np.random.default_rng(3).integers(0, 256, (4, 32)).astype(np.int32)
 out = {str(tmp_path / "a")!r}
-convert({str(tiny_checkpoint)!r}, out, "quik-4b", windows, activation_bytes={LITTLE}, progress=Progress())
+quantize_checkpoint({str(tiny_checkpoint)!r}, out, "quik-4b", windows, activation_bytes={LITTLE}, progress=Progress())
 """
     done = subprocess.run([sys.executable, "-c", script], env={**os.environ}, capture_output=True, check=False)
     assert done.returncode == -signal.SIGKILL, done.stderr
@@ -114,32 +114,34 @@ convert({str(tiny_checkpoint)!r}, out, "quik-4b", windows, activation_bytes={LIT
     with monkeypatch.context() as patched:
         patched.setattr("quikjax.quantizing.checkpoint._write_rows", stop)
         with pytest.raises(Stop):
-            convert(tiny_checkpoint, tmp_path / "a", "quik-4b", windows, activation_bytes=LITTLE)
+            quantize_checkpoint(tiny_checkpoint, tmp_path / "a", "quik-4b", windows, activation_bytes=LITTLE)
     assert (kept / "model.layers.0" / "sums.json").read_text()
     assert (kept / "model.layers.1" / "sums.json").read_text()
     watch = Watch(tmp_path / "a.work")
-    convert(tiny_checkpoint, tmp_path / "a", "quik-4b", windows, activation_bytes=LITTLE, progress=watch)
+    quantize_checkpoint(tiny_checkpoint, tmp_path / "a", "quik-4b", windows, activation_bytes=LITTLE, progress=watch)
     assert watch.finished == 1
     assert contents(tmp_path / "a") == contents(undisturbed)
 
 
 def test_a_bfloat16_run_goes_on(tiny_checkpoint: Path, tmp_path: Path) -> None:
     """NumPy's files do not know bfloat16."""
-    convert(tiny_checkpoint, tmp_path / "b", "quik-4b", windows, dtype=jnp.bfloat16, activation_bytes=MUCH)
+    quantize_checkpoint(tiny_checkpoint, tmp_path / "b", "quik-4b", windows, dtype=jnp.bfloat16, activation_bytes=MUCH)
     watch = Watch(tmp_path / "a.work", 10)
     with pytest.raises(Stop):
-        convert(tiny_checkpoint, tmp_path / "a", "quik-4b", windows, dtype=jnp.bfloat16, activation_bytes=60_000, progress=watch)
-    convert(tiny_checkpoint, tmp_path / "a", "quik-4b", windows, dtype=jnp.bfloat16, activation_bytes=MUCH)
+        quantize_checkpoint(
+            tiny_checkpoint, tmp_path / "a", "quik-4b", windows, dtype=jnp.bfloat16, activation_bytes=60_000, progress=watch
+        )
+    quantize_checkpoint(tiny_checkpoint, tmp_path / "a", "quik-4b", windows, dtype=jnp.bfloat16, activation_bytes=MUCH)
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
 
 
 def test_a_budget_below_one_sequence(tiny_checkpoint: Path, tmp_path: Path) -> None:
     """32 tokens in float32, of which 64 numbers enter a block and 64 leave it, and groups read 64, 64, 64 and 112."""
     with pytest.raises(QuikError, match=r"take 0.0553 MB at once .* give --activation-memory 0.001 \(GB\) or more"):
-        convert(tiny_checkpoint, tmp_path / "a", "quik-4b", windows, activation_bytes=55_295)
+        quantize_checkpoint(tiny_checkpoint, tmp_path / "a", "quik-4b", windows, activation_bytes=55_295)
     assert not list(tmp_path.iterdir())
     # Without data there are none.
-    convert(tiny_checkpoint, tmp_path / "a", "rtn-w4a4", activation_bytes=1)
+    quantize_checkpoint(tiny_checkpoint, tmp_path / "a", "rtn-w4a4", activation_bytes=1)
 
 
 @pytest.mark.parametrize("spill", [False, True])

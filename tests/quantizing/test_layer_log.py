@@ -9,9 +9,9 @@ import pytest
 
 from quikjax.checkpoint import Reader
 from quikjax.errors import QuikError
-from quikjax.quantizing.checkpoint import convert
+from quikjax.quantizing.checkpoint import quantize_checkpoint
 from quikjax.quantizing.layer_log import LayerLog
-from quikjax.quantizing.params import LayerReport
+from quikjax.quantizing.params import LayerResult
 from quikjax.quantizing.recipe import Recipe, Rule
 
 # Rounding to nearest, without data: quick.
@@ -35,7 +35,7 @@ class AfterTwo:
         self.action = action
 
     def start(self, blocks: int, finished: int) -> None: ...
-    def layer(self, report: LayerReport, seconds: float) -> None: ...
+    def layer(self, report: LayerResult, seconds: float) -> None: ...
 
     def block(self, name: str, done: int, total: int, seconds_left: float) -> None:
         if done == 2:
@@ -43,12 +43,12 @@ class AfterTwo:
 
 
 def test_a_line_for_the_run_and_for_each_layer(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    done = convert(tiny_checkpoint, tmp_path / "a", RECIPE)
+    done = quantize_checkpoint(tiny_checkpoint, tmp_path / "a", RECIPE)
     run, *layers = records(tmp_path / "a.log.jsonl")
     assert (run["finished_blocks"], run["blocks"]) == (0, 3)
     assert run["run"].endswith("+00:00")
     # The report's rows, and what the report cannot hold.
-    assert [{name: row[name] for name in row if name not in ("bytes", "seconds")} for row in layers] == done.report
+    assert [{name: row[name] for name in row if name not in ("bytes", "seconds")} for row in layers] == done.layers
     parts = Reader(tmp_path / "a").parts
     for row in layers:
         part = parts[row["path"].rpartition(".self_attn")[0] or row["path"].rpartition(".mlp")[0]]
@@ -68,18 +68,18 @@ def test_a_run_that_goes_on_appends_and_others_begin_anew(tiny_checkpoint: Path,
 
     log = tmp_path / "a.log.jsonl"
     with pytest.raises(KeyboardInterrupt):
-        convert(tiny_checkpoint, tmp_path / "a", RECIPE, progress=AfterTwo(stop))
+        quantize_checkpoint(tiny_checkpoint, tmp_path / "a", RECIPE, progress=AfterTwo(stop))
     assert len(records(log)) == 1 + 10
     log.write_text(log.read_text() + '{"path": "model.la')  # a power cut
-    convert(tiny_checkpoint, tmp_path / "a", RECIPE)
+    quantize_checkpoint(tiny_checkpoint, tmp_path / "a", RECIPE)
     runs = [row["finished_blocks"] for row in records(log) if "run" in row]
     assert runs == [0, 2]
     assert len({row["path"] for row in records(log) if "path" in row}) == 15
-    convert(tiny_checkpoint, tmp_path / "a", RECIPE, force=True)
+    quantize_checkpoint(tiny_checkpoint, tmp_path / "a", RECIPE, force=True)
     assert len(records(log)) == 1 + 15
     with pytest.raises(KeyboardInterrupt):
-        convert(tiny_checkpoint, tmp_path / "b", RECIPE, progress=AfterTwo(stop))
-    convert(tiny_checkpoint, tmp_path / "b", RECIPE, restart=True)
+        quantize_checkpoint(tiny_checkpoint, tmp_path / "b", RECIPE, progress=AfterTwo(stop))
+    quantize_checkpoint(tiny_checkpoint, tmp_path / "b", RECIPE, restart=True)
     assert len(records(tmp_path / "b.log.jsonl")) == 1 + 15
 
 
@@ -91,15 +91,15 @@ def test_a_full_disk_ends_the_run_so_that_it_can_go_on(tiny_checkpoint: Path, tm
         log.symlink_to("/dev/full")
 
     with pytest.raises(QuikError, match=r"cannot write .*a.log.jsonl: No space left on device; make room and run the same"):
-        convert(tiny_checkpoint, tmp_path / "a", RECIPE, progress=AfterTwo(fill))
+        quantize_checkpoint(tiny_checkpoint, tmp_path / "a", RECIPE, progress=AfterTwo(fill))
     assert not (tmp_path / "a").exists()
     log.unlink()
-    convert(tiny_checkpoint, tmp_path / "a", RECIPE)
+    quantize_checkpoint(tiny_checkpoint, tmp_path / "a", RECIPE)
     assert [row.get("finished_blocks") for row in records(log)] == [2, *[None] * 5]
 
 
 def test_an_error_that_is_not_finite_is_null(tmp_path: Path) -> None:
-    report = LayerReport(
+    report = LayerResult(
         path="x",
         outputs=8,
         inputs=16,

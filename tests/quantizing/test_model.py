@@ -22,9 +22,9 @@ from quikjax.evaluation import evaluate, reference
 from quikjax.models.base import CausalLM
 from quikjax.models.registry import dotted, pure_params
 from quikjax.quantizing import model as pipeline
-from quikjax.quantizing.checkpoint import convert
+from quikjax.quantizing.checkpoint import quantize_checkpoint
 from quikjax.quantizing.model import calibrate, quantize_model
-from quikjax.quantizing.params import LayerReport, quantize_params
+from quikjax.quantizing.params import LayerResult, quantize_params
 from quikjax.quantizing.recipe import RECIPES, Recipe
 from quikjax.testing import tiny_config, tiny_model, write_tiny_checkpoint
 from quikjax.texts import calibration_text, calibration_windows, tokenize
@@ -47,7 +47,7 @@ def inputs_of_layers(model: CausalLM, ids: np.ndarray) -> dict[str, np.ndarray]:
             seen.update({f"model.layers.{name}.{layer}.weight": np.asarray(x) for layer in block.groups[group]})
             return x
 
-        hidden = block(hidden, pipeline.Place(jnp.arange(ids.shape[1], dtype=jnp.int32)[None]), observe=note)[0]
+        hidden = block(hidden, pipeline.Positions(jnp.arange(ids.shape[1], dtype=jnp.int32)[None]), observe=note)[0]
     return seen
 
 
@@ -82,8 +82,8 @@ def test_the_first_blocks_statistics_are_the_same_one_shot_and_sequential() -> N
 
 def test_sequential_quantization_reports_and_gives_the_same_bits_twice() -> None:
     model = tiny_model()
-    reports: list[LayerReport] = []
-    first = quantize_model(model, "quik-4b", BATCHES, report=reports.append)
+    reports: list[LayerResult] = []
+    first = quantize_model(model, "quik-4b", BATCHES, on_layer=reports.append)
     second = quantize_model(model, "quik-4b", BATCHES)
     for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True):
         np.testing.assert_array_equal(a, b)
@@ -126,8 +126,8 @@ def test_blocks_run_in_numerical_order() -> None:
     """Block 10 comes after block 9, not after block 1."""
     model = tiny_model(num_hidden_layers=12)
     assert list(model.blocks) == [str(i) for i in range(12)]
-    reports: list[LayerReport] = []
-    quantize_model(model, "rtn-w4a4", [], report=reports.append)
+    reports: list[LayerResult] = []
+    quantize_model(model, "rtn-w4a4", [], on_layer=reports.append)
     assert [layer.path.split(".")[2] for layer in reports[::7]] == [str(i) for i in range(12)]
 
 
@@ -153,8 +153,8 @@ def contents(directory: Path) -> dict[str, bytes]:
 
 
 def test_a_converted_checkpoint_restores_and_is_the_same_twice(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    first = convert(tiny_checkpoint, tmp_path / "a", "quik-4b", windows)
-    second = convert(tiny_checkpoint, tmp_path / "b", "quik-4b", windows)
+    first = quantize_checkpoint(tiny_checkpoint, tmp_path / "a", "quik-4b", windows)
+    second = quantize_checkpoint(tiny_checkpoint, tmp_path / "b", "quik-4b", windows)
     assert first.fingerprint == second.fingerprint
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "a.log.jsonl", "b", "b.log.jsonl"]
@@ -164,13 +164,13 @@ def test_a_converted_checkpoint_restores_and_is_the_same_twice(tiny_checkpoint: 
     assert (leaf.weight_bits, leaf.activation_bits) == (8, 8)
     rows = [json.loads(line) for line in (tmp_path / "a" / "report.jsonl").read_text().splitlines()]
     assert len(rows) == 21
-    assert rows == first.report
+    assert rows == first.layers
 
 
 def test_converting_is_quantizing_in_memory(tiny_checkpoint: Path, tmp_path: Path) -> None:
     from quikjax.checkpoint.load import load
 
-    convert(tiny_checkpoint, tmp_path / "a", "quik-4b", windows)
+    quantize_checkpoint(tiny_checkpoint, tmp_path / "a", "quik-4b", windows)
     model, tokenizer = load(tiny_checkpoint)
     expected = dotted(quantize_model(model, "quik-4b", [row[None] for row in windows(tokenizer)]))
     found = dotted(pure_params(checkpoint.restore(tmp_path / "a")[0]))
@@ -182,16 +182,16 @@ def test_converting_is_quantizing_in_memory(tiny_checkpoint: Path, tmp_path: Pat
 def test_mistakes_are_found_before_work(tiny_checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "taken").mkdir()
     with pytest.raises(QuikError, match="exists; choose another directory"):
-        convert(tiny_checkpoint, tmp_path / "taken", "quik-4b", windows)
+        quantize_checkpoint(tiny_checkpoint, tmp_path / "taken", "quik-4b", windows)
     strange = Recipe(name="x", rules=(RECIPES["quik-4b"].rules[0].model_copy(update={"match": "nothing"}),))
     with pytest.raises(QuikError, match="matches no layer"):
-        convert(tiny_checkpoint, tmp_path / "a", strange, windows)
+        quantize_checkpoint(tiny_checkpoint, tmp_path / "a", strange, windows)
     with pytest.raises(QuikError, match="needs calibration text"):
-        convert(tiny_checkpoint, tmp_path / "a", "quik-4b")
+        quantize_checkpoint(tiny_checkpoint, tmp_path / "a", "quik-4b")
     with pytest.raises(QuikError, match="exceeds the model's context of 256"):
-        convert(tiny_checkpoint, tmp_path / "a", "quik-4b", lambda t: windows(t, 2, 257))
+        quantize_checkpoint(tiny_checkpoint, tmp_path / "a", "quik-4b", lambda t: windows(t, 2, 257))
     with pytest.raises(QuikError, match="lower --samples"):
-        convert(tiny_checkpoint, tmp_path / "a", "quik-4b", lambda t: windows(t, 4000, 200))
+        quantize_checkpoint(tiny_checkpoint, tmp_path / "a", "quik-4b", lambda t: windows(t, 4000, 200))
     assert not (tmp_path / "a").exists()
 
 
@@ -203,21 +203,21 @@ def test_a_run_with_other_inputs_does_not_go_on(tiny_checkpoint: Path, tmp_path:
         def start(self, blocks: int, finished: int) -> None:
             self.finished = finished
 
-        def layer(self, report: LayerReport, seconds: float) -> None: ...
+        def layer(self, report: LayerResult, seconds: float) -> None: ...
 
         def block(self, name: str, done: int, total: int, seconds_left: float) -> None:
             if done == 1:
                 raise Stop
 
     with pytest.raises(Stop):
-        convert(tiny_checkpoint, tmp_path / "a", "quik-4b", windows, progress=AfterOne())
+        quantize_checkpoint(tiny_checkpoint, tmp_path / "a", "quik-4b", windows, progress=AfterOne())
     with pytest.raises(QuikError, match="other inputs"):
-        convert(tiny_checkpoint, tmp_path / "a", "quik-8b", windows)
+        quantize_checkpoint(tiny_checkpoint, tmp_path / "a", "quik-8b", windows)
     again = AfterOne()
-    convert(tiny_checkpoint, tmp_path / "b", "quik-4b", windows)
-    done = convert(tiny_checkpoint, tmp_path / "a", "quik-4b", windows)
+    quantize_checkpoint(tiny_checkpoint, tmp_path / "b", "quik-4b", windows)
+    done = quantize_checkpoint(tiny_checkpoint, tmp_path / "a", "quik-4b", windows)
     assert again is not None
-    assert done.fingerprint == convert(tiny_checkpoint, tmp_path / "c", "quik-4b", windows, restart=True).fingerprint
+    assert done.fingerprint == quantize_checkpoint(tiny_checkpoint, tmp_path / "c", "quik-4b", windows, restart=True).fingerprint
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
 
 
@@ -258,10 +258,10 @@ def test_fifty_kills_fifty_correct_endings(tmp_path: Path) -> None:
 
 def test_a_killed_run_goes_on(tiny_checkpoint: Path, tmp_path: Path) -> None:
     """SIGKILL once a block is on disk: the same command ends in the bytes of an undisturbed run."""
-    expected = convert(tiny_checkpoint, tmp_path / "whole", "quik-4b", windows)
+    expected = quantize_checkpoint(tiny_checkpoint, tmp_path / "whole", "quik-4b", windows)
     script = f"""
 import os, signal
-from quikjax.quantizing.checkpoint import convert
+from quikjax.quantizing.checkpoint import quantize_checkpoint
 from quikjax.texts import calibration_text, calibration_windows, tokenize
 class Kill:
     def start(self, blocks, finished): pass
@@ -269,7 +269,7 @@ class Kill:
     def block(self, name, done, total, seconds_left):
         if done == 2: os.kill(os.getpid(), signal.SIGKILL)
 windows = lambda t: calibration_windows(tokenize(t, calibration_text("pydoc").content[:20_000]), 4, 32)
-convert({str(tiny_checkpoint)!r}, {str(tmp_path / "a")!r}, "quik-4b", windows, progress=Kill())
+quantize_checkpoint({str(tiny_checkpoint)!r}, {str(tmp_path / "a")!r}, "quik-4b", windows, progress=Kill())
 """
     done = subprocess.run([sys.executable, "-c", script], env={**os.environ}, capture_output=True, check=False)
     assert done.returncode == -signal.SIGKILL, done.stderr
@@ -280,12 +280,12 @@ convert({str(tiny_checkpoint)!r}, {str(tmp_path / "a")!r}, "quik-4b", windows, p
         def start(self, blocks: int, finished: int) -> None:
             assert (blocks, finished) == (3, 2)
 
-        def layer(self, report: LayerReport, seconds: float) -> None:
+        def layer(self, report: LayerResult, seconds: float) -> None:
             reports.append(report.path)
 
         def block(self, name: str, done: int, total: int, seconds_left: float) -> None: ...
 
-    resumed = convert(tiny_checkpoint, tmp_path / "a", "quik-4b", windows, progress=Note())
+    resumed = quantize_checkpoint(tiny_checkpoint, tmp_path / "a", "quik-4b", windows, progress=Note())
     assert {path.split(".")[2] for path in reports} == {"2"}
     assert resumed.fingerprint == expected.fingerprint
     assert contents(tmp_path / "a") == contents(tmp_path / "whole")

@@ -9,7 +9,7 @@ from flax import nnx
 
 from quikjax.errors import QuikError
 from quikjax.models.registry import dotted, pure_params
-from quikjax.quantizing.params import LayerReport, quantize_block, quantize_params
+from quikjax.quantizing.params import LayerResult, quantize_block, quantize_params
 from quikjax.quantizing.recipe import Recipe, Rule
 from quikjax.quantizing.statistics import LayerStats, empty_stats, observe
 from quikjax.testing import tiny_model
@@ -57,8 +57,8 @@ def test_a_linen_tree_is_quantized_and_runs_through_linear() -> None:
         "params.Dense_1.kernel": stats_of(np.asarray(first)),
         "params.query.kernel": stats_of(np.asarray(second)),
     }
-    seen: list[LayerReport] = []
-    packed = quantize_params(variables, RULES, stats, report=seen.append)
+    seen: list[LayerResult] = []
+    packed = quantize_params(variables, RULES, stats, on_layer=seen.append)
     whole = jax.tree.structure(packed, is_leaf=lambda leaf: isinstance(leaf, QuikWeight))
     assert str(whole) == str(jax.tree.structure(variables))
     kernels = packed["params"]
@@ -86,7 +86,7 @@ def test_outliers_rescue_a_layer_that_has_them() -> None:
     errors = {}
     for count in (0, 4):
         recipe = Recipe(name="x", rules=(Rule(match="kernel", outliers=count),))
-        quantize_params(tree, recipe, {"layer.kernel": stats_of(x)}, report=lambda r, count=count: errors.update({count: r}))  # type: ignore[misc]
+        quantize_params(tree, recipe, {"layer.kernel": stats_of(x)}, on_layer=lambda r, count=count: errors.update({count: r}))  # type: ignore[misc]
     # The outliers' own share of the output is exact; the rest needs a grid 40 times finer.
     assert errors[4].relative_error < errors[0].relative_error / 4
 

@@ -88,7 +88,7 @@ def test_what_is_refused() -> None:
         {"weight_bits": 3},
         {"unknown": 1},
         {"match": "("},
-        {"block_size": 100},
+        {"column_block": 100},
         {"outliers": 1.5},
         {"outliers": -1},
         {"sweeps": -1},

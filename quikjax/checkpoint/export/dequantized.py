@@ -81,7 +81,7 @@ def export_safetensors(
     shards = _shards({name: _size(held, itemsize) for name, held in shapes.items()}, shard_bytes)
     total = sum(_size(held, itemsize) for held in shapes.values())
     partial, tokenizer = target.with_name(target.name + ".exporting"), reader.path / TOKENIZER
-    with atomic.told(f"cannot export to {target}", "; nothing was kept"):
+    with atomic.disk_errors(f"cannot export to {target}", "; nothing was kept"):
         partial.parent.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(partial.parent).free
         if free < total:
