@@ -1,4 +1,4 @@
-"""What every family shares: the cache, the shape of a model, and the small layers. One file per family stands beside it.
+"""The parts that every family shares: the KV cache, the structure of a model, and the small layers.
 
 A model is three steps, so that the pipeline can hold one block at a time: `embed`, then each of `blocks`, then `head`. Parameter
 names are the published ones, so loading is little more than a lookup by path. Weights are read with `get_value()`: each may be
@@ -30,7 +30,7 @@ PADDING = -1  # the position of a token that is not there
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """What every published configuration says, under one set of names. Families add their own fields.
+    """A published configuration under one set of names. Families add their own fields.
 
     `hidden_size` is the width of the blocks (of the embedding too, but for OPT-350m). `context_length` is the longest text the
     model is meant for: the trained length, stretched where the checkpoint publishes a scaling of its positions.
@@ -65,7 +65,7 @@ class Cache(NamedTuple):
 
 
 class Positions(NamedTuple):
-    """Where the tokens of one call stand.
+    """Positions of the tokens of one call, and of the keys that they may see.
 
     `queries` are the positions of the call's own tokens. With a cache, `keys` are the positions that its slots hold once these
     tokens are written, and `write_at` is the slot where the first of them goes; without one, both are `None`.
@@ -93,7 +93,7 @@ class Block(nnx.Module):
 
 
 def observer(observe: Observe | None) -> Callable[[str, Tensor], Tensor]:
-    """What a block calls with each group's name and tensor: the tensor is made only if somebody observes it."""
+    """Return the function that a block calls with each group's name and tensor, which is made only if somebody observes it."""
     if observe is None:
         return lambda _group, x: x
     return lambda group, x: observe(group, x.value() if isinstance(x, Produced) else x)
@@ -139,7 +139,7 @@ class CausalLM(nnx.Module):
     def hidden(
         self, ids: Int[Array, "batch length"], positions: Int32[Array, "batch length"] | None = None
     ) -> tuple[Float[Array, "batch length hidden"], dict[str, KeyValues]]:
-        """What leaves the last block, before the head, and every block's keys and values."""
+        """Compute the last block's output, before the head, and every block's keys and values."""
         where = Positions(default_positions(ids) if positions is None else positions)
         hidden = self.embed(ids, where.queries)
         written = {}
@@ -234,6 +234,6 @@ def unembed(hidden: Float[Array, "*batch width"], weight: Float[Array, "vocab wi
 
 
 def count_parameters(params: Any) -> int:
-    """How many numbers a parameter tree stands for, packed weights counted by the kernels they replaced."""
+    """Count the parameters of a tree, packed weights by the kernels that they replaced."""
     leaves = jax.tree.leaves(params, is_leaf=lambda leaf: isinstance(leaf, QuikWeight))
     return sum(leaf.outputs * leaf.inputs if isinstance(leaf, QuikWeight) else leaf.size for leaf in leaves)

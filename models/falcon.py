@@ -113,7 +113,7 @@ class FalconConfig(Config):
 
 
 def _norms(known: Fields, grouped: bool, parallel: bool) -> int:
-    """How many norms a block has. Combinations for which transformers makes norms that it then does not find are refused."""
+    """Count the norms of a block. Combinations for which transformers makes norms that it then does not find are refused."""
     if grouped and not parallel:
         raise QuikError("Falcon with new_decoder_architecture is always parallel, but its parallel_attn is false")
     if not parallel:

@@ -29,7 +29,7 @@ class Rope:
 
     @property
     def amplitude(self) -> float:
-        """What rotated pairs are multiplied by."""
+        """The factor on rotated pairs."""
         return 1.0
 
     def frequencies(self, size: int) -> np.ndarray:

@@ -1,1 +1,1 @@
-"""How codes are found: one algorithm a file, pure mathematics on a matrix."""
+"""Quantization algorithms, one a file: pure mathematics on a matrix."""

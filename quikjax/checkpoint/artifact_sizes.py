@@ -1,4 +1,4 @@
-"""How large an artifact is, computed from its manifest: exact bytes of what is stored, and what the files take."""
+"""Compute an artifact's size from its manifest: exact bytes of what is stored, and what the files take."""
 
 import dataclasses
 import math

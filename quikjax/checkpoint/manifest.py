@@ -1,4 +1,4 @@
-"""What an artifact says about itself: JSON texts that carry their own checksum, so that a changed bit in them is found too.
+"""An artifact's manifest: JSON texts that carry their own checksum, so that a changed bit in them is found too.
 
 `quikjax.json` describes the whole and names the parts; `arrays/NAME.json` describes one part. A text is canonical (sorted keys,
 one layout), holds no time and no path, and its `checksum` is the SHA-256 of the same text without that line. Reading it
@@ -71,7 +71,7 @@ class PartRow(Record):
 
 
 class Inputs(Record):
-    """What is known before the first weight is written, and decides every later byte."""
+    """Everything known before the first weight is written that decides later bytes."""
 
     format: int = FORMAT
     quikjax: str

@@ -45,7 +45,7 @@ def fields(kind: type[Any]) -> tuple[list[str], list[str]]:
 
 
 def valid_name(name: str) -> bool:
-    """Whether a part may be called so: the name is a file's name."""
+    """Check that a part's name can be a file's name."""
     return re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name) is not None
 
 

@@ -1,4 +1,4 @@
-"""Whether parameters are those of a configuration: compared by name and shape, every difference told."""
+"""Compare parameters with those of a configuration by name and shape, and name every difference."""
 
 from collections.abc import Mapping
 

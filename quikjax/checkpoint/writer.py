@@ -252,7 +252,7 @@ class Writer:
 
 
 def foreign_entry(path: Path) -> str | None:
-    """Why an existing path is not an artifact of ours that may be replaced, or `None` if it is one (damaged or not)."""
+    """Say why an existing path is not an artifact that may be replaced, or return `None` if it is one (damaged or not)."""
     if not path.is_dir():
         return "it is a file"
     entries = os.listdir(path)
@@ -277,7 +277,7 @@ def stored_shapes(part: Part) -> dict[str, tuple[int, ...]]:
 
 
 def differences(before: Json, now: Json, path: str = "") -> list[str]:
-    """What differs between two JSON objects, each as `path: before, now`."""
+    """List the differences between two JSON objects, each as `path: before, now`."""
     found = []
     for key in sorted({*before, *now}):
         old, new, name = before.get(key), now.get(key), f"{path}.{key}" if path else key

@@ -29,7 +29,7 @@ def plan(
     memory: Annotated[float | None, typer.Option(help="GB (10^9 bytes) that one device holds; left out, the device's.")] = None,
     as_json: Json = False,
 ) -> None:
-    """What quantizing a model will do, and what the result will take, before any weight is read.
+    """Show what quantizing a model will do, and what the result will take, before any weight is read.
 
     Everything that would go wrong is listed at once; the exit status is then 1.
     """

@@ -1,4 +1,4 @@
-"""What people see while work is going on: plain lines on stderr, tables on stdout."""
+"""Print for people: progress as plain lines on stderr, tables on stdout."""
 
 import json
 import sys

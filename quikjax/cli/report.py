@@ -17,7 +17,7 @@ def report(
     layers: Annotated[bool, typer.Option("--layers", help="One row per layer, not one per kind of layer.")] = False,
     as_json: Json = False,
 ) -> None:
-    """What was quantized and how well, what was not and why, and where it all came from. Reads no weight."""
+    """Show what was quantized and how well, what was not and why, and where it all came from. Reads no weight."""
     from quikjax.reports.artifact import read_report
 
     found = read_report(artifact)

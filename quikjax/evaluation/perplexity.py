@@ -26,7 +26,7 @@ _CHUNK = 512
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """What one model did on some windows. `stderr` is the perplexity's standard error over tokens.
+    """One model's figures on some windows. `stderr` is the perplexity's standard error over tokens.
 
     Against another model: `kl` is the mean of `KL(other || this)` per token in nats, with its standard error, and
     `top1_agreement` the share of tokens to which both give the same most likely successor.
@@ -137,7 +137,7 @@ def _checked(model: CausalLM, ids: Int[np.ndarray, "count length"]) -> Int[np.nd
 
 
 def _hidden(model: CausalLM, ids: Int[np.ndarray, "batch length"]) -> Float[Array, "batch length hidden"]:
-    """What leaves the last block. One compiled function per kind of block, where the whole model would take a minute."""
+    """Compute the last block's output. One function is compiled per kind of block; the whole model would take a minute."""
     tokens = jnp.asarray(ids)
     hidden = model.embed(tokens, default_positions(tokens))
     for block in model.blocks.values():

@@ -18,7 +18,7 @@ from quikjax.models.base import Cache, CausalLM
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Generation:
-    """What was generated, and how fast.
+    """The tokens that `generate` added, and how fast it added them.
 
     `tokens` int32 `[batch, new]`: the continuation of each row, from `lengths[row]` on filled with the stop token (the stop token
     itself is not counted). Seconds of `prefill` and `decode` are of running alone; `compile` is apart.

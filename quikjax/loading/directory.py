@@ -14,7 +14,7 @@ from quikjax.loading.tokenizer import read_tokenizer
 
 
 class DirectorySource(Source, abc.ABC):
-    """What does not depend on the format of the weights."""
+    """A directory with `config.json` and tokenizer, whatever the format of its weights."""
 
     def __init__(self, directory: Path, revision: str | None = None) -> None:
         """Read `config.json` of `directory`.
@@ -38,7 +38,7 @@ class DirectorySource(Source, abc.ABC):
 
 
 def read_index(path: Path) -> dict[str, list[str]]:
-    """Which tensors an index file expects in which shard: `{shard: names}`, shards in order of name.
+    """Read an index file: the tensors that it expects in each shard, `{shard: names}`, shards in order of name.
 
     Raises:
         QuikError: it is damaged, or names a shard that is not there.

@@ -1,4 +1,4 @@
-"""Which format a path holds, and the source that reads it."""
+"""Find the format of a checkpoint on disk and open the source that reads it."""
 
 from pathlib import Path
 

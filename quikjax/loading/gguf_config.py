@@ -142,7 +142,7 @@ def _rope_scaling(
 
 
 def llama3_divisors(theta: float, size: int, scaling: Mapping[str, Any]) -> Float[np.ndarray, " pairs"]:
-    """What LLaMA 3's rule divides each of the `size / 2` rotary frequencies by, float64.
+    """Compute LLaMA 3's divisors of the `size / 2` rotary frequencies, float64.
 
     Waves shorter than `original / high_freq_factor` positions stay, those longer than `original / low_freq_factor` are slowed
     down by `factor`, and between the two the frequency is interpolated.

@@ -119,7 +119,7 @@ def _llama3_split() -> Any:
 
 
 def _default_split() -> Any:
-    """What llama.cpp does where a file's converter did not know the rule."""
+    """Llama.cpp's own rule, for files whose converter did not know the model's."""
     return _regex_split(
         r"[\p{P}\$\+<=>\^~\|]+",
         r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)",

@@ -14,7 +14,7 @@ _FLAX = ["flax_model.msgpack", "flax_model-*-of-*.msgpack"]
 
 
 def is_hub_name(text: str) -> bool:
-    """Whether `text` has the form "org/name" or "org/name@revision".
+    """Tell whether `text` has the form "org/name" or "org/name@revision".
 
     >>> is_hub_name("facebook/opt-125m@main"), is_hub_name("./opt-125m"), is_hub_name("a/b/c")
     (True, False, False)

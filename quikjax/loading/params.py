@@ -20,7 +20,7 @@ _EMBEDDING = re.compile(r"(^|\.)(embed_tokens|word_embeddings)\.weight$")
 
 
 def match(source: Source, model: CausalLM) -> dict[str, str]:
-    """Which tensor of `source` fills each parameter of `model`: `{parameter: tensor}`, both by dotted name.
+    """Match each parameter of `model` with the tensor of `source` that fills it: `{parameter: tensor}`, both by dotted name.
 
     Headers only. Tensors that a model computes by itself (rotary frequencies) are passed over, and so is a head beside tied
     embeddings, which `load_params` compares with them.

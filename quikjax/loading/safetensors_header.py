@@ -34,7 +34,7 @@ _DTYPES: dict[str, np.dtype[Any]] = {
 
 
 class TensorEntry(NamedTuple):
-    """Where a tensor lies in its file."""
+    """A tensor's dtype, shape and bytes in its file."""
 
     shape: tuple[int, ...]
     dtype: np.dtype[Any]

@@ -1,4 +1,4 @@
-"""What every published checkpoint offers, whatever its format: names, shapes and configuration, then one tensor at a time."""
+"""A published checkpoint of any format: names, shapes and configuration first, then one tensor at a time."""
 
 import abc
 import functools
@@ -18,7 +18,7 @@ _CHECKED_AT_ONCE = 1 << 22
 
 
 class TensorInfo(NamedTuple):
-    """What a file's header says of one tensor."""
+    """One tensor as its file's header describes it."""
 
     shape: tuple[int, ...]
     dtype: np.dtype[Any]  # what `read` returns
@@ -67,7 +67,7 @@ class Source(abc.ABC):
         return self.tensors()[name].dtype
 
     def storage(self, name: str) -> str:
-        """How the file stores `name`: a dtype's name, or a block format such as "Q4_1"."""
+        """Return the storage format of `name` in the file: a dtype's name, or a block format such as "Q4_1"."""
         return self.tensors()[name].storage
 
     def read(self, name: str) -> np.ndarray:

@@ -1,1 +1,1 @@
-"""What quantizing a model will do and take, before a weight is read."""
+"""Plan a quantization: bytes, shapes and kernels, before a weight is read."""

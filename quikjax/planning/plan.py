@@ -1,4 +1,4 @@
-"""What quantizing a model will do and what the result will take, from its configuration (and its tensors' headers) alone.
+"""Plan a quantization and the size of its result from a model's configuration (and its tensors' headers) alone.
 
 No weight is read and no kernel compiled: a 180B configuration is planned as quickly as a small one.
 """
@@ -109,7 +109,7 @@ class Plan:
 
     @property
     def quantized_weights(self) -> int:
-        """How many numbers the quantized layers stand for."""
+        """The number of weights in quantized layers."""
         return sum(layer.count * layer.outputs * layer.inputs for layer in self.layers)
 
     @property
@@ -145,12 +145,12 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """Whether the result runs on one device."""
+        """True if the result runs on one device."""
         return self.devices_needed == 1
 
     @property
     def quantizing_fits(self) -> bool:
-        """Whether quantizing fits the device; on a CPU its memory holds the activations too."""
+        """True if quantizing fits the device; on a CPU its memory holds the activations too."""
         need = self.quantizing
         return need.device + (need.host if self.device.platform == "cpu" else 0) <= self.memory_bytes
 
@@ -394,7 +394,7 @@ class _Rows:
             return None
 
     def footprint(self) -> memory.Footprint:
-        """What memory depends on; of blocks that differ, the largest."""
+        """Collect what peak memory depends on; of blocks that differ, the largest."""
         groups: dict[str, memory.Group] = {}
         quantized: set[str] = set()
         shapes = {path: tuple(leaf.shape) for path, leaf in self._params.items()}

@@ -50,7 +50,7 @@ def read(batch: Batch) -> np.ndarray:
 
 
 class Activations:
-    """Where the activations of a quantization go: into memory, and nowhere else."""
+    """A store of a quantization's activations in memory only."""
 
     def put(self, step: str, batches: Iterable[np.ndarray]) -> list[Batch]:
         """Take what enters or leaves a block, batch by batch."""

@@ -39,7 +39,7 @@ from quikjax.texts import tokens_fingerprint
 
 @runtime_checkable
 class Progress(Protocol):
-    """What a long conversion tells while it runs."""
+    """Callbacks of a long quantization while it runs."""
 
     def start(self, blocks: int, finished: int) -> None:
         """Work begins: so many blocks, so many of them finished by an earlier run."""
@@ -187,7 +187,7 @@ def _check_tokens(tokens: Int32[np.ndarray, "samples length"], model: CausalLM) 
 
 
 def _spills(model: CausalLM, recipe: Recipe, tokens: Int32[np.ndarray, "samples length"], dtype: Any, budget: int) -> bool:
-    """Whether activations exceed the budget, so that they are on disk.
+    """Tell whether activations exceed the budget, so that they are kept on disk.
 
     Raises:
         QuikError: not even those of one sequence are within it.

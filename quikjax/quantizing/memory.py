@@ -1,4 +1,4 @@
-"""How much memory a model takes at its peak, by formulas that a person can check: while it is quantized, and while it runs.
+"""Compute peak memory by formulas that a person can check: while a model is quantized, and while it runs.
 
 Every number of bytes here is counted, not measured. What XLA adds (fragments, compiled code, a second copy where it does not
 reuse a buffer) is not in it: leave a tenth of the device free.
@@ -28,7 +28,7 @@ class Group(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Footprint:
-    """What the memory of a model depends on.
+    """The figures that a model's peak memory depends on.
 
     `groups` are those of one block, `quantized` those of them with at least one quantized layer. Of the largest block:
     `block_parameters`, how many of them are in quantized layers, and the bytes of these packed. Of the whole model:
@@ -118,7 +118,7 @@ def running(footprint: Footprint, batch: int, length: int) -> Running:
 
 
 def activation_bytes(hidden_size: int, inputs: Iterable[int], tokens: int, itemsize: int) -> int:
-    """What all calibration tokens take while a block is quantized whose quantized groups read `inputs` columns each.
+    """Bytes of all calibration activations while a block is quantized whose quantized groups read `inputs` columns each.
 
     With `T` tokens, `H` the hidden size and `d` the itemsize:
 
@@ -142,7 +142,7 @@ def held_activations(whole: int, samples: int, budget: int) -> int:
 
 
 def budget_problem(held: int, budget: int) -> str | None:
-    """Why a budget for activations is too small for the `held` bytes that must be in memory at once, or `None`."""
+    """Say why a budget for activations is too small for the `held` bytes that must be in memory at once, or return `None`."""
     if held <= budget:
         return None
     return (

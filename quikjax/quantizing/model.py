@@ -232,7 +232,7 @@ def _read_kept(kept: Kept) -> dict[str, np.ndarray]:
 def _run(
     blockdef: nnx.GraphDef[Block], params: Mapping[str, Any], hidden: Float[Array, "batch length hidden"], kept: dict[str, Any]
 ) -> tuple[Float[Array, "batch length hidden"], dict[str, Array]]:
-    """What leaves a block, and what each group of layers read. Under `jit`, what led to a kept tensor is dead code."""
+    """Run a block: its output, and what each group of layers read. Under `jit`, what led to a kept tensor is dead code."""
     seen: dict[str, Array] = {}
 
     def see(group: str, x: Array) -> Array:

@@ -26,7 +26,7 @@ from quikjax.weights.quik import QuikWeight, as_matrix, dequantize
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LayerResult:
-    """What was done to one layer, and how well.
+    """The result of quantizing one layer: bits, outliers and errors.
 
     `relative_error` is `||y - y_hat|| / ||y||` of the layer's output on sampled calibration rows, weights and activations
     quantized (without statistics: of the weights alone); `snr_db` the same in decibels. `damping` is what GPTQ took, `None` for
@@ -138,7 +138,7 @@ def dotted_path(path: tuple[Any, ...]) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Factor:
-    """What layers with one input share: the permutation as it is stored, and GPTQ's order with the factor in that order.
+    """Shared by layers with one input: the permutation as it is stored, and GPTQ's order with the factor in that order.
 
     `rounded` int32 `[K]`: base columns in the order in which GPTQ rounds them, then the outliers as stored. `restore` int32 `[B]`
     puts codes in that order back into the stored one. `U`: factor of the equally permuted, damped inverse Hessian. `S`: its
@@ -155,7 +155,7 @@ class Factor:
 
 
 def input_axes(path: str, rule: Rule, ndim: int) -> tuple[int, ...]:
-    """Which axes of the kernel at `path`, which has `ndim`, are its inputs: the rule's, or by the convention of its name.
+    """Find the input axes of the kernel at `path`, which has `ndim`: the rule's, or by the convention of its name.
 
     Raises:
         QuikError: the rule's do not fit, or nothing says.

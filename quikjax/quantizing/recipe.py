@@ -17,7 +17,7 @@ Fraction = Annotated[float, Field(strict=True, ge=0.0, le=1.0)]
 
 
 class Rule(BaseModel):
-    """How one kind of layer is quantized. Unknown fields are refused."""
+    """One kind of layer and the way to quantize it. Unknown fields are refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -67,11 +67,11 @@ class Rule(BaseModel):
         return self
 
     def needs_data(self) -> bool:
-        """Whether the rule wants statistics of activations: for GPTQ, or to choose outliers."""
+        """Tell whether the rule wants statistics of activations: for GPTQ, or to choose outliers."""
         return self.method == "gptq" or self.outliers != 0
 
     def outlier_count(self, inputs: int, hidden_size: int | None) -> int:
-        """How many of `inputs` columns are outliers in a model of width `hidden_size` (left out: the layer's own width).
+        """Count the outliers among `inputs` columns in a model of width `hidden_size` (left out: the layer's own width).
 
         "auto" is the paper's 256 from a width of 4096 on, and 1/16 of the width below.
         """
@@ -100,7 +100,7 @@ class Recipe(BaseModel):
         return next((rule for rule in self.rules if re.search(rule.match, path)), None)
 
     def needs_data(self) -> bool:
-        """Whether any rule wants statistics of activations."""
+        """Tell whether any rule wants statistics of activations."""
         return any(rule.needs_data() for rule in self.rules)
 
     def with_outliers(self, outliers: int | float) -> "Recipe":

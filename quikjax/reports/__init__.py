@@ -1,1 +1,1 @@
-"""What an artifact says of itself."""
+"""Reports on artifacts: what was quantized, how well, and how large it is."""

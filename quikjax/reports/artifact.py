@@ -1,4 +1,4 @@
-"""What an artifact says of itself: what was quantized and how well, what was not and why, how large it is. No weight is read."""
+"""Report on an artifact: what was quantized and how well, what was not and why, how large it is. No weight is read."""
 
 import dataclasses
 import math
@@ -190,7 +190,7 @@ def _pattern(part: str, path: str) -> str:
 
 
 def _reason(recipe: Mapping[str, Any] | None, part: str, path: str) -> str:
-    """Why a parameter was left as it is."""
+    """Say why a parameter was left as it is."""
     if recipe is None:
         return "no recipe is recorded"
     try:

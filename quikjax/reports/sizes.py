@@ -1,4 +1,4 @@
-"""How large things are: what was quantized, and what is on disk."""
+"""Sizes of quantized layers, and of files on disk."""
 
 import os
 from collections.abc import Mapping, Sequence

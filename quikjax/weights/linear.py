@@ -71,7 +71,7 @@ def linears(
 def explain(
     weight: QuikWeight, rows: int, dtype: Any, backend: str | None = None, device: api.Device | None = None
 ) -> api.Choice:
-    """Which backend multiplies `rows` tokens of `dtype` by a packed weight on this device (or another), and why.
+    """Name the backend that multiplies `rows` tokens of `dtype` by a packed weight on this device (or another), and say why.
 
     Needs shapes only: the weight's fields may be `ShapeDtypeStruct`s.
 

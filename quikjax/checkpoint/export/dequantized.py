@@ -111,7 +111,7 @@ def export_safetensors(
 
 
 def _refuse_strangers(partial: Path, tokenizer: Path) -> None:
-    """What a killed export left may go; anything else is somebody's."""
+    """Remove what a killed export left; refuse anything else, which is somebody's."""
     beside = {entry.name for entry in tokenizer.iterdir()} if tokenizer.is_dir() else set()
     for entry in sorted(os.listdir(partial)):
         if entry not in beside and not re.fullmatch(r"model[\w.-]*\.(safetensors|json)(\.tmp)?|config\.json(\.tmp)?", entry):
