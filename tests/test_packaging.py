@@ -103,8 +103,8 @@ def test_a_git_install_follows_the_links(tmp_path: Path) -> None:
 def test_public_names_exist_and_are_listed() -> None:
     import quikjax
 
-    assert set(quikjax.__all__) == set(quikjax._HOME)
-    for name in quikjax.__all__:
+    assert set(quikjax.__all__) == {"__version__", *quikjax._HOME}
+    for name in quikjax._HOME:
         assert getattr(quikjax, name).__doc__ or name == "RECIPES"
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         quikjax.nonsense  # noqa: B018
