@@ -32,7 +32,7 @@ class Packed:
     """A weight's arrays in either form (`quikjax.weights.quik.QuikWeight` without its place in a model).
 
     Data: `qweight` int4 or int8, `scale` and `reduced` float32, `outliers` 16-bit, `columns` int32. Static: the true numbers of
-    base columns, `inputs` (`K`) and `outputs` (`N`).
+    base columns, `inputs` (`K`) and `outputs` (`N`); `level_clip`, the level clip of the activations it is multiplied by.
     """
 
     qweight: Leaf
@@ -43,6 +43,7 @@ class Packed:
     base: int = dataclasses.field(metadata={"static": True})
     inputs: int = dataclasses.field(metadata={"static": True})
     outputs: int = dataclasses.field(metadata={"static": True})
+    level_clip: tuple[int, int] | None = dataclasses.field(default=None, metadata={"static": True})
 
     @property
     def weight_bits(self) -> int:

@@ -58,7 +58,7 @@ def linears(
     for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
         if isinstance(weight, QuikWeight):
             shared = weight.group if weight.group is not None else ("alone", i)
-            groups.setdefault((shared, weight.base, weight.activation_bits, weight.in_shape), []).append(i)
+            groups.setdefault((shared, weight.base, weight.activation_bits, weight.level_clip, weight.in_shape), []).append(i)
         else:
             results[i] = _dense(made(), weight, bias)
     for members in groups.values():
@@ -113,6 +113,7 @@ def _packed(weight: QuikWeight) -> api.Packed:
         base=weight.base,
         inputs=weight.inputs,
         outputs=weight.outputs,
+        level_clip=weight.level_clip,
     )
 
 
