@@ -19,7 +19,7 @@ from quikjax.loading import open_source
 from quikjax.models.registry import pure_params
 from quikjax.quantizing.checkpoint import QuantizedCheckpoint, quantize_checkpoint, refuse_existing
 from quikjax.reports.sizes import size_of_artifact, sizes_of_layers
-from quikjax.texts import calibration_text, calibration_windows, evaluation_text, tokenize
+from quikjax.texts import calibration_text, calibration_windows, continuation, evaluation_text, tokenize
 
 MODEL = "smollm2-135m"
 PROMPT = "The capital of France is"
@@ -67,8 +67,8 @@ Everything is on this machine; nothing is downloaded. Progress is on stderr, res
     model, tokenizer = load(MODEL)
     assert tokenizer is not None  # the demo model has one
     ids = tokenize(tokenizer, PROMPT)[None]
-    said = generate(nnx.split(model)[0], pure_params(model), ids, max_new_tokens=NEW_TOKENS, stop=tokenizer.eos_token_id)
-    original = tokenizer.decode(said.tokens[0, : said.lengths[0]].tolist(), skip_special_tokens=True)
+    said = generate(nnx.split(model)[0], pure_params(model), ids, max_new_tokens=NEW_TOKENS)
+    original = continuation(tokenizer, ids[0], said.tokens[0, : said.lengths[0]])
 
     say("\n== measuring")
     cut = windows(tokenize(tokenizer, evaluation.content), seqlen, EVALUATED)

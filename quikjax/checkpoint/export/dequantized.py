@@ -2,7 +2,8 @@
 
     DIR/config.json, DIR/model.safetensors            or, above SHARD_BYTES,
     DIR/model-00001-of-0000N.safetensors, DIR/model.safetensors.index.json
-    DIR/tokenizer.json, ...                           the artifact's tokenizer, if it has one
+    DIR/tokenizer.json, ...                           the artifact's tokenizer, if it has one: the source's own files
+    DIR/generation_config.json                        which tokens end a text, if the artifact says
 
 One part (a transformer block) is in memory at a time: a file's header, which the format wants first, follows from shapes alone.
 """
@@ -21,9 +22,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from quikjax.checkpoint import REST, Reader, atomic
-from quikjax.checkpoint.manifest import Part
+from quikjax.checkpoint.manifest import Part, canonical
 from quikjax.checkpoint.writer import TOKENIZER, remove, stored_shapes
 from quikjax.errors import QuikError
+from quikjax.loading.source import GENERATION_CONFIG
 from quikjax.models.registry import abstract_model
 from quikjax.weights.quik import QuikWeight, dequantize
 
@@ -96,6 +98,9 @@ def export_safetensors(
             config = {"architectures": [family.__name__], **reader.manifest.config, "torch_dtype": dtype}
             config.pop("dtype", None)  # the newer name of the same field
             atomic.write_text(partial / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
+            generation_config = reader.generation_config()
+            if generation_config is not None:
+                atomic.write_text(partial / GENERATION_CONFIG, canonical(generation_config))
             if tokenizer.is_dir():
                 shutil.copytree(tokenizer, partial, dirs_exist_ok=True)
             atomic.sync_tree(partial)
@@ -113,8 +118,9 @@ def export_safetensors(
 def _refuse_strangers(partial: Path, tokenizer: Path) -> None:
     """Remove what a killed export left; refuse anything else, which is somebody's."""
     beside = {entry.name for entry in tokenizer.iterdir()} if tokenizer.is_dir() else set()
+    ours = r"(model[\w.-]*\.(safetensors|json)|(generation_)?config\.json)(\.tmp)?"
     for entry in sorted(os.listdir(partial)):
-        if entry not in beside and not re.fullmatch(r"model[\w.-]*\.(safetensors|json)(\.tmp)?|config\.json(\.tmp)?", entry):
+        if entry not in beside and not re.fullmatch(ours, entry):
             raise QuikError(f"{partial} is needed to write the export but holds {entry}; move it away")
 
 
