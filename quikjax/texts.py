@@ -113,7 +113,7 @@ def _before(tokenizer: Any, text: str) -> list[int]:
     return next((around[:at] for at in range(len(around)) if around[at : at + len(inner)] == inner), [])
 
 
-def continuation(tokenizer: Any, prompt: Iterable[int], new: Iterable[int]) -> str:
+def continuation(tokenizer: Any, prompt: Iterable[Any], new: Iterable[Any]) -> str:
     """The text that the tokens `new` add behind the tokens `prompt`, without special tokens.
 
     It is what decoding both together has more than decoding the prompt alone. Tokens decoded by themselves would lose the space

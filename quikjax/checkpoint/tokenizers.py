@@ -15,6 +15,9 @@ LOADING = frozenset(
 ).union(["token", "use_auth_token", "trust_remote_code", "_commit_hash", "_from_auto", "backend"])
 
 
+SETTINGS = "tokenizer_config.json"
+
+
 def save(tokenizer: Any | Sequence[Path], directory: Path) -> None:
     """Copy a published tokenizer's files, or write what `tokenizer.save_pretrained` writes, and wait until it is on disk."""
     if isinstance(tokenizer, Sequence):
@@ -23,18 +26,36 @@ def save(tokenizer: Any | Sequence[Path], directory: Path) -> None:
             shutil.copyfile(file, directory / file.name)
     else:
         tokenizer.save_pretrained(str(directory))
-        settings = directory / "tokenizer_config.json"
+        settings = directory / SETTINGS
         if settings.is_file():
-            fields = _for_any_version(json.loads(settings.read_text(encoding="utf-8")))
-            settings.write_text(json.dumps(fields, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+            kept = {name: value for name, value in _read(settings).items() if name not in LOADING}
+            _write(settings, _for_any_version(kept))
     atomic.sync_tree(directory)
 
 
+def export(stored: Path, directory: Path) -> None:
+    """Copy a saved tokenizer's files beside the weights of an export: as they are, but for what transformers 4 could not read."""
+    shutil.copytree(stored, directory, dirs_exist_ok=True)
+    settings = directory / SETTINGS
+    if settings.is_file():
+        fields = _read(settings)
+        if _for_any_version(fields) != fields:
+            _write(settings, _for_any_version(fields))
+
+
+def _read(settings: Path) -> dict[str, Any]:
+    return dict(json.loads(settings.read_text(encoding="utf-8")))
+
+
+def _write(settings: Path, fields: dict[str, Any]) -> None:
+    settings.write_text(json.dumps(fields, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
 def _for_any_version(fields: dict[str, Any]) -> dict[str, Any]:
-    """A `tokenizer_config.json` that transformers 5 wrote, in words that transformers 4 knows too."""
-    kept = {name: value for name, value in fields.items() if name not in LOADING}
-    if kept.get("tokenizer_class") == "TokenizersBackend":
-        kept["tokenizer_class"] = "PreTrainedTokenizerFast"
-    if isinstance(kept.get("extra_special_tokens"), list):
-        kept["additional_special_tokens"] = kept.pop("extra_special_tokens")
-    return kept
+    """A `tokenizer_config.json` that transformers 5 wrote, in words that transformers 4 knows too; any other as it is."""
+    changed = dict(fields)
+    if changed.get("tokenizer_class") == "TokenizersBackend":
+        changed["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(changed.get("extra_special_tokens"), list):
+        changed["additional_special_tokens"] = changed.pop("extra_special_tokens")
+    return changed

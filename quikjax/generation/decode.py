@@ -5,7 +5,7 @@ import operator
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, SupportsIndex
 
 import jax
 import jax.numpy as jnp
@@ -55,7 +55,7 @@ def generate(
     ids: Int[Any, "batch length"] | Sequence[Sequence[int]],
     *,
     max_new_tokens: int = 64,
-    stop: int | Iterable[int] | None = None,
+    stop: SupportsIndex | Iterable[Any] | None = None,
 ) -> Generation:
     """Continue prompts greedily: the most likely token, again and again.
 
@@ -111,7 +111,7 @@ def _check(model: CausalLM, prompt: np.ndarray, max_new_tokens: int) -> None:
         )
 
 
-def _stops(model: CausalLM, stop: int | Iterable[int] | None) -> Int32[np.ndarray, " stops"]:
+def _stops(model: CausalLM, stop: SupportsIndex | Iterable[Any] | None) -> Int32[np.ndarray, " stops"]:
     """The tokens that end a row, as an array."""
     several = model.stops if stop is None else stop if isinstance(stop, Iterable) else [stop]
     try:

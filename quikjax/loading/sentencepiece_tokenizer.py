@@ -5,6 +5,7 @@ follow from the pieces' scores; a unigram model takes the segmentation with the 
 """
 
 import re
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from quikjax.loading.sentencepiece_model import Kind, Pieces
@@ -23,6 +24,7 @@ def build_sentencepiece(
     collapse_spaces: bool = False,
     charsmap: bytes = b"",
     user_defined_in_text: bool = True,
+    special: Sequence[str] = (),
 ) -> Any:
     """A `tokenizers.Tokenizer` that gives each text the tokens that SentencePiece gives it; without BOS and EOS.
 
@@ -38,12 +40,14 @@ def build_sentencepiece(
         charsmap: SentencePiece's compiled normalization of characters.
         user_defined_in_text: whether user-defined pieces are pieces of a text like others, as SentencePiece takes them; else
             they part the text as control tokens do, as llama.cpp takes them.
+        special: special tokens beside the control pieces, which with the prefix "first" must be known here. They are not added,
+            and are to be added as `normalized` with that prefix, not so with another.
 
     Raises:
         ValueError: the merges or the scores do not make a tokenizer.
     """
     import tokenizers
-    from tokenizers import decoders, normalizers, pre_tokenizers
+    from tokenizers import decoders, normalizers
 
     tokenizer = tokenizers.Tokenizer(_unigram_model(pieces) if unigram else _bpe_model(pieces))
     of_kind = {kind: [token for token, k in zip(pieces.tokens, pieces.kinds, strict=True) if k == kind] for kind in Kind}
@@ -52,37 +56,36 @@ def build_sentencepiece(
     steps: list[Any] = [normalizers.Precompiled(charsmap)] if charsmap else []
     if collapse_spaces:
         steps += [normalizers.Replace(tokenizers.Regex(r"\A +"), ""), normalizers.Replace(tokenizers.Regex(" {2,}"), " ")]
-    if prefix == "each":
-        steps.append(_prepend(in_text))
-    elif prefix == "first":
-        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement=_SPACE, prepend_scheme="first", split=False)
+    if prefix:
+        # Tokens that are looked for in the normalized text do not part what is normalized: it then has one beginning.
+        steps.append(_prepend(in_text, [*of_kind[Kind.CONTROL], *special] if prefix == "first" else []))
     steps.append(normalizers.Replace(" ", _SPACE))
     if collapse_spaces:
         steps.append(normalizers.Replace(tokenizers.Regex(rf"{_SPACE}+\z"), ""))
     tokenizer.normalizer = normalizers.Sequence(steps)
     back = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     tokenizer.decoder = decoders.Sequence([*back, *([decoders.Strip(" ", 1, 0)] if prefix else [])])
-    tokenizer.add_special_tokens(
-        [tokenizers.AddedToken(token, normalized=False, special=True) for token in of_kind[Kind.CONTROL]]
-    )
+    control = [tokenizers.AddedToken(token, normalized=prefix == "first", special=True) for token in of_kind[Kind.CONTROL]]
+    tokenizer.add_special_tokens(control)
     tokenizer.add_tokens([tokenizers.AddedToken(token, normalized=True) for token in in_text])
     if not user_defined_in_text:
         tokenizer.add_tokens([tokenizers.AddedToken(token, normalized=False) for token in of_kind[Kind.USER_DEFINED]])
     return tokenizer
 
 
-def _prepend(in_text: list[str]) -> Any:
-    """Put "▁" in front of a text, but not of a user-defined piece, whose spelling is normalized as a text is.
+def _prepend(in_text: list[str], special: list[str]) -> Any:
+    """Put "▁" in front of a text, unless it begins with one of `special`, or is one of `in_text`.
 
-    A text that is such a piece and nothing else cannot be told from it, and lacks its "▁".
+    The spelling of such tokens is normalized as a text is, and must stay what it is. A text that is a user-defined piece and
+    nothing else cannot be told from it, and lacks its "▁".
     """
     import tokenizers
     from tokenizers import normalizers
 
-    if not in_text:
+    if not in_text and not special:
         return normalizers.Prepend(_SPACE)
-    spelled = "|".join(map(re.escape, in_text))
-    return normalizers.Replace(tokenizers.Regex(rf"\A(?!(?:{spelled})\z)"), _SPACE)
+    spared = [*map(re.escape, special), *(rf"{re.escape(token)}\z" for token in in_text)]
+    return normalizers.Replace(tokenizers.Regex(rf"\A(?!{'|'.join(spared)})"), _SPACE)
 
 
 def _bpe_model(pieces: Pieces) -> Any:

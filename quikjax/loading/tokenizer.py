@@ -111,6 +111,9 @@ def _from_json(directory: Path, settings: Settings) -> Any:
         core = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
     except Exception as problem:  # tokenizers raises bare Exception
         raise _unreadable(directory, problem) from None
+    # Whoever saved it may have been cutting or filling up texts just then.
+    core.no_truncation()
+    core.no_padding()
     special, fields = _known(core, settings, settings.special)
     wrapped = wrap(core, special, settings.chat_template, **fields)
     # The wrapper has let its special tokens part a text, also where the file does not, and may have put in a border of its own.
@@ -127,15 +130,22 @@ def _from_sentencepiece(directory: Path, settings: Settings, label: str | None) 
         prefix = None
     elif fields.get("legacy") is False:
         prefix = "first"
+    named = {"bos_token": model.bos_id, "eos_token": model.eos_id, "unk_token": model.unk_id, "pad_token": model.pad_id}
+    special = {role: tokens[token] for role, token in named.items() if 0 <= token < len(tokens)} | settings.special
+    added = [entry["content"] for entry in settings.added.values() if entry.get("special")]
     try:
         core = build_sentencepiece(
-            model.pieces, unigram=model.unigram, prefix=prefix, collapse_spaces=model.collapse_spaces, charsmap=model.charsmap
+            model.pieces,
+            unigram=model.unigram,
+            prefix=prefix,
+            collapse_spaces=model.collapse_spaces,
+            charsmap=model.charsmap,
+            special=[*special.values(), *settings.more_special, *added],
         )
     except Exception as problem:  # tokenizers raises bare Exception
         raise _unreadable(directory, problem) from None
-    named = {"bos_token": model.bos_id, "eos_token": model.eos_id, "unk_token": model.unk_id, "pad_token": model.pad_id}
-    special = {role: tokens[token] for role, token in named.items() if 0 <= token < len(tokens)} | settings.special
-    return _completed(core, directory, settings, special, default_bos=not str(label or "Llama").startswith(_WITHOUT_BOS))
+    default_bos = not str(label or "Llama").startswith(_WITHOUT_BOS)
+    return _completed(core, directory, settings, special, default_bos=default_bos, normalized=prefix == "first")
 
 
 def _from_merges(directory: Path, settings: Settings) -> Any:
@@ -156,8 +166,19 @@ def _from_merges(directory: Path, settings: Settings) -> Any:
     return _completed(core, directory, settings, dict.fromkeys(ends, end) | settings.special, default_bos=False)
 
 
-def _completed(core: Any, directory: Path, settings: Settings, special: Mapping[str, str], *, default_bos: bool) -> Any:
-    """A rebuilt tokenizer with the tokens that its publisher added, BOS and EOS around a text where wanted, wrapped."""
+def _completed(
+    core: Any,
+    directory: Path,
+    settings: Settings,
+    special: Mapping[str, str],
+    *,
+    default_bos: bool,
+    normalized: bool = False,
+) -> Any:
+    """A rebuilt tokenizer with the tokens that its publisher added, BOS and EOS around a text where wanted, wrapped.
+
+    `normalized` says whether added tokens are looked for in the normalized text or in the one that was given.
+    """
     import tokenizers
 
     flags = ("single_word", "lstrip", "rstrip", "special")
@@ -167,7 +188,7 @@ def _completed(core: Any, directory: Path, settings: Settings, special: Mapping[
     }
     for token, entry in sorted((described | settings.added).items()):
         options = {"special": entry["content"] in roles} | {name: value for name, value in entry.items() if name in flags}
-        core.add_tokens([tokenizers.AddedToken(entry["content"], normalized=False, **options)])
+        core.add_tokens([tokenizers.AddedToken(entry["content"], normalized=normalized, **options)])
         if core.token_to_id(entry["content"]) != token:
             raise QuikError(
                 f'the tokenizer in {directory} cannot be read: its added token "{entry["content"]}" has the id {token}, but '
