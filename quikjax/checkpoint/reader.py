@@ -93,7 +93,7 @@ class Reader:
         return read_tokenizer(self.path / TOKENIZER, self.manifest.config)
 
     def generation_config(self) -> Json | None:
-        """What the source's `generation_config.json` said, or `None` if the artifact has none."""
+        """The content of the source's `generation_config.json`, or `None` if the artifact has none."""
         return read_json(self.path / GENERATION_CONFIG) if GENERATION_CONFIG in self.manifest.files else None
 
     def report(self) -> list[Json]:

@@ -105,7 +105,7 @@ def published_config(
 
 
 def generation_config(metadata: Mapping[str, Any]) -> dict[str, Any] | None:
-    """What a `generation_config.json` beside the model would say: the tokens that begin a text, and all that end one.
+    """The `generation_config.json` that would stand beside the model: the tokens that begin a text, and all that end one.
 
     A file names up to three ends: of a text (`eos`), of a turn (`eot`) and of a message (`eom`).
     """

@@ -14,7 +14,7 @@ from quikjax.errors import QuikError
 
 
 class Kind(enum.IntEnum):
-    """What a piece is, numbered as in `ModelProto.SentencePiece.Type`; GGUF's `tokenizer.ggml.token_type` is the same."""
+    """The kinds of pieces, numbered as in `ModelProto.SentencePiece.Type`; GGUF's `tokenizer.ggml.token_type` is the same."""
 
     NORMAL = 1
     UNKNOWN = 2

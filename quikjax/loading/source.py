@@ -62,7 +62,7 @@ class Source(abc.ABC):
         return ()
 
     def generation_config(self) -> dict[str, Any] | None:
-        """What a `generation_config.json` of this checkpoint says, or None where it has none.
+        """The content of this checkpoint's `generation_config.json`, or None where it has none.
 
         Raises:
             QuikError: the file is damaged.

@@ -1,4 +1,4 @@
-"""What stands beside a tokenizer's vocabulary: which tokens are special, which were added, how a chat is written.
+"""The settings beside a tokenizer's vocabulary: which tokens are special, which were added, how a chat is written.
 
 `tokenizer_config.json` speaks first, then `special_tokens_map.json`; a chat template in a file of its own replaces theirs.
 """

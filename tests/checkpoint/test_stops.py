@@ -39,7 +39,7 @@ def word_tokenizer(end: str | None = None) -> Any:
 
 
 def said(model: CausalLM, start: int = 0, stop: Any = None) -> list[int]:
-    """What a model of `RING` says behind the token `start`, at most 12 tokens."""
+    """The tokens that a model of `RING` says behind `start`, at most 12."""
     out = generate(nnx.split(model)[0], pure_params(model), [[start]], max_new_tokens=12, stop=stop)
     return out.tokens[0, : out.lengths[0]].tolist()
 
