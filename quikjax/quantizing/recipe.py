@@ -88,6 +88,11 @@ class Rule(BaseModel):
         """Count the outliers among `inputs` columns in a model of width `hidden_size` (`outliers.count_outliers`)."""
         return count_outliers(self.outliers, inputs, hidden_size, scaled=self.scale_outliers)
 
+    def packed_bits(self, outputs: int, inputs: int, hidden_size: int | None) -> int:
+        """Count the bits of a packed layer: codes, outliers in 16 bits, scale and reduced, columns."""
+        outliers = self.outlier_count(inputs, hidden_size)
+        return outputs * ((inputs - outliers) * self.weight_bits + outliers * 16 + 64) + inputs * 32
+
 
 class Recipe(BaseModel):
     """An ordered list of rules with a name. Unknown fields are refused."""
