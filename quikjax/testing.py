@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from quikjax.files import user_path
 from quikjax.models.base import CausalLM
 from quikjax.models.registry import abstract_model, dotted, nested, pure_params
 
@@ -79,9 +80,9 @@ def write_tiny_checkpoint(directory: str | Path, seed: int = 0, *, tokenizer: bo
     """A directory as Hugging Face publishes it: `config.json`, `model.safetensors`, and the tokenizer's files."""
     from safetensors.numpy import save_file
 
-    directory = Path(directory)
+    directory = user_path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / "config.json").write_text(json.dumps(tiny_config(**fields), indent=2))
+    (directory / "config.json").write_text(json.dumps(tiny_config(**fields), indent=2), encoding="utf-8")
     save_file(tiny_weights(seed, **fields), directory / "model.safetensors")
     if tokenizer:
         tiny_tokenizer().save_pretrained(str(directory))

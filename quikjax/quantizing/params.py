@@ -226,7 +226,9 @@ def _quantize_kernel(
         if not np.isfinite(largest):
             raise QuikError(f"activations that enter {path} are not finite; calibrate in float32 or on other text")
         if largest > rule.zero_threshold * (2 if rule.weight_bits == 8 else 1) or rule.zero_threshold == 0:
-            count = rule.outlier_count(k, hidden_size)
+            count = rule.wanted_outliers(k, hidden_size)
+    if count > k:
+        raise QuikError(f"{path} has {k} input columns, fewer than the {count} outliers that the recipe wants; use fewer")
     base = k - count
 
     damping = None

@@ -139,7 +139,7 @@ def test_what_the_hub_is_asked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     assert "publishes neither" in _says("org/name@v2")
-    assert [call["revision"] for call in asked] == ["v2", COMMIT]
+    assert [call["revision"] for call in asked] == ["v2", COMMIT, COMMIT]
     assert all(call["ignore_patterns"] == ["*/*"] for call in asked)
     patterns = {pattern for call in asked for pattern in call["allow_patterns"]}
     assert not any(pattern.endswith((".bin", ".pt", ".pth", ".h5", "*")) for pattern in patterns)
