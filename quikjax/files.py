@@ -14,6 +14,7 @@ from quikjax.errors import QuikError
 
 # The first bytes of the small text file that git checks out where git-lfs is not installed.
 _LFS = b"version https://git-lfs.github.com/spec/"
+_LONGEST_NAME = 255  # bytes, on every common file system
 # Byte order marks of encodings that are not UTF-8; UTF-32's little-endian one begins with UTF-16's.
 _OTHER_MARKS = {b"\xff\xfe\x00\x00": "UTF-32", b"\x00\x00\xfe\xff": "UTF-32", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
 
@@ -22,15 +23,20 @@ def user_path(path: Any) -> Path:
     """A path as a person gives it, with a leading `~` or `~user` expanded.
 
     Raises:
-        QuikError: it is empty, holds a NUL character, or is no path at all.
+        QuikError: it is empty, holds a NUL character or a name that is too long, or is no path at all.
     """
     if not isinstance(path, str | os.PathLike):
         raise QuikError(f"a path is expected, as text or pathlib.Path, not {described(path)}")
     text = os.path.expanduser(os.fspath(path))
     if not isinstance(text, str):
         text = os.fsdecode(text)
-    if not text or "\0" in text:
-        raise QuikError(f"{text!r} is not a path")
+    try:
+        too_long = any(len(os.fsencode(part)) > _LONGEST_NAME for part in Path(text).parts)
+    except UnicodeEncodeError:  # half of a surrogate pair, which no file system can hold
+        too_long = True
+    if not text or "\0" in text or too_long:
+        shown = text if len(text) < 80 else f"{text[:60]}..."
+        raise QuikError(f"{shown!r} is not a path")
     return Path(text)
 
 

@@ -82,7 +82,7 @@ def refuse_taken(target: Path, *, force: bool) -> None:
     if foreign is not None:
         raise QuikError(f"{target} exists and is not an artifact of quikjax ({foreign}); choose another directory")
     if (target / MANIFEST).exists() and not force:
-        raise QuikError(f"{target} exists; choose another directory, or replace it with --force (force=True)")
+        raise QuikError(f"{target} exists; choose another directory, or replace it with force (--force)")
 
 
 def refuse_file_in_the_way(target: Path) -> None:

@@ -22,8 +22,8 @@ def locate(path: str | os.PathLike[str]) -> Path:
     Raises:
         QuikError: it is a hub name, and the hub and its cache do not have it.
     """
-    text = os.fspath(path)
-    absent = isinstance(text, str) and is_hub_name(text) and not os.path.lexists(user_path(text))
+    given, text = user_path(path), str(path)
+    absent = is_hub_name(text) and not os.path.lexists(given)
     # A name that is nearly that of an artifact here is a typing error, not a repository.
     if absent and not _artifacts_beside(real_path(text), like=True):
         return fetch(text)[0]

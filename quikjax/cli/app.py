@@ -27,7 +27,7 @@ def interruptible(command: Callable[..., None]) -> Callable[..., None]:
 class _App(typer.Typer):
     """Commands that all end the same way on Ctrl-C."""
 
-    def command(self, *args: Any, **options: Any) -> Any:  # type: ignore[override]
+    def command(self, *args: Any, **options: Any) -> Any:
         register = super().command(*args, **options)
         return lambda command: register(interruptible(command))
 

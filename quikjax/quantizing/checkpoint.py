@@ -166,8 +166,8 @@ def check_recipe(recipe: Recipe, model: CausalLM) -> None:
         wanted = rule.wanted_outliers(leaf.shape[1], model.config.hidden_size)
         if wanted >= leaf.shape[1]:
             raise QuikError(
-                f"{path} has {leaf.shape[1]} input columns and {wanted} of them would be outliers, so that none is left to "
-                "quantize; use fewer outliers"
+                f'recipe "{recipe.name}" wants {wanted} outlier columns of {path}, which has {leaf.shape[1]}, so that none '
+                "is left to quantize; use fewer outliers"
             )
 
 

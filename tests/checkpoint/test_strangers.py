@@ -129,9 +129,7 @@ def test_an_unfinished_artifact_in_an_empty_directory_goes_on(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("force", [False, True])
-def test_killed_while_moving_up_the_next_run_ends_the_move(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, force: bool
-) -> None:
+def test_killed_while_moving_up_the_next_run_ends_the_move(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, force: bool) -> None:
     out = tmp_path / "out"
     out.mkdir()
     if force:

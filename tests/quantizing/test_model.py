@@ -135,7 +135,7 @@ def test_mistakes_in_calibration() -> None:
     model = tiny_model()
     with pytest.raises(QuikError, match="nothing to calibrate on"):
         quantize_model(model, "quik-4b", [])
-    with pytest.raises(QuikError, match="300 tokens, the model's context is 256"):
+    with pytest.raises(QuikError, match="300 tokens in a row, which exceeds the model's context of 256"):
         quantize_model(model, "quik-4b", [np.zeros((1, 300), np.int32)])
     with pytest.raises(QuikError, match="did you mean"):
         quantize_model(model, "quik-4", BATCHES)
@@ -183,7 +183,8 @@ def test_converting_is_quantizing_in_memory(tiny_checkpoint: Path, tmp_path: Pat
 
 def test_mistakes_are_found_before_work(tiny_checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "taken").mkdir()
-    with pytest.raises(QuikError, match="exists; choose another directory"):
+    (tmp_path / "taken" / "mine").write_text("mine")
+    with pytest.raises(QuikError, match=r"exists and is not an artifact of quikjax .it holds mine"):
         quantize_checkpoint(tiny_checkpoint, tmp_path / "taken", "quik-4b", windows)
     strange = Recipe(name="x", rules=(RECIPES["quik-4b"].rules[0].model_copy(update={"match": "nothing"}),))
     with pytest.raises(QuikError, match="matches no layer"):
@@ -194,6 +195,11 @@ def test_mistakes_are_found_before_work(tiny_checkpoint: Path, tmp_path: Path) -
         quantize_checkpoint(tiny_checkpoint, tmp_path / "a", "quik-4b", lambda t: windows(t, 2, 257))
     with pytest.raises(QuikError, match="lower --samples"):
         quantize_checkpoint(tiny_checkpoint, tmp_path / "a", "quik-4b", lambda t: windows(t, 4000, 200))
+    for outliers in (64, 65, 1.0):
+        with pytest.raises(QuikError, match=r"wants \d+ outlier columns of .*, which has \d+, so that none is left"):
+            quantize_checkpoint(tiny_checkpoint, tmp_path / "a", RECIPES["quik-4b"].with_outliers(outliers), windows)
+    with pytest.raises(QuikError, match="calibration is a function from a tokenizer to tokens, not a list"):
+        quantize_checkpoint(tiny_checkpoint, tmp_path / "a", "quik-4b", [[1, 2]])  # type: ignore[arg-type]
     assert not (tmp_path / "a").exists()
 
 
