@@ -12,6 +12,7 @@ import ml_dtypes
 import numpy as np
 
 from quikjax.errors import QuikError
+from quikjax.files import read_json as read_json
 
 # Finiteness is checked in pieces of this many elements, so that the check needs no memory to speak of beside the tensor.
 _CHECKED_AT_ONCE = 1 << 22
