@@ -12,7 +12,7 @@ _SMALL = ["*.json", "*.txt", "*.jinja", "tokenizer.model"]
 _SAFETENSORS = ["model.safetensors", "model-*-of-*.safetensors"]
 # What an artifact of ours is made of (`quikjax.checkpoint`), folders included; anything else in its repository stays there.
 _MANIFEST = "quikjax.json"
-_ARTIFACT = [_MANIFEST, "report.jsonl", "log.jsonl", "arrays/*", "tokenizer/*"]
+_ARTIFACT = [_MANIFEST, "generation_config.json", "report.jsonl", "log.jsonl", "arrays/*", "tokenizer/*"]
 _FLAX = ["flax_model.msgpack", "flax_model-*-of-*.msgpack"]
 
 

@@ -225,5 +225,12 @@ def test_what_the_hub_is_asked_for_of_an_artifact(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     assert fetch("org/name@v2") == (snapshot, f"org/name@{COMMIT}")
     assert [call["revision"] for call in asked] == ["v2", COMMIT]
-    assert asked[1]["allow_patterns"] == ["quikjax.json", "report.jsonl", "log.jsonl", "arrays/*", "tokenizer/*"]
+    assert asked[1]["allow_patterns"] == [
+        "quikjax.json",
+        "generation_config.json",
+        "report.jsonl",
+        "log.jsonl",
+        "arrays/*",
+        "tokenizer/*",
+    ]
     assert asked[1]["ignore_patterns"] is None
