@@ -1,18 +1,43 @@
 """Print for people: progress as plain lines on stderr, tables on stdout."""
 
+import contextlib
 import json
+import math
+import os
 import sys
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
+
+from quikjax.errors import QuikError
+from quikjax.files import finite
 
 if TYPE_CHECKING:
     from quikjax.quantizing.params import LayerResult
 
 
 def say(line: str = "") -> None:
-    """One line of progress."""
-    print(line, file=sys.stderr, flush=True)
+    """One line of progress. It is no reason to stop if nobody can read it."""
+    with contextlib.suppress(OSError):
+        print(line, file=sys.stderr, flush=True)
+
+
+def show(text: str) -> None:
+    """Results on stdout. Where it cannot be written (a full disk), they are on stderr, so that the work was not for nothing.
+
+    Raises:
+        QuikError: stdout could not be written.
+        BrokenPipeError: whoever read it has gone.
+    """
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        # What Python still holds for stdout would fail once more at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        say(text)
+        raise QuikError(f"the result could not be written to standard output ({error.strerror}); it is above") from None
 
 
 def duration(seconds: int | float) -> str:
@@ -58,7 +83,7 @@ class ProgressLines:
             damping = "" if layer.damping is None or layer.damping in (0.01, 0.5) else f"  damping {layer.damping:g}"
             say(
                 f"{layer.path.removesuffix('.weight'):<44} {width:<10} {layer.outliers:>8} {layer.relative_error:>10.4f} "
-                f"{layer.snr_db:>5.1f} dB {seconds:>6.1f} s{damping}"
+                f"{decibels(layer.snr_db, layer.relative_error):>8} {seconds:>6.1f} s{damping}"
             )
 
     def block(self, name: str, done: int, total: int, seconds_left: float) -> None:
@@ -95,8 +120,19 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def print_json(value: dict[str, Any]) -> None:
-    """One JSON object on stdout."""
-    print(json.dumps(value, allow_nan=False, indent=2))
+    """One JSON object on stdout, in ASCII. Numbers that are not finite are null: JSON has none."""
+    show(json.dumps(finite(value), allow_nan=False, indent=2))
+
+
+def decibels(snr_db: float | None, relative_error: float | None) -> str:
+    """A layer's signal-to-noise for people, wherever it is printed.
+
+    >>> decibels(24.13, 0.06), decibels(float("inf"), 0.0), decibels(None, 0.0), decibels(float("nan"), float("nan"))
+    ('24.1 dB', 'exact', 'exact', '?')
+    """
+    if relative_error == 0:
+        return "exact"
+    return "?" if snr_db is None or not math.isfinite(snr_db) else f"{snr_db:.1f} dB"
 
 
 def size(count: int | float) -> str:

@@ -1,19 +1,18 @@
 """`quikjax report`: what was done to a model, and how well. Reads no weight."""
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from quikjax.cli.options import Json
-from quikjax.cli.printing import bits, print_json, size, table
+from quikjax.cli.options import Artifact, Json
+from quikjax.cli.printing import bits, decibels, print_json, show, size, table
 
 if TYPE_CHECKING:
     from quikjax.reports.artifact import ArtifactReport
 
 
 def report(
-    artifact: Annotated[Path, typer.Argument(help="The directory that `quantize` wrote.")],
+    artifact: Artifact,
     layers: Annotated[bool, typer.Option("--layers", help="One row per layer, not one per kind of layer.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -24,7 +23,7 @@ def report(
     if as_json:
         print_json(found.as_json())
     else:
-        print(_report_text(found, layers))
+        show(_report_text(found, layers))
 
 
 def _report_text(report: "ArtifactReport", every_layer: bool) -> str:
@@ -100,8 +99,7 @@ def _error_cells(report: "ArtifactReport", error: float | None) -> list[str]:
     """Relative error and signal-to-noise."""
     if error is None:
         return ["?", "?"]
-    decibels = report.snr_db(error)
-    return [f"{error:.4f}", "exact" if decibels is None else f"{decibels:.1f} dB"]
+    return [f"{error:.4f}", decibels(report.snr_db(error), error)]
 
 
 def _provenance(value: object) -> str:
