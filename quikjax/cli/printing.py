@@ -4,6 +4,8 @@ import contextlib
 import json
 import math
 import os
+
+
 import sys
 import time
 from collections.abc import Sequence
@@ -102,6 +104,46 @@ def bits(weights: int, activations: int, level_clip: Sequence[int] | str | None 
     """
     clip = "" if level_clip is None else f"/{level_clip if isinstance(level_clip, str) else ','.join(map(str, level_clip))}"
     return f"W{weights}A{activations}{clip}"
+
+
+class RecoveryLines:
+    """Progress of a recovery: on a terminal one live line, in a pipe a line now and then, and one for each evaluation."""
+
+    def __init__(self, every: float = 30.0) -> None:
+        self._live = sys.stderr.isatty()
+        self._every = every
+        self._said = time.monotonic()
+        self._losses: list[float] = []
+
+    def start(self, steps: int, finished: int) -> None:
+        if finished:
+            say(f"going on after {finished} of {steps} steps that an earlier run took")
+
+    def step(self, step: int, steps: int, loss: float, seconds_left: float) -> None:
+        self._losses.append(loss)
+        now = time.monotonic()
+        if not self._live and now - self._said < self._every and step < steps:
+            return
+        self._said = now
+        left = "" if math.isnan(seconds_left) else f", about {duration(seconds_left)} left"
+        mean = sum(self._losses[-10:]) / len(self._losses[-10:])
+        line = f"step {step} of {steps}  KL {mean:.4f} on the last {len(self._losses[-10:])} windows trained on{left}"
+        if self._live:
+            print(f"\r\x1b[K{line}", end="", file=sys.stderr, flush=True)
+        else:
+            say(line)
+
+    def evaluated(self, step: int, kl: float, perplexity: float, best: bool) -> None:
+        self._clear()
+        say(f"after {step} steps: KL {kl:.4f}, perplexity {perplexity:.3f} on validation windows{' (the best)' if best else ''}")
+
+    def stopped(self, reason: str) -> None:
+        self._clear()
+        say(f"stopped: {reason}")
+
+    def _clear(self) -> None:
+        if self._live:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

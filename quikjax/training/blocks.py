@@ -6,7 +6,7 @@ take at most `KEPT_BYTES`.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -104,7 +104,9 @@ def outside(skeleton: Skeleton, still: Tree, moving: Mapping[str, Moving]) -> Ca
     return nnx.merge(skeleton.graphdef, nested({**params, **parameters.student(still[REST], moving[REST])}))
 
 
-def embed(skeleton: Skeleton, still: Tree, moving: Mapping[str, Moving], ids: Int[Array, "batch length"]) -> Float[Array, "_ _ _"]:
+def embed(
+    skeleton: Skeleton, still: Tree, moving: Mapping[str, Moving], ids: Int[Array, "batch length"]
+) -> Float[Array, "_ _ _"]:
     """The hidden states that enter the first block, float32."""
     return outside(skeleton, still, moving).embed(ids, default_positions(ids)).astype(jnp.float32)
 
@@ -138,4 +140,3 @@ def kept_bytes(skeleton: Skeleton, tokens: int) -> int:
     """What the products of all layers in all blocks take for so many tokens, in float32."""
     outputs = sum(shape[0] for path, shape in skeleton.shapes if path.startswith(skeleton.prefix + ".") and len(shape) == 2)
     return 4 * tokens * outputs
-

@@ -47,9 +47,7 @@ def rounded_codes(u: Float32[Array, "..."], bits: int) -> Float32[Array, "..."]:
     return straight_through(jnp.clip(u, low, high), jnp.round(jnp.clip(u, low, high)))
 
 
-def fake_quantize(
-    x: Float[Array, "rows k"], columns: Shaped[Array, " k"], base: int, bits: int
-) -> Float32[Array, "rows k"]:
+def fake_quantize(x: Float[Array, "rows k"], columns: Shaped[Array, " k"], base: int, bits: int) -> Float32[Array, "rows k"]:
     """`x_hat` of the base columns, straight-through, in the order of `x`; anything (finite) in the outlier columns.
 
     Codes, scale and zero are the bits of `reference.split_quantize`: `x_hat = (code + 2^(b-1)) * scale + zero`. Minimum and

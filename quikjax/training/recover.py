@@ -30,12 +30,12 @@ from quikjax.loading import load_params, open_source, verify
 from quikjax.loading.resolve import DEMO_MODELS
 from quikjax.loading.source import Source
 from quikjax.models.registry import abstract_model, dotted, nested, pure_params
-from quikjax.training import blocks, distill, moving
-from quikjax.training.blocks import Skeleton, Tree
-from quikjax.training.settings import Settings, cut, optimizer, order
-from quikjax.training.state import State, Store
 from quikjax.quantizing.checkpoint import refuse_existing
 from quikjax.texts import tokens_fingerprint
+from quikjax.training import blocks, distill, moving
+from quikjax.training.blocks import Skeleton, Tree
+from quikjax.training.settings import RecoverySettings, cut, optimizer, order
+from quikjax.training.state import State, Store
 from quikjax.version import __version__
 from quikjax.weights.quik import QuikWeight
 
@@ -100,7 +100,7 @@ def recover(
     artifact: str | os.PathLike[str],
     out: str | os.PathLike[str],
     tokens: Callable[[Any], Int32[np.ndarray, " tokens"]],
-    settings: Settings | None = None,
+    settings: RecoverySettings | None = None,
     *,
     original: str | Path | Source | None = None,
     force: bool = False,
@@ -113,7 +113,7 @@ def recover(
         artifact: a directory that `quantize` or `recover` wrote.
         out: a directory that does not exist, or an artifact with `force`.
         tokens: given the artifact's tokenizer, the text to train and to choose on, as one row of tokens.
-        settings: left out, `Settings()`.
+        settings: left out, `RecoverySettings()`.
         original: the model that the artifact was made of, as `open_source` takes it, or opened; left out, the demo model, if it is
             that one.
         restart: forget what a killed run with the same `out` has done; by default it is gone on with, to the same bytes.
@@ -123,7 +123,7 @@ def recover(
             evaluation was better than the beginning. What is done so far stays for the next run.
     """
     started = time.perf_counter()
-    settings, progress = settings or Settings(), progress or NoProgress()
+    settings, progress = settings or RecoverySettings(), progress or NoProgress()
     target = Path(os.path.realpath(out))
     refuse_existing(target, force=force)
     reader = Reader(artifact)
@@ -144,9 +144,7 @@ def recover(
     finally:
         store.close()
     evaluations = notes["evaluations"]
-    return Recovered(
-        fingerprint, evaluations[0][1], notes["kl"], notes["best"], evaluations, time.perf_counter() - started
-    )
+    return Recovered(fingerprint, evaluations[0][1], notes["kl"], notes["best"], evaluations, time.perf_counter() - started)
 
 
 def find_original(reader: Reader, original: str | Path | Source | None) -> Source:
@@ -178,7 +176,7 @@ def find_original(reader: Reader, original: str | Path | Source | None) -> Sourc
     )
 
 
-def _windows(reader: Reader, tokens: Callable[[Any], np.ndarray], settings: Settings) -> tuple[np.ndarray, np.ndarray]:
+def _windows(reader: Reader, tokens: Callable[[Any], np.ndarray], settings: RecoverySettings) -> tuple[np.ndarray, np.ndarray]:
     tokenizer = reader.tokenizer()
     if tokenizer is None:
         raise QuikError(f"{reader.path} has no tokenizer, so it cannot read text")
@@ -210,7 +208,9 @@ def load_both(reader: Reader, source: Source, *, codes: bool = False) -> tuple[S
     dense = {}
     for key in abstract.blocks:
         name = f"{prefix}.{key}"
-        dense[key] = {path: np.asarray(leaf) for path, leaf in relative(dotted(load_params(source, abstract, [name])), name).items()}
+        dense[key] = {
+            path: np.asarray(leaf) for path, leaf in relative(dotted(load_params(source, abstract, [name])), name).items()
+        }
     below = f"{prefix}."
     outside = [path for path in dotted(pure_params(abstract)) if not path.startswith(below)]
     rest = {path: np.asarray(leaf) for path, leaf in dotted(load_params(source, abstract, outside)).items()}
@@ -276,7 +276,7 @@ def loss_and_gradients(
     return loss, {**back(d_hidden)[0], REST: d_rest}
 
 
-def make_step(skeletons: tuple[Skeleton, Skeleton], settings: Settings) -> Callable[..., Any]:
+def make_step(skeletons: tuple[Skeleton, Skeleton], settings: RecoverySettings) -> Callable[..., Any]:
     """One compiled step: `(still, moving, optimizer state, teacher's still, ids, teacher's hidden) -> (moving, state, loss, finite)`.
 
     Where loss or gradient is not finite, nothing moves.
@@ -300,7 +300,7 @@ def _train(
     start: dict[str, moving.Moving],
     train: np.ndarray,
     held_out: np.ndarray,
-    settings: Settings,
+    settings: RecoverySettings,
     store: Store,
     progress: Progress,
 ) -> tuple[Any, dict[str, Any]]:
@@ -353,16 +353,17 @@ class _Judge:
         self._student, self._teaching, self._held_out = student, teaching, held_out
 
     def __call__(self, moved: Mapping[str, moving.Moving]) -> tuple[float, float]:
-        params = {path: leaf for part in finished_parts(self._student, moved).values() for path, leaf in part.items()}
+        parts = finished_parts(self._student, moved)
+        params = jax.tree.map(jnp.asarray, {path: leaf for part in parts.values() for path, leaf in part.items()})
         teacher = self._teaching.teacher
         rest = moving.student(teacher.still[REST], {})
         hidden = [
             np.asarray(self._teaching.hidden(("held out", index), ids, keep=True)) for index, ids in enumerate(self._held_out)
         ]
         graphdef = self._student.skeleton.graphdef
-        mine = nnx.merge(graphdef, nested(jax.tree.map(jnp.asarray, params)))
+        mine = nnx.merge(graphdef, nested(params))
         # Only the teacher's head is needed, beside its hidden states: the blocks under it may be anybody's.
-        theirs = nnx.merge(graphdef, nested(jax.tree.map(jnp.asarray, {**params, **rest})))
+        theirs = nnx.merge(graphdef, nested({**params, **rest}))
         found = evaluate(mine, self._held_out, Reference(theirs, hidden))
         assert found.kl is not None
         return found.kl, found.perplexity
@@ -399,7 +400,7 @@ def finished_parts(student: Student, moved: Mapping[str, moving.Moving]) -> dict
 class _Clock:
     """How long is left, from the steps of this run; compilation is in its first step only and is not counted."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: RecoverySettings) -> None:
         self._settings = settings
         self._began: float | None = None
         self._judging: list[float] = []

@@ -9,8 +9,8 @@ from quikjax.errors import QuikError
 from quikjax.training.moving import KINDS
 
 
-class Settings(BaseModel):
-    """Settings of a recovery. Unknown fields are refused.
+class RecoverySettings(BaseModel):
+    """RecoverySettings of a recovery. Unknown fields are refused.
 
     Attributes:
         steps: of the optimizer.
@@ -48,7 +48,7 @@ class Settings(BaseModel):
 
 
 def cut(
-    tokens: Int32[np.ndarray, " tokens"], settings: Settings
+    tokens: Int32[np.ndarray, " tokens"], settings: RecoverySettings
 ) -> tuple[Int32[np.ndarray, "windows length"], Int32[np.ndarray, "validation length"]]:
     """Windows to train on, and those behind them to choose on; none overlap.
 
@@ -67,7 +67,7 @@ def cut(
     return rows[:used], rows[used:]
 
 
-def order(windows: int, settings: Settings) -> Int32[np.ndarray, "steps batch"]:
+def order(windows: int, settings: RecoverySettings) -> Int32[np.ndarray, "steps batch"]:
     """Which windows each step sees: all of them in an order of the seed's, then all again in another."""
     rng = np.random.default_rng(settings.seed)
     needed = settings.steps * settings.batch
@@ -75,14 +75,14 @@ def order(windows: int, settings: Settings) -> Int32[np.ndarray, "steps batch"]:
     return np.concatenate(epochs)[:needed].reshape(settings.steps, settings.batch).astype(np.int32)
 
 
-def schedule(settings: Settings) -> optax.Schedule:
+def schedule(settings: RecoverySettings) -> optax.Schedule:
     """The share of each rate at a step: up to 1 over a tenth of the steps, then straight down to 0 behind the last."""
     warm = max(1, settings.steps // 10)
     up = optax.linear_schedule(1 / warm, 1.0, warm - 1) if warm > 1 else optax.constant_schedule(1.0)
     return optax.join_schedules([up, optax.linear_schedule(1.0, 0.0, settings.steps - warm + 1)], [warm - 1])
 
 
-def optimizer(settings: Settings) -> optax.GradientTransformation:
+def optimizer(settings: RecoverySettings) -> optax.GradientTransformation:
     """Adam (0.9, 0.95) on gradients clipped to a global norm of 1, each kind of array at its own rate."""
     rates = settings.rates()
 
