@@ -1,8 +1,8 @@
 """Transformer blocks one after the other in one compiled loop, differentiable with little memory, for any model of ours.
 
 Equal blocks that follow each other are stacked and scanned, so that one is compiled whatever the depth. Backwards each block is
-computed again from what entered it (`jax.checkpoint`); the layers' products are kept from the first time while all of them together
-take at most `KEPT_BYTES`.
+computed again from what entered it (`jax.checkpoint`); the layers' products are kept from the first time while all of them
+together take at most `KEPT_BYTES`.
 """
 
 import dataclasses
@@ -106,7 +106,7 @@ def outside(skeleton: Skeleton, still: Tree, moving: Mapping[str, Moving]) -> Ca
 
 def embed(
     skeleton: Skeleton, still: Tree, moving: Mapping[str, Moving], ids: Int[Array, "batch length"]
-) -> Float[Array, "_ _ _"]:
+) -> Float[Array, "batch length hidden"]:
     """The hidden states that enter the first block, float32."""
     return outside(skeleton, still, moving).embed(ids, default_positions(ids)).astype(jnp.float32)
 

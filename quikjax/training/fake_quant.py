@@ -1,7 +1,7 @@
 """Straight-through quantizers: what runs in integers, computed in float32 so that gradients flow through it.
 
-The forward numbers are the real quantizer's; backwards a rounded tensor counts as the one it was rounded from (Bengio et al., arXiv
-1308.3432). Pure functions of arrays, for weights and activations of any training.
+The forward numbers are the real quantizer's; backwards a rounded tensor counts as the one it was rounded from (Bengio et al.,
+arXiv 1308.3432). Pure functions of arrays, for weights and activations of any training.
 """
 
 import dataclasses

@@ -1,8 +1,8 @@
 """What moves in a recovery and what stays: from an artifact's parameters to both, to the student's parameters, and back.
 
-Of a packed weight `scale = scale0 e^sigma` and `outliers` (with `codes` also the latent numbers that its codes are rounded from); of
-a norm `weight = weight0 e^gain` and `bias = bias0 + shift`. Everything else stays: codes, embeddings, biases of layers, dense layers.
-All functions take flat dictionaries by dotted path.
+Of a packed weight `scale = scale0 e^sigma` and `outliers` (with `codes` also the latent numbers that its codes are rounded from);
+of a norm `weight = weight0 e^gain` and `bias = bias0 + shift`. Everything else stays: codes, embeddings, biases of layers, dense
+layers. All functions take flat dictionaries by dotted path.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ _TRUST, _REACH = 0.8, 0.45
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StillWeight:
-    """What stays of a packed weight: `codes` int8 `[N, K]` in the order of `x`, `scale` at step 0, `columns`; and how it is read."""
+    """What stays of a packed weight: `codes` int8 `[N, K]` in the order of `x`, `scale` at step 0, `columns`; how it is read."""
 
     codes: Any
     scale: Any

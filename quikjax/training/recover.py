@@ -1,7 +1,7 @@
 """Recovery: distil what an artifact holds in floats from the model it was made of, its codes frozen; to disk, resumably.
 
-The student computes with straight-through quantizers in float32, the teacher is the original; the loss is the mean KL divergence from
-teacher to student over the whole vocabulary. What is kept is the best of the evaluated steps, step 0 among them, judged on
+The student computes with straight-through quantizers in float32, the teacher is the original; the loss is the mean KL divergence
+from teacher to student over the whole vocabulary. What is kept is the best of the evaluated steps, step 0 among them, judged on
 windows that are not trained on, through the integer path that the artifact runs.
 
 OUT.work     what a killed run needs to go on (`quikjax.training.state`); removed at the end
@@ -114,8 +114,8 @@ def recover(
         out: a directory that does not exist, or an artifact with `force`.
         tokens: given the artifact's tokenizer, the text to train and to choose on, as one row of tokens.
         settings: left out, `RecoverySettings()`.
-        original: the model that the artifact was made of, as `open_source` takes it, or opened; left out, the demo model, if it is
-            that one.
+        original: the model that the artifact was made of, as `open_source` takes it, or opened; left out, the demo model, if
+            it is that one.
         restart: forget what a killed run with the same `out` has done; by default it is gone on with, to the same bytes.
 
     Raises:
@@ -172,7 +172,7 @@ def find_original(reader: Reader, original: str | Path | Source | None) -> Sourc
         if source.fingerprint() == wanted:
             return source
     raise QuikError(
-        f"{reader.path} was made of a model with the fingerprint {wanted[:16]}..., which teaches it; say where that is with --original"
+        f"{reader.path} was made of a model with the fingerprint {wanted[:16]}..., its teacher; say where that is with --original"
     )
 
 
@@ -277,7 +277,8 @@ def loss_and_gradients(
 
 
 def make_step(skeletons: tuple[Skeleton, Skeleton], settings: RecoverySettings) -> Callable[..., Any]:
-    """One compiled step: `(still, moving, optimizer state, teacher's still, ids, teacher's hidden) -> (moving, state, loss, finite)`.
+    """One compiled step: of `(still, moving, optimizer state, teacher's still, ids, teacher's hidden)` comes
+    `(moving, optimizer state, loss, finite)`.
 
     Where loss or gradient is not finite, nothing moves.
     """

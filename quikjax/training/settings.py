@@ -20,8 +20,8 @@ class RecoverySettings(BaseModel):
         validation: windows behind those, to choose on.
         evaluate_every: steps between evaluations on them.
         seed: of the order in which windows are seen.
-        sigma_rate, norm_rate, outlier_rate, code_rate: the largest rate, of logarithms of scales, of norms (logarithm of the weight;
-            bias as it is), of outlier columns, and of codes (in steps of a code).
+        sigma_rate, norm_rate, outlier_rate, code_rate: the largest rate, of logarithms of scales, of norms (logarithm of the
+            weight; bias as it is), of outlier columns, and of codes (in steps of a code).
         codes: let codes move too.
     """
 

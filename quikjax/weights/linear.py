@@ -30,8 +30,8 @@ class Produced:
         return self.producer(*self.inputs, *self.parameters)
 
 
-# The name (`jax.ad_checkpoint.checkpoint_name`) of what a block computes dearly, for those who differentiate it and choose what is
-# kept for the way back: the products of layers in training, and what attention mixes.
+# The name (`jax.ad_checkpoint.checkpoint_name`) of what a block computes dearly, for those who differentiate it and choose what
+# is kept for the way back: the products of layers in training, and what attention mixes.
 KEPT = "kept"
 
 
