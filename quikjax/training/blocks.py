@@ -68,8 +68,9 @@ def take_apart(
     runs: list[Run] = []
     blocks: list[list[tuple[Any, Any]]] = []
     previous = None
+    clips = parameters.level_clips(parts.values())
     for key, block in model.blocks.items():
-        halves = parameters.start(parts[key], None if originals is None else originals[key])
+        halves = parameters.start(parts[key], None if originals is None else originals[key], clips)
         blockdef = nnx.split(block)[0]
         kind = (blockdef, jax.tree.structure(halves), [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(halves)])
         if kind == previous:

@@ -5,6 +5,7 @@ arXiv 1308.3432). Pure functions of arrays, for weights and activations of any t
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Float32, Shaped
 
 from quikjax.pallas_kernels import cpu
+from quikjax.pallas_kernels.reference import LevelClip
 from quikjax.weights.linear import KEPT, Trained
 from quikjax.weights.quik import QuikWeight
 
@@ -47,18 +49,31 @@ def rounded_codes(u: Float32[Array, "..."], bits: int) -> Float32[Array, "..."]:
     return straight_through(jnp.clip(u, low, high), jnp.round(jnp.clip(u, low, high)))
 
 
-def fake_quantize(x: Float[Array, "rows k"], columns: Shaped[Array, " k"], base: int, bits: int) -> Float32[Array, "rows k"]:
+def fake_quantize(
+    x: Float[Array, "rows k"],
+    columns: Shaped[Array, " k"],
+    base: int,
+    bits: int,
+    clips: Sequence[LevelClip | None] = (None,),
+    clip: Shaped[Array, ""] | int = 0,
+) -> Float32[Array, "rows k"]:
     """`x_hat` of the base columns, straight-through, in the order of `x`; anything (finite) in the outlier columns.
 
-    Codes, scale and zero are the bits of `reference.split_quantize`: `x_hat = (code + 2^(b-1)) * scale + zero`. Minimum and
-    maximum count as constants. With 16 bits `x` itself.
+    Codes, scale and zero are the bits of `reference.split_quantize` with the level clip `clips[clip]`, and `x_hat = (code +
+    2^(b-1)) * scale + zero`. Minimum and maximum count as constants. With 16 bits `x` itself.
     """
     wide = x.astype(jnp.float32)
     if bits == 16:
         return wide
-    split = cpu.split_quantize(jax.lax.stop_gradient(x), columns, base, bits)
-    x_hat = (split.codes.astype(jnp.float32) + 2 ** (bits - 1)) * split.scale[..., None] + split.zero[..., None]
-    return straight_through(wide, x_hat)
+
+    def dequantized(x: Array, clip: LevelClip | None) -> Array:
+        split = cpu.split_quantize(x, columns, base, bits, clip=clip)
+        return (split.codes.astype(jnp.float32) + 2 ** (bits - 1)) * split.scale[..., None] + split.zero[..., None]
+
+    # Blocks that differ in their clip alone share one compiled loop: which clip it is comes as a number.
+    ways = [functools.partial(dequantized, clip=each) for each in clips]
+    fixed = jax.lax.stop_gradient(x)
+    return straight_through(wide, ways[0](fixed) if len(ways) == 1 else jax.lax.switch(clip, ways, fixed))
 
 
 @jax.tree_util.register_dataclass
@@ -69,16 +84,19 @@ class FakeQuantWeight(Trained):
         y = scale * (x~ codes^T) + (x P) outliers^T + bias                                      float32
 
     Data: `codes` `[N, K]`, integers of any dtype, in the order of `x` and zero in the outlier columns; `scale` float32 `[N]`;
-    `outliers` float32 `[N, O]`; `columns` int32 `[K]`. Static: as in `QuikWeight`.
+    `outliers` float32 `[N, O]`; `columns` int32 `[K]`; `clip`, a number: which of the static `clips` the activation has. Other
+    static fields as in `QuikWeight`.
     """
 
     codes: Any
     scale: Any
     outliers: Any
     columns: Any
+    clip: Any
     activation_bits: int = dataclasses.field(metadata={"static": True})
     base: int = dataclasses.field(metadata={"static": True})
     group: str | None = dataclasses.field(metadata={"static": True})
+    clips: tuple[LevelClip | None, ...] = dataclasses.field(metadata={"static": True})
 
     def products(
         self, x: Float[Array, "*batch k"], weights: Sequence[Any], biases: Sequence[Float[Array, " _"] | None]
@@ -86,7 +104,7 @@ class FakeQuantWeight(Trained):
         """See `Trained`. The activation is quantized once; no column is gathered, whose backward pass a CPU scatters slowly."""
         *batch, k = x.shape
         rows = x.reshape(-1, k)
-        quantized = fake_quantize(rows, self.columns, self.base, self.activation_bits)
+        quantized = fake_quantize(rows, self.columns, self.base, self.activation_bits, self.clips, self.clip)
         # A product with ones and zeros picks columns exactly, forwards and backwards.
         picks = jax.nn.one_hot(self.columns[self.base :], k, dtype=jnp.float32)
         outliers = _matmul(rows.astype(jnp.float32), picks)

@@ -6,7 +6,7 @@ layers. All functions take flat dictionaries by dotted path.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -15,6 +15,7 @@ import numpy as np
 
 from quikjax.algorithms.numerics import reduced_rows
 from quikjax.errors import QuikError
+from quikjax.pallas_kernels.reference import LevelClip
 from quikjax.training.fake_quant import FakeQuantWeight, as_stored, codes_in_order, rounded_codes
 from quikjax.weights.quik import QuikWeight, as_matrix
 
@@ -29,20 +30,40 @@ _TRUST, _REACH = 0.8, 0.45
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StillWeight:
-    """What stays of a packed weight: `codes` int8 `[N, K]` in the order of `x`, `scale` at step 0, `columns`; how it is read."""
+    """What stays of a packed weight: `codes` int8 `[N, K]` in the order of `x`, `scale` at step 0, `columns`; how it is read.
+
+    Its activation's level clip is `clips[clip]`: `clip` is a number, so that weights that differ in it alone can be stacked.
+    """
 
     codes: Any
     scale: Any
     columns: Any
+    clip: Any
     weight_bits: int = dataclasses.field(metadata={"static": True})
     activation_bits: int = dataclasses.field(metadata={"static": True})
     base: int = dataclasses.field(metadata={"static": True})
     group: str | None = dataclasses.field(metadata={"static": True})
     outlier_dtype: Any = dataclasses.field(metadata={"static": True})
+    clips: tuple[LevelClip | None, ...] = dataclasses.field(metadata={"static": True})
 
 
-def start(params: Mapping[str, Any], originals: Mapping[str, Any] | None = None) -> tuple[dict[str, Any], Moving]:
-    """What stays and what moves, at step 0, as host arrays.
+Clips = tuple[LevelClip | None, ...]
+
+
+def level_clips(blocks: Iterable[Mapping[str, Any]]) -> dict[str, Clips]:
+    """By path, the level clips that blocks of the same structure have there."""
+    found: dict[str, set[LevelClip | None]] = {}
+    for params in blocks:
+        for path, leaf in params.items():
+            if isinstance(leaf, QuikWeight):
+                found.setdefault(path, set()).add(leaf.level_clip)
+    return {path: tuple(sorted(clips, key=lambda clip: clip or (0, 0))) for path, clips in found.items()}
+
+
+def start(
+    params: Mapping[str, Any], originals: Mapping[str, Any] | None = None, clips: Mapping[str, Clips] | None = None
+) -> tuple[dict[str, Any], Moving]:
+    """What stays and what moves, at step 0, as host arrays. `clips`: see `level_clips`; left out, those of `params`.
 
     `originals`, the dense weights before quantization by the same paths, let the codes move too: their latent numbers start at
     `code + 0.8 clip(W / scale - code, -0.45, 0.45)`.
@@ -52,6 +73,7 @@ def start(params: Mapping[str, Any], originals: Mapping[str, Any] | None = None)
     """
     still: dict[str, Any] = {}
     moving: Moving = {}
+    clips = level_clips([params]) if clips is None else clips
     for path, leaf in params.items():
         if not isinstance(leaf, QuikWeight):
             kind = _norm_kind(path, params)
@@ -66,11 +88,13 @@ def start(params: Mapping[str, Any], originals: Mapping[str, Any] | None = None)
             codes=codes,
             scale=np.asarray(leaf.scale),
             columns=np.asarray(leaf.columns),
+            clip=np.int32(clips[path].index(leaf.level_clip)),
             weight_bits=leaf.weight_bits,
             activation_bits=leaf.activation_bits,
             base=leaf.base,
             group=leaf.group,
             outlier_dtype=jnp.dtype(leaf.outliers.dtype),
+            clips=clips[path],
         )
         moving[path] = {"sigma": np.zeros(leaf.outputs, np.float32), "outliers": np.asarray(leaf.outliers, np.float32)}
         if originals is not None:
@@ -82,7 +106,7 @@ def start(params: Mapping[str, Any], originals: Mapping[str, Any] | None = None)
 
 def student(still: Mapping[str, Any], moving: Moving) -> dict[str, Any]:
     """The parameters that the student computes with, differentiable in `moving`; dense ones in float32. Traceable."""
-    params = {}
+    params: dict[str, Any] = {}
     for path, leaf in still.items():
         own = moving.get(path, {})
         if isinstance(leaf, StillWeight):
@@ -95,9 +119,11 @@ def student(still: Mapping[str, Any], moving: Moving) -> dict[str, Any]:
                 scale=leaf.scale * jnp.exp(own["sigma"]),
                 outliers=as_stored(own["outliers"], leaf.outlier_dtype),
                 columns=leaf.columns,
+                clip=leaf.clip,
                 activation_bits=leaf.activation_bits,
                 base=leaf.base,
                 group=leaf.group,
+                clips=leaf.clips,
             )
         else:
             params[path] = as_stored(_moved(leaf.astype(jnp.float32), own), leaf.dtype)

@@ -122,7 +122,8 @@ class Store:
                 )
                 for half, tree in (("moving", like.moving), ("optimizer", like.optimizer), ("best", like.best))
             ]
-            return State(int(name.removeprefix("step-")), *trees, json.loads(bytes(np.asarray(held["notes"]))))
+            step, notes = int(name.removeprefix("step-")), json.loads(bytes(np.asarray(held["notes"])))
+            return State(step, trees[0], trees[1], trees[2], notes)
         if damaged is not None:
             raise QuikError(f"{damaged}; begin again with --restart")
         return None
