@@ -8,6 +8,7 @@ OUT.work     what a killed run needs to go on (`quikjax.training.state`); remove
 """
 
 import dataclasses
+import functools
 import math
 import os
 import time
@@ -267,15 +268,16 @@ def loss_and_gradients(
     )
 
     def head(rest: moving.Moving, rows: Array) -> Array:
-        return blocks.outside(skeleton, still, {REST: rest}).head(rows)
+        return blocks.outside(skeleton, still, {REST: rest}).head(rows[None])[0]
 
     def teacher_head(rows: Array) -> Array:
-        return blocks.outside(teacher_skeleton, teacher_still, {REST: {}}).head(rows)
+        return blocks.outside(teacher_skeleton, teacher_still, {REST: {}}).head(rows[None])[0]
 
     loss, d_rest, d_hidden = distill.kl_and_gradients(head, moved[REST], hidden, teacher_head, teacher_hidden)
     return loss, {**back(d_hidden)[0], REST: d_rest}
 
 
+@functools.lru_cache(maxsize=8)
 def make_step(skeletons: tuple[Skeleton, Skeleton], settings: RecoverySettings) -> Callable[..., Any]:
     """One compiled step: of `(still, moving, optimizer state, teacher's still, ids, teacher's hidden)` comes
     `(moving, optimizer state, loss, finite)`.

@@ -51,7 +51,10 @@ class Trained(abc.ABC):
 
 
 def linear(
-    x: Float[Array, "..."] | Produced, weight: Weight, bias: Float[Array, "..."] | None = None, backend: str | None = None
+    x: Float[Array, "..."] | Produced,
+    weight: Weight | Trained,
+    bias: Float[Array, "..."] | None = None,
+    backend: str | None = None,
 ) -> Float[Array, "..."]:
     """`y = x W^T + bias`, in the dtype of `x`.
 
@@ -67,7 +70,7 @@ def linear(
 
 def linears(
     x: Float[Array, "..."] | Produced,
-    weights: Sequence[Weight],
+    weights: Sequence[Weight | Trained],
     biases: Sequence[Float[Array, "..."] | None],
     backend: str | None = None,
 ) -> list[Float[Array, "..."]]:

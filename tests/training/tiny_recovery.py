@@ -1,0 +1,55 @@
+"""A tiny artifact with its original, and recoveries of it: for the tests, and for the processes that `test_resume.py` kills."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optax  # noqa: F401  (before the fork)
+import orbax.checkpoint  # noqa: F401
+
+from quikjax.models.registry import abstract_model, dotted, pure_params
+from quikjax.quantizing.checkpoint import quantize_checkpoint
+from quikjax.testing import tiny_tokenizer, write_tiny_checkpoint
+from quikjax.training import recover as recovery
+from quikjax.training.recover import Recovered, recover
+from quikjax.training.settings import RecoverySettings
+
+SETTINGS = RecoverySettings(steps=9, seqlen=32, windows=6, validation=3, evaluate_every=4)
+
+
+def tokens(_tokenizer: Any = None, *, seed: int = 0, count: int = 16) -> np.ndarray:
+    """A text of `count` windows: letters that follow each other at random."""
+    return np.random.default_rng(seed).integers(0, 256, count * SETTINGS.seqlen).astype(np.int32)
+
+
+def write_model(directory: Path, fields: dict[str, Any] | None = None, weights: dict[str, np.ndarray] | None = None) -> Path:
+    """A published directory: the tiny LLaMA, or any family with the byte tokenizer."""
+    if fields is None:
+        return write_tiny_checkpoint(directory, num_hidden_layers=2)
+    import json
+
+    from safetensors.numpy import save_file
+
+    directory.mkdir(parents=True)
+    (directory / "config.json").write_text(json.dumps(fields))
+    assert weights is not None
+    save_file(weights, directory / "model.safetensors")
+    tiny_tokenizer().save_pretrained(str(directory))
+    return directory
+
+
+def shapes(fields: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    return {path: tuple(leaf.shape) for path, leaf in dotted(pure_params(abstract_model(fields))).items()}
+
+
+def quantize(model: Path, out: Path, recipe: Any = "quik-4b") -> Path:
+    quantize_checkpoint(model, out, recipe, lambda _: tokens(seed=5, count=2).reshape(2, -1))
+    return out
+
+
+def recover_resumably(directory: Path, started: Callable[[], None]) -> Recovered:
+    """Recover `directory/artifact` into `directory/out`, saving after every step, so that kills meet every moment of it."""
+    recovery.SAVE_SECONDS = 0.0
+    started()
+    return recover(directory / "artifact", directory / "out", tokens, SETTINGS, original=directory / "model")
