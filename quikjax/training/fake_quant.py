@@ -16,7 +16,6 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Float32, Shaped
 
 from quikjax.pallas_kernels import cpu
-from quikjax.pallas_kernels.reference import LevelClip
 from quikjax.weights.linear import KEPT, Trained
 from quikjax.weights.quik import QuikWeight
 
@@ -54,7 +53,7 @@ def fake_quantize(
     columns: Shaped[Array, " k"],
     base: int,
     bits: int,
-    clips: Sequence[LevelClip | None] = (None,),
+    clips: Sequence[tuple[int, int] | None] = (None,),
     clip: Shaped[Array, ""] | int = 0,
 ) -> Float32[Array, "rows k"]:
     """`x_hat` of the base columns, straight-through, in the order of `x`; anything (finite) in the outlier columns.
@@ -66,7 +65,7 @@ def fake_quantize(
     if bits == 16:
         return wide
 
-    def dequantized(x: Array, clip: LevelClip | None) -> Array:
+    def dequantized(x: Array, clip: tuple[int, int] | None) -> Array:
         split = cpu.split_quantize(x, columns, base, bits, clip=clip)
         return (split.codes.astype(jnp.float32) + 2 ** (bits - 1)) * split.scale[..., None] + split.zero[..., None]
 
@@ -96,7 +95,7 @@ class FakeQuantWeight(Trained):
     activation_bits: int = dataclasses.field(metadata={"static": True})
     base: int = dataclasses.field(metadata={"static": True})
     group: str | None = dataclasses.field(metadata={"static": True})
-    clips: tuple[LevelClip | None, ...] = dataclasses.field(metadata={"static": True})
+    clips: tuple[tuple[int, int] | None, ...] = dataclasses.field(metadata={"static": True})
 
     def products(
         self, x: Float[Array, "*batch k"], weights: Sequence[Any], biases: Sequence[Float[Array, " _"] | None]

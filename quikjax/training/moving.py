@@ -15,7 +15,6 @@ import numpy as np
 
 from quikjax.algorithms.numerics import reduced_rows
 from quikjax.errors import QuikError
-from quikjax.pallas_kernels.reference import LevelClip
 from quikjax.training.fake_quant import FakeQuantWeight, as_stored, codes_in_order, rounded_codes
 from quikjax.weights.quik import QuikWeight, as_matrix
 
@@ -44,15 +43,15 @@ class StillWeight:
     base: int = dataclasses.field(metadata={"static": True})
     group: str | None = dataclasses.field(metadata={"static": True})
     outlier_dtype: Any = dataclasses.field(metadata={"static": True})
-    clips: tuple[LevelClip | None, ...] = dataclasses.field(metadata={"static": True})
+    clips: tuple[tuple[int, int] | None, ...] = dataclasses.field(metadata={"static": True})
 
 
-Clips = tuple[LevelClip | None, ...]
+Clips = tuple[tuple[int, int] | None, ...]
 
 
 def level_clips(blocks: Iterable[Mapping[str, Any]]) -> dict[str, Clips]:
     """By path, the level clips that blocks of the same structure have there."""
-    found: dict[str, set[LevelClip | None]] = {}
+    found: dict[str, set[tuple[int, int] | None]] = {}
     for params in blocks:
         for path, leaf in params.items():
             if isinstance(leaf, QuikWeight):
@@ -92,7 +91,7 @@ def start(
             weight_bits=leaf.weight_bits,
             activation_bits=leaf.activation_bits,
             base=leaf.base,
-            group=leaf.group,
+            group=_group(leaf, params),
             outlier_dtype=jnp.dtype(leaf.outliers.dtype),
             clips=clips[path],
         )
@@ -142,7 +141,7 @@ def finish(params: Mapping[str, Any], moving: Moving) -> dict[str, Any]:
         if not own:
             finished[path] = leaf
         elif isinstance(leaf, QuikWeight):
-            codes = leaf.qweight
+            codes = jnp.asarray(leaf.qweight)
             if "latent" in own:
                 rounded = rounded_codes(own["latent"], leaf.weight_bits)
                 codes = rounded[:, leaf.columns[: leaf.base]].astype(jnp.int8).astype(leaf.qweight.dtype)
@@ -166,6 +165,15 @@ def _moved(leaf: Any, own: Mapping[str, Any]) -> Any:
     if "gain" in own:
         return leaf * jnp.exp(own["gain"])
     return leaf + own["shift"] if "shift" in own else leaf
+
+
+def _group(weight: QuikWeight, params: Mapping[str, Any]) -> str | None:
+    """Name the layers of a block that share `weight`'s quantized activation: those of its group that are quantized alike."""
+    others = [leaf for leaf in params.values() if isinstance(leaf, QuikWeight) and leaf.group == weight.group]
+    alike = [leaf for leaf in others if (leaf.base, leaf.activation_bits) == (weight.base, weight.activation_bits)]
+    if weight.group is None or any(leaf.level_clip != weight.level_clip for leaf in alike):
+        return None
+    return f"{weight.group} {weight.base} {weight.activation_bits}"
 
 
 def _norm_kind(path: str, params: Mapping[str, Any]) -> str | None:

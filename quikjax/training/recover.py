@@ -289,7 +289,8 @@ def make_step(skeletons: tuple[Skeleton, Skeleton], settings: RecoverySettings) 
     @jax.jit
     def step(still: Tree, moved: Any, state: Any, teacher_still: Tree, ids: Array, teacher_hidden: Array) -> Any:
         loss, gradient = loss_and_gradients(skeletons, still, moved, teacher_still, ids, teacher_hidden)
-        finite = jnp.isfinite(loss) & jnp.isfinite(optax.global_norm(gradient))
+        squares = sum(jnp.vdot(leaf, leaf) for leaf in jax.tree.leaves(gradient))
+        finite = jnp.isfinite(loss) & jnp.isfinite(squares)
         updates, after = transform.update(gradient, state)
         kept = partial(jax.tree.map, lambda new, old: jnp.where(finite, new, old))
         return kept(optax.apply_updates(moved, updates), moved), kept(after, state), loss, finite

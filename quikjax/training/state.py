@@ -91,8 +91,7 @@ class Store:
             for index, leaf in enumerate(jax.tree.leaves(tree))
         }
         arrays["notes"] = np.frombuffer(json.dumps(state.notes).encode(), np.uint8)
-        consequence = "; the state before is kept, make room and run the same command again"
-        with atomic.disk_errors(self._doing, consequence), resumable(self._doing):
+        with atomic.disk_errors(self._doing, "; the state before is kept, make room and run the same command again"):
             parts.write(self.work / STATES, name, arrays)
             for other in (self.work / STATES).iterdir():
                 if other.name not in (name, f"{name}.json"):

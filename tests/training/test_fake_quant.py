@@ -83,7 +83,7 @@ def test_activations_are_the_reference_s_bit_for_bit(seed: int, bits: int, scale
 
 def test_a_clip_is_chosen_by_its_number() -> None:
     x, columns = rows(), packed().columns
-    clips = (None, reference.LevelClip(17, 1))
+    clips = (None, (17, 1))
     both = [np.asarray(fake_quantize(x, columns, K - O, 4, (clip,))) for clip in clips]
     assert (both[0] != both[1]).any()
     chosen = jax.jit(lambda number: fake_quantize(x, columns, K - O, 4, clips, number))
