@@ -448,7 +448,7 @@ def _write(
 ) -> str:
     """Write the artifact and return its fingerprint."""
     manifest = reader.manifest
-    told = {**known, "best_step": notes["best"], "evaluations": notes["evaluations"]}
+    told = {**known, "best_step": notes["best"], "validation_kl": {str(step): kl for step, kl, _ in notes["evaluations"]}}
     if "stopped" in notes:
         told["stopped"] = notes["stopped"]
     with Writer(

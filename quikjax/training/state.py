@@ -5,6 +5,7 @@ WORK/states/step-000050/     everything that moves, at a step; the newest whole 
 """
 
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -133,6 +134,4 @@ class Store:
 
     def close(self) -> None:
         """Let other processes in."""
-        import os
-
         os.close(self._lock)
