@@ -195,7 +195,7 @@ def test_what_cannot_be_recovered_is_said_at_once(place: Path, tmp_path: Path) -
         recover(place / "artifact", tmp_path / "out", lambda _: tokens() + 1000, SETTINGS, original=place / "model")
     with pytest.raises(QuikError, match="exists"):
         recover(place / "artifact", place / "model", tokens, SETTINGS, original=place / "model")
-    dense = quantize(place / "model", tmp_path / "dense", "fp")
+    dense = quantize(place / "model", tmp_path / "dense", "fp", off=1.0)
     with pytest.raises(QuikError, match="has no quantized layer"):
         recover(dense, tmp_path / "out", tokens, SETTINGS, original=place / "model")
     assert not (tmp_path / "out").exists()
