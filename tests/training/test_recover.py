@@ -15,11 +15,14 @@ from quikjax.checkpoint import Reader, parts, restore, sizes
 from quikjax.errors import QuikError
 from quikjax.evaluation import evaluate, reference
 from quikjax.loading import load_published
+from quikjax.models.registry import dotted, pure_params
 from quikjax.testing import write_tiny_checkpoint
 from quikjax.training import recover as recovery
+from quikjax.training.memory import estimate
 from quikjax.training.recover import NoProgress, Recovered, recover
 from quikjax.training.settings import cut
 from quikjax.training.state import INPUTS
+from quikjax.weights.quik import QuikWeight
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "checkpoint"))
 sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
@@ -219,6 +222,25 @@ def test_every_family_recovers(name: str, tmp_path: Path) -> None:
     quantize(write_model(tmp_path / "model", fields, random_weights(shapes(fields), 0)), tmp_path / "artifact")
     found = recover(tmp_path / "artifact", tmp_path / "out", tokens, SETTINGS, original=tmp_path / "model")
     assert found.kl < found.kl_before
+
+
+def test_the_estimate_counts_what_is_there(place: Path) -> None:
+    params = dotted(pure_params(restore(place / "artifact")[0]))
+    packed = [leaf for leaf in params.values() if isinstance(leaf, QuikWeight)]
+    norms = sum(leaf.size for leaf in params.values() if not isinstance(leaf, QuikWeight) and leaf.ndim == 1)
+    moves = sum(leaf.outputs + leaf.outputs * (leaf.inputs - leaf.base) for leaf in packed) + norms
+    found = estimate(place / "artifact", SETTINGS)
+    assert found.moving == 24 * moves
+    with_codes = estimate(place / "artifact", SETTINGS.model_copy(update={"codes": True}))
+    assert with_codes.moving - found.moving == 24 * sum(leaf.outputs * leaf.inputs for leaf in packed)
+    # Windows of which 9 steps see 6, and 3 to choose on.
+    assert found.hidden_states == 4 * 64 * 64 * 9
+    # Codes twice, in a byte; what is outside the blocks in float32; the teacher in float32.
+    outside = params["model.embed_tokens.weight"].size + 64
+    inside = sum(leaf.outputs * leaf.inputs for leaf in packed) + norms - 64
+    assert (found.student, found.teacher) == (2 * inside + 4 * outside, 4 * (inside + outside))
+    assert 0 < found.step_seconds < found.seconds
+    assert found.as_json()["total"] == found.total > found.teacher
 
 
 def test_the_command_says_what_it_does(place: Path, done: Recovered, quikjax_command: Run, tmp_path: Path) -> None:
