@@ -4,8 +4,6 @@ import contextlib
 import json
 import math
 import os
-
-
 import sys
 import time
 from collections.abc import Sequence
