@@ -42,6 +42,7 @@ import numpy as np
 from jax import lax
 
 from quikjax.pallas_kernels import hopper
+from quikjax.pallas_kernels.layout import Tiled, TileSplit
 
 K_STEP = 128  # base columns per step: a swizzle of 128 bytes of int8
 LONGEST_ROWS = 256  # a token's scale and zero are allocated up to a multiple of this, so that every tile reads whole vectors
@@ -139,7 +140,7 @@ def _swizzled(shape: tuple[int, ...], dtype: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class _Problem:
-    """What a kernel is specialized to."""
+    """The static properties that a kernel is specialized to."""
 
     tiles: MatmulTiles
     bits: int
@@ -150,39 +151,44 @@ class _Problem:
     out_dtype: Any
 
 
+def allocated_outputs(outputs: int) -> int:
+    """Columns that `y` is allocated with: whole pieces of 64, which the copy engine stores, and two at least.
+
+    With one piece JAX drops the axis of pieces from the tensor map, and with it the index that says which one: the store of a
+    block's second warpgroup would land on the first piece instead of being clipped.
+    """
+    return max(2, -(-outputs // 64)) * 64
+
+
 def quik_matmul(
-    tokens: jax.Array,
-    x_scale: jax.Array | None,
-    x_zero: jax.Array | None,
-    x_outliers: jax.Array | None,
-    qweight: jax.Array,
-    scale: jax.Array,
-    reduced: jax.Array | None,
-    w_outliers: jax.Array | None,
+    split: TileSplit,
+    weight: Tiled,
     bias: jax.Array | None,
+    *,
     bits: int,
-    outputs: int,
     out_dtype: Any,
     tiles: MatmulTiles,
     cores: int,
 ) -> jax.Array:
-    """`y [M, outputs]` of split activations and a weight, both in tile form (`layout.py`).
+    """`y [M, N]` of split activations and a weight, both in tile form (`layout.py`); `M` is a multiple of 8, `N` the true one.
 
     Args:
-        tokens: int8 codes `[M, at least B]`, or the base columns themselves in 16 bits when `bits` is 16. `M` is a multiple of 8.
-        x_scale, x_zero: float32 `[M rounded up to LONGEST_ROWS]`; None when `bits` is 16.
-        x_outliers: 16-bit `[M, at least O]`, or None when there are none.
-        qweight: int4 or int8 `[N, B]`, `B` a multiple of 128 and `N` of `tiles.n`.
-        scale, reduced: float32 `[N]`; w_outliers: `[N, O]` in the dtype of x_outliers, `O` a multiple of 64; bias: float32 `[N]`.
-        bits: of the activations: 4, 8 or 16. outputs: the true `N`, a multiple of 8. cores: multiprocessors of the device.
+        split: codes and their scale and zero, or the base columns themselves in 16 bits when `bits` is 16.
+        weight: its outliers in the dtype of the activations'.
+        bias: float32, padded like `weight.scale`, or None.
+        bits: of the activations: 4, 8 or 16.
+        cores: multiprocessors of the device.
     """
+    tokens, x_scale, x_zero, x_outliers = split
+    qweight, scale, outputs = weight.qweight, weight.scale, weight.outputs
+    reduced = weight.reduced if bits < 16 else None
+    w_outliers = weight.outliers if weight.outlier_count else None
     m = tokens.shape[0]
     n, base = qweight.shape
-    weight_bits = jnp.iinfo(qweight.dtype).bits
+    weight_bits = weight.weight_bits
     # Tiles are chosen for 16-bit outputs; wider ones take their room from the ring.
     tiles = _shortened(tiles, weight_bits, bits, jnp.dtype(out_dtype).itemsize)
-    # The copy engine stores whole pieces of 64 columns.
-    width = -(-outputs // 64) * 64
+    width = allocated_outputs(outputs)
     block_n = COMPUTE * tiles.n
     grid = (math.ceil(m / tiles.m), math.ceil(n / block_n))
     step = outlier_step(weight_bits)

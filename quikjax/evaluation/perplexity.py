@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Float32, Int, Int32
 from quikjax.errors import QuikError
 from quikjax.models.base import Block, CausalLM, Positions, default_positions
 from quikjax.models.registry import pure_params
+from quikjax.weights.tiled import put_on_device
 
 # Logits are made for this many tokens at a time: a vocabulary of 50 000 makes 100 MB of them.
 _CHUNK = 512
@@ -78,6 +79,7 @@ def windows(tokens: Sequence[int] | np.ndarray, length: int, count: int | None =
 
 def reference(model: CausalLM, ids: Int[np.ndarray, "count length"]) -> Reference:
     """Run a model over windows once, to hold others against it."""
+    model = _on_device(model)
     return Reference(model, [np.asarray(_hidden(model, row[None])) for row in _checked(model, ids)])
 
 
@@ -89,6 +91,7 @@ def evaluate(model: CausalLM, ids: Int[np.ndarray, "count length"], against: Ref
     Raises:
         QuikError: a window is longer than the model's context, a token outside its vocabulary, or a logit not finite.
     """
+    model = _on_device(model)
     graphdef, params = nnx.split(model)[0], pure_params(model)
     other = None if against is None else (nnx.split(against.model)[0], pure_params(against.model))
     losses, divergences, agreements, seconds = [], [], [], 0.0
@@ -126,6 +129,13 @@ def evaluate(model: CausalLM, ids: Int[np.ndarray, "count length"], against: Ref
         kl_stderr=None if kl is None or kl.size < 2 else float(np.std(kl, ddof=1) / np.sqrt(kl.size)),
         top1_agreement=None if kl is None else float(np.mean(np.concatenate(agreements))),
     )
+
+
+def _on_device(model: CausalLM) -> CausalLM:
+    """The model with its weights in the form that this device's kernels read."""
+    params = pure_params(model)
+    placed = put_on_device(params)
+    return model if placed is params else nnx.merge(nnx.split(model)[0], placed)
 
 
 def _checked(model: CausalLM, ids: Int[np.ndarray, "count length"]) -> Int[np.ndarray, "count length"]:

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 
 from quikjax.pallas_kernels import api
 from quikjax.weights.quik import QuikWeight, Weight
+from quikjax.weights.tiled import TiledWeight, packed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +31,10 @@ class Produced:
 
 
 def linear(
-    x: Float[Array, "..."] | Produced, weight: Weight, bias: Float[Array, "..."] | None = None, backend: str | None = None
+    x: Float[Array, "..."] | Produced,
+    weight: Weight | TiledWeight,
+    bias: Float[Array, "..."] | None = None,
+    backend: str | None = None,
 ) -> Float[Array, "..."]:
     """`y = x W^T + bias`, in the dtype of `x`.
 
@@ -46,7 +50,7 @@ def linear(
 
 def linears(
     x: Float[Array, "..."] | Produced,
-    weights: Sequence[Weight],
+    weights: Sequence[Weight | TiledWeight],
     biases: Sequence[Float[Array, "..."] | None],
     backend: str | None = None,
 ) -> list[Float[Array, "..."]]:
@@ -56,20 +60,20 @@ def linears(
     results: dict[int, Float[Array, "..."]] = {}
     groups: dict[Any, list[int]] = {}
     for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
-        if isinstance(weight, QuikWeight):
+        if isinstance(weight, QuikWeight | TiledWeight):
             shared = weight.group if weight.group is not None else ("alone", i)
             groups.setdefault((shared, weight.base, weight.activation_bits, weight.in_shape), []).append(i)
         else:
             results[i] = _dense(made(), weight, bias)
     for members in groups.values():
-        quantized = [weight for i in members if isinstance(weight := weights[i], QuikWeight)]
+        quantized = [weight for i in members if isinstance(weight := weights[i], QuikWeight | TiledWeight)]
         for i, y in zip(members, _quik(produced, quantized, [biases[i] for i in members], backend), strict=True):
             results[i] = y
     return [results[i] for i in range(len(weights))]
 
 
 def explain(
-    weight: QuikWeight, rows: int, dtype: Any, backend: str | None = None, device: api.Device | None = None
+    weight: QuikWeight | TiledWeight, rows: int, dtype: Any, backend: str | None = None, device: api.Device | None = None
 ) -> api.Choice:
     """Name the backend that multiplies `rows` tokens of `dtype` by a packed weight on this device (or another), and say why.
 
@@ -78,42 +82,7 @@ def explain(
     Raises:
         BackendError: the named backend cannot run this layer.
     """
-    return api.explain(rows, _packed(weight), weight.activation_bits, dtype, backend=backend, device=device)
-
-
-def tile_params(params: Any) -> Any:
-    """A parameter tree whose packed weights are padded to the kernels' tiles, once: the same numbers, nothing to pad per call.
-
-    For running on a GPU. Save and validate the tree before, not after: files hold weights without padding.
-    """
-
-    def tile(leaf: Any) -> Any:
-        if not isinstance(leaf, QuikWeight):
-            return leaf
-        tiled = api.to_tiles(_packed(leaf))
-        return dataclasses.replace(
-            leaf,
-            qweight=tiled.qweight,
-            scale=tiled.scale,
-            reduced=tiled.reduced,
-            outliers=tiled.outliers,
-            columns=tiled.columns,
-        )
-
-    return jax.tree.map(tile, params, is_leaf=lambda leaf: isinstance(leaf, QuikWeight))
-
-
-def _packed(weight: QuikWeight) -> api.Packed:
-    return api.Packed(
-        qweight=weight.qweight,
-        scale=weight.scale,
-        reduced=weight.reduced,
-        outliers=weight.outliers,
-        columns=weight.columns,
-        base=weight.base,
-        inputs=weight.inputs,
-        outputs=weight.outputs,
-    )
+    return api.explain(rows, packed(weight), weight.activation_bits, dtype, backend=backend, device=device)
 
 
 def _dense(x: Float[Array, "..."], weight: Array, bias: Float[Array, "..."] | None) -> Float[Array, "..."]:
@@ -125,7 +94,7 @@ def _dense(x: Float[Array, "..."], weight: Array, bias: Float[Array, "..."] | No
 
 def _quik(
     x: Produced,
-    weights: Sequence[QuikWeight],
+    weights: Sequence[QuikWeight | TiledWeight],
     biases: Sequence[Float[Array, "..."] | None],
     backend: str | None,
 ) -> list[Float[Array, "..."]]:
@@ -136,7 +105,7 @@ def _quik(
         raise ValueError(f"x ends in {shape[len(batch) :]}, the weight reads {first.in_shape}")
     results = api.linears(
         tuple(tensor.reshape(*batch, first.inputs) for tensor in x.inputs),
-        [_packed(weight) for weight in weights],
+        [packed(weight) for weight in weights],
         [None if bias is None else bias.reshape(-1) for bias in biases],
         first.activation_bits,
         producer=x.producer,

@@ -96,7 +96,7 @@ def product_kernel(spec: LinearSpec, rows: int) -> tuple[tuple[Any, ...], Callab
     kept = s((rows, outliers), jnp.bfloat16) if spec.outliers else None
 
     def function(tokens: Any, scale: Any, zero: Any, kept: Any, packed: Any, bias: Any) -> Any:
-        split = mosaic_layer.TileSplit(tokens, scale, zero, kept)
+        split = layout.TileSplit(tokens, scale, zero, kept)
         return mosaic_layer.product(split, rows, packed, bias, spec.bits, jnp.bfloat16, H100)
 
     # The kernel knows the padded widths only: 1 and 36 outliers of 4096 are one kernel.
