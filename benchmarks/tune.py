@@ -301,6 +301,7 @@ def main() -> int:
         table.take,
         patience=arguments.patience,
         deadline=deadline,
+        environment=gpu_timing.without_graphs(os.environ.get("XLA_FLAGS", "")),
     )
     print(f"{len(table.best)} kernels tuned, in {table.path}")
     return 0

@@ -37,7 +37,8 @@ def _kernel(  # type: ignore[no-untyped-def]
         k = start + tl.arange(0, block_k)
         left = tl.load(codes + m[:, None] * base + k[None, :], mask=in_m[:, None] & (k < base)[None, :], other=0)
         right = tl.load(qweight + n[None, :] * base + k[:, None], mask=in_n[None, :] & (k < base)[:, None], other=0)
-        sums = tl.dot(left, right, sums)
+        # Without the type Triton 3.6 takes the sums of integers for float32, and refuses them.
+        sums = tl.dot(left, right, sums, out_dtype=tl.int32)
     s = tl.load(x_scale + m, mask=in_m, other=0.0)
     z = tl.load(x_zero + m, mask=in_m, other=0.0)
     value = sums.to(tl.float32) * s[:, None] * tl.load(scale + n, mask=in_n, other=0.0)[None, :]
