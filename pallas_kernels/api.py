@@ -88,6 +88,7 @@ def split_quantize(
     *,
     producer: Producer = Identity(),  # noqa: B008 -- frozen
     parameters: Sequence[Float[Array, " k"]] = (),
+    clip: tuple[int, int] | None = None,
     backend: str | None = None,
     device: Device | None = None,
 ) -> Split:
@@ -110,14 +111,14 @@ def split_quantize(
     if taken == "mosaic":
         from quikjax.pallas_kernels.quik_linear import mosaic as mosaic_layer
 
-        tiled = mosaic_layer.split(flat, columns, base, bits, producer, tuple(parameters), device)
+        tiled = mosaic_layer.split(flat, columns, base, bits, producer, tuple(parameters), device, clip)
         split = mosaic_layer.exact_split(tiled, rows, base, k - base)
     elif taken == "triton":
         from quikjax.pallas_kernels.quik_linear import triton as triton_layer
 
-        split = triton_layer.split(flat, columns, base, bits, producer, tuple(parameters))
+        split = triton_layer.split(flat, columns, base, bits, producer, tuple(parameters), clip=clip)
     else:
-        split = reference.split_quantize(producer(*flat, *parameters), columns, base, bits)
+        split = reference.split_quantize(producer(*flat, *parameters), columns, base, bits, clip)
     return Split(*(part.reshape(*batch, *part.shape[1:]) for part in split))
 
 
@@ -197,7 +198,8 @@ def linears(
 ) -> list[Float[Array, "*batch _"]]:
     """Layers that read one tensor `x = producer(*inputs, *parameters)`: `x W^T + bias` each, in the dtype of the inputs.
 
-    All `weights` have the same `columns` and `base`, so `x` is split and quantized once. `bits` of the activations: 4, 8, 16.
+    All `weights` have the same `columns`, `base` and `level_clip`, so `x` is split and quantized once. `bits` of the
+    activations: 4, 8, 16.
     Gradients flow to inputs, parameters and biases as if the activations were not quantized (the straight-through estimate:
     `dx = dy W_hat` with the dequantized weight); weights are frozen. Under `vmap` a batch axis of the inputs joins the rows.
 
@@ -216,6 +218,8 @@ def linears(
         )
     *batch, k = inputs[0].shape
     for packed in weights:
+        if packed.level_clip != weights[0].level_clip:
+            raise ValueError(f"weights that share x have one level clip, not {packed.level_clip} and {weights[0].level_clip}")
         if packed.inputs != k or packed.base != weights[0].base:
             raise ValueError(
                 f"x has {k} columns, weights read {packed.inputs} with {packed.base} base columns, the first {weights[0].base}"
@@ -318,13 +322,13 @@ def _run_xla(call: _Call, inputs: Any, parameters: Any, weights: Any, biases: An
         ]
     if call.device.platform == "cpu" and rows >= cpu.FEWEST_ROWS:
         return cpu.linears(x, weights, biases, call.bits, bfloat16=call.device.bfloat16_products)
-    split = reference.split_quantize(x, weights[0].columns, weights[0].base, call.bits)
+    split = reference.split_quantize(x, weights[0].columns, weights[0].base, call.bits, weights[0].level_clip)
     return [_reference_product(split, w, bias, call.bits).astype(x.dtype) for w, bias in zip(weights, biases, strict=True)]
 
 
 def _run_mosaic(call: _Call, inputs: Any, parameters: Any, weights: Any, biases: Any, rows: int) -> list[jax.Array]:
     first = weights[0]
-    tiled = _mosaic_split(inputs, first.columns, first.base, call.bits, call.producer, parameters, call.device)
+    tiled = _mosaic_split(inputs, first.columns, first.base, call.bits, call.producer, parameters, call.device, first.level_clip)
     return [
         _mosaic_product(tiled, rows, w, bias, call.bits, inputs[0].dtype, call.device)
         for w, bias in zip(weights, biases, strict=True)
@@ -333,11 +337,20 @@ def _run_mosaic(call: _Call, inputs: Any, parameters: Any, weights: Any, biases:
 
 # Under `jit` of their own: a model has hundreds of layers in a handful of shapes, and JAX traces and lowers an inner function
 # once per shape. Without, a LLaMA-2-7B took four minutes to lower, seven seconds a block.
-@functools.partial(jax.jit, static_argnames=("base", "bits", "producer", "device"))
-def _mosaic_split(inputs: Any, columns: Any, base: int, bits: int, producer: Producer, parameters: Any, device: Device) -> Any:
+@functools.partial(jax.jit, static_argnames=("base", "bits", "producer", "device", "clip"))
+def _mosaic_split(
+    inputs: Any,
+    columns: Any,
+    base: int,
+    bits: int,
+    producer: Producer,
+    parameters: Any,
+    device: Device,
+    clip: tuple[int, int] | None,
+) -> Any:
     from quikjax.pallas_kernels.quik_linear import mosaic as mosaic_layer
 
-    return mosaic_layer.split(inputs, columns, base, bits, producer, parameters, device)
+    return mosaic_layer.split(inputs, columns, base, bits, producer, parameters, device, clip)
 
 
 @functools.partial(jax.jit, static_argnames=("rows", "bits", "out_dtype", "device"))

@@ -17,12 +17,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Int, Int8, Int32
 
 from quikjax.pallas_kernels import reference
 from quikjax.pallas_kernels.layout import Packed
-from quikjax.pallas_kernels.reference import SMALLEST_SCALE, Split
+from quikjax.pallas_kernels.reference import Split
 
 # Measured with benchmarks/prefill.py. Below, moving the weight costs more than moving the activations.
 FEWEST_ROWS = 256
@@ -40,7 +39,7 @@ def linears(
     k, first = x.shape[1], weights[0]
     pieces = bfloat16_pieces(k, bits, max(weight.weight_bits for weight in weights))
     carrier = jnp.bfloat16 if bfloat16 and pieces <= MOST_PIECES else jnp.int8
-    split = split_quantize(written_once(x, first.columns), first.columns, first.base, bits, carrier)
+    split = split_quantize(written_once(x, first.columns), first.columns, first.base, bits, carrier, first.level_clip)
     results = []
     for weight, bias in zip(weights, biases, strict=True):
         accumulator = None
@@ -61,7 +60,12 @@ def written_once(x: Float[Array, "*batch k"], columns: Int[Array, " k"]) -> Floa
 
 
 def split_quantize(
-    x: Float[Array, "*batch k"], columns: Int[Array, " k"], base: int, bits: int, carrier: Any = jnp.int8
+    x: Float[Array, "*batch k"],
+    columns: Int[Array, " k"],
+    base: int,
+    bits: int,
+    carrier: Any = jnp.int8,
+    clip: tuple[int, int] | None = None,
 ) -> Split:
     """`reference.split_quantize` with `codes` `[*batch, K]` in the order of `x`, anything in the outlier columns.
 
@@ -72,17 +76,14 @@ def split_quantize(
     outliers = jnp.take_along_axis(x, jnp.broadcast_to(columns[base:], (*batch, k - base)), axis=-1, mode="clip")
     if base == 0:
         return Split(jnp.zeros(x.shape, carrier), outliers, jnp.ones(batch, jnp.float32), jnp.zeros(batch, jnp.float32))
-    levels = 2**bits - 1
+    grid = reference.checked_level_clip(bits, clip)
     wide = x.astype(jnp.float32)
     # An outlier column that repeats a base column changes neither extreme.
     is_outlier = jnp.zeros((k,), bool).at[columns[base:]].set(True)
     measured = jnp.where(is_outlier, jnp.take(wide, columns[:1], axis=-1, mode="clip"), wide)
-    zero = jnp.min(measured, axis=-1)
-    spread = jnp.max(measured, axis=-1) - zero
-    scale = jnp.maximum(spread * np.float32(1 / levels), np.float32(SMALLEST_SCALE))
-    steps = jnp.round((wide - zero[..., None]) * (1 / scale)[..., None])
-    codes = jnp.clip(steps, 0, levels) - 2 ** (bits - 1)
-    return Split(codes.astype(carrier), outliers, scale, zero)
+    low = jnp.min(measured, axis=-1)
+    scale, zero = reference.scale_and_zero(low, jnp.max(measured, axis=-1), grid)
+    return Split(reference.codes_of(wide, low, scale, bits, grid).astype(carrier), outliers, scale, zero)
 
 
 def unpermuted(qweight: Int[Array, "n base"], columns: Int[Array, " k"]) -> Int8[Array, "n k"]:

@@ -30,7 +30,8 @@ Leaf = Any
 class _Weight:
     """What both forms hold. Data: `qweight` int4 or int8, `scale` and `reduced` float32, `outliers` 16-bit, `columns` int32.
 
-    Static: the true numbers of base columns, `inputs` (`K`) and `outputs` (`N`).
+    Static: the true numbers of base columns, `inputs` (`K`) and `outputs` (`N`); `level_clip`, the level clip of the activations
+    it is multiplied by.
     """
 
     qweight: Leaf
@@ -41,6 +42,7 @@ class _Weight:
     base: int = dataclasses.field(metadata={"static": True})
     inputs: int = dataclasses.field(metadata={"static": True})
     outputs: int = dataclasses.field(metadata={"static": True})
+    level_clip: tuple[int, int] | None = dataclasses.field(default=None, metadata={"static": True})
 
     @property
     def weight_bits(self) -> int:
@@ -151,6 +153,7 @@ def to_tiles(packed: Packed | Tiled) -> Tiled:
         base=packed.base,
         inputs=packed.inputs,
         outputs=packed.outputs,
+        level_clip=packed.level_clip,
     )
 
 
@@ -168,6 +171,7 @@ def from_tiles(packed: Packed | Tiled) -> Packed:
         base=base,
         inputs=packed.inputs,
         outputs=n,
+        level_clip=packed.level_clip,
     )
 
 

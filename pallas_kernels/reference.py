@@ -4,17 +4,22 @@ A linear layer `y = x W^T + bias` with `W` of shape `[N, K]` is held as `B` base
 outlier columns in 16-bit floats. At run time (QUIK, arXiv 2310.09259, sections 3.2-3.3)
 
     x_base, x_out = x[columns[:B]], x[columns[B:]]
-    z = min(x_base);  s = max((max(x_base) - z) * c_b, 1e-30);  c_b = float32(1 / (2^b - 1))          per token
-    q = clip(round((x_base - z) * (1 / s)), 0, 2^b - 1) - h;    h = 2^(b - 1)                         int8 carries it
+    low = min(x_base);  s = max((max(x_base) - low) * c, 1e-30);  c = float32(1 / L)                  per token
+    q = clip(round((x_base - low) * (1 / s)), l, l + 2^b - 1) - l - h;  h = 2^(b - 1)                 int8 carries it
+    z = low + l * s                                                                                  x_base ~ (q + h) * s + z
     acc = q @ qweight^T                                                                              int32, exact
     y = acc * s * scale + (z + h * s) * reduced + x_out @ outliers^T + bias                           float32
     reduced[n] = scale[n] * sum_k qweight[n, k]
 
-Contract. `q` and `acc` are bit-identical on every backend for identical `x`: all quantizer arithmetic is float32, rounds half
-to even, and multiplies by `c_b` and by `1 / s` where a division would let a compiler choose the bits. One exception: this file
-compiled by XLA for a GPU takes `1 / s` from an approximate instruction, and a code on the boundary of two may be the other one;
-kernels there are held against the CPU's. The float32 epilogue is equal within a stated tolerance. Values must be finite and
-`max - min` below the float32 maximum; int32 cannot overflow for `B <= MAX_BASE`.
+`(L, l)` is `(2^b - 1, 0)` unless a layer of 4-bit activations has a level clip of its own: `L > 15` divides the token's range
+into more steps than there are codes, and what lies below the lowest or above the highest saturates. Only constants change, and
+what a product needs to know of it is in `z` (`l` is 0, 1 or 2, so that `l * s` is exact).
+
+Contract. `q`, `s`, `z` and `acc` are bit-identical on every backend for identical `x`: all quantizer arithmetic is float32,
+rounds half to even, and multiplies by `c` and by `1 / s` where a division would let a compiler choose the bits. One exception:
+this file compiled by XLA for a GPU takes `1 / s` from an approximate instruction, and a code on the boundary of two may be the
+other one; kernels there are held against the CPU's. The float32 epilogue is equal within a stated tolerance. Values must be
+finite and `max - min` below the float32 maximum; int32 cannot overflow for `B <= MAX_BASE`.
 
 Dtypes of the outlier product: `x` in its own dtype and `outliers` in theirs, both widened to float32 (exact), products
 accumulated in float32.
@@ -35,6 +40,39 @@ SMALLEST_SCALE = 1e-30
 _FEWEST_ROWS = 4
 
 
+class LevelClip(NamedTuple):
+    """Into how many steps a token's range is divided: `levels` (`L`), and which of them the lowest code is: `lowest` (`l`)."""
+
+    levels: int
+    lowest: int
+
+
+def checked_level_clip(bits: int, clip: tuple[int, int] | None = None) -> LevelClip:
+    """`clip`, or without one the whole range in as many steps as `bits` have.
+
+    Raises:
+        ValueError: activations are not quantized to so many bits, or their codes cannot be clipped so.
+    """
+    if bits not in (4, 8):
+        raise ValueError(f"activations are quantized to 4 or 8 bits, not {bits}")
+    steps = 2**bits - 1
+    levels, lowest = clip or (steps, 0)
+    if (levels, lowest) != (steps, 0) and (bits != 4 or lowest not in (0, 1, 2) or levels < lowest + steps):
+        raise ValueError(
+            f"{bits}-bit activations cannot have the level clip ({levels}, {lowest}): only 4-bit ones have one, "
+            f"with a lowest code of 0, 1 or 2 and at least {steps} levels above it"
+        )
+    return LevelClip(levels, lowest)
+
+
+def scale_and_zero(
+    low: Float32[Array, "*batch"], high: Float32[Array, "*batch"], clip: LevelClip
+) -> tuple[Float32[Array, "*batch"], Float32[Array, "*batch"]]:
+    """`s` and `z` of tokens from the least and the largest of their base columns."""
+    scale = jnp.maximum((high - low) * np.float32(1 / clip.levels), np.float32(SMALLEST_SCALE))
+    return scale, low + np.float32(clip.lowest) * scale if clip.lowest else low
+
+
 class Split(NamedTuple):
     """One tensor of activations, split and quantized once for all the layers that read it.
 
@@ -49,25 +87,32 @@ class Split(NamedTuple):
 
 
 def quantize_activations(
-    x: Float[Array, "*batch base"], bits: int
+    x: Float[Array, "*batch base"], bits: int, clip: tuple[int, int] | None = None
 ) -> tuple[Int8[Array, "*batch base"], Float32[Array, "*batch"], Float32[Array, "*batch"]]:
     """Asymmetric per-token codes of the base columns: `(codes, scale, zero)`, see the module's equations.
 
     `bits` is 4 or 8. Without columns there is nothing to measure: `scale = 1`, `zero = 0`.
     """
-    if bits not in (4, 8):
-        raise ValueError(f"activations are quantized to 4 or 8 bits, not {bits}")
+    grid = checked_level_clip(bits, clip)
     batch = x.shape[:-1]
     if x.shape[-1] == 0:
         return jnp.zeros(x.shape, jnp.int8), jnp.ones(batch, jnp.float32), jnp.zeros(batch, jnp.float32)
-    levels = 2**bits - 1
     x = x.astype(jnp.float32)
-    zero = jnp.min(x, axis=-1)
-    spread = jnp.max(x, axis=-1) - zero
-    scale = jnp.maximum(spread * np.float32(1 / levels), np.float32(SMALLEST_SCALE))
-    steps = jnp.round((x - zero[..., None]) * (1 / scale)[..., None])
-    codes = jnp.clip(steps, 0, levels) - 2 ** (bits - 1)
-    return codes.astype(jnp.int8), scale, zero
+    low = jnp.min(x, axis=-1)
+    scale, zero = scale_and_zero(low, jnp.max(x, axis=-1), grid)
+    return codes_of(x, low, scale, bits, grid).astype(jnp.int8), scale, zero
+
+
+def codes_of(
+    x: Float32[Array, "*batch base"],
+    low: Float32[Array, "*batch"],
+    scale: Float32[Array, "*batch"],
+    bits: int,
+    clip: LevelClip,
+) -> Float32[Array, "*batch base"]:
+    """`q` in float32, of values whose token's minimum `low` and scale are known."""
+    steps = jnp.round((x - low[..., None]) * (1 / scale)[..., None])
+    return jnp.clip(steps, clip.lowest, clip.lowest + 2**bits - 1) - (clip.lowest + 2 ** (bits - 1))
 
 
 def split_columns(
@@ -78,10 +123,12 @@ def split_columns(
     return permuted[..., :base], permuted[..., base:]
 
 
-def split_quantize(x: Float[Array, "*batch k"], columns: Int[Array, " k"], base: int, bits: int) -> Split:
+def split_quantize(
+    x: Float[Array, "*batch k"], columns: Int[Array, " k"], base: int, bits: int, clip: tuple[int, int] | None = None
+) -> Split:
     """Gather base and outlier columns of `x` and quantize the base per token to `bits` (4 or 8)."""
     x_base, x_out = split_columns(x, columns, base)
-    codes, scale, zero = quantize_activations(x_base, bits)
+    codes, scale, zero = quantize_activations(x_base, bits, clip)
     return Split(codes, x_out, scale, zero)
 
 

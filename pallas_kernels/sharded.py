@@ -5,7 +5,7 @@ is the whole story. Over `K` every device holds some columns of input and weight
 minimum and maximum are all-reduced before anything is quantized, so every shard uses the same scale and the int32 sums of the
 shards add up, exactly and in any order, to those of one device:
 
-    z, top = pmin(min(x_base)), pmax(max(x_base))          acc = psum(q_local @ qweight_local^T)
+    low, top = pmin(min(x_base)), pmax(max(x_base))          acc = psum(q_local @ qweight_local^T)
     y = acc * s * scale + (z + h * s) * psum(reduced_local) + psum(x_out_local @ outliers_local^T) + bias
 """
 
@@ -16,29 +16,29 @@ from jaxtyping import Array, Float, Float32, Int
 
 from quikjax.pallas_kernels import reference
 from quikjax.pallas_kernels.layout import Packed, from_tiles
-from quikjax.pallas_kernels.reference import SMALLEST_SCALE, Split
+from quikjax.pallas_kernels.reference import Split
 
 
 def split_quantize_over_k(
-    x: Float[Array, "*batch local_k"], columns: Int[Array, " local_k"], base: int, bits: int, axis: str
+    x: Float[Array, "*batch local_k"],
+    columns: Int[Array, " local_k"],
+    base: int,
+    bits: int,
+    axis: str,
+    clip: tuple[int, int] | None = None,
 ) -> Split:
     """This shard's part of a split whose scale and zero are those of the whole token.
 
     `columns` are local indices, base first; `base` may not be 0. Codes are those of the same columns unsharded, bit for bit.
     """
-    if bits not in (4, 8):
-        raise ValueError(f"activations are quantized to 4 or 8 bits, not {bits}")
+    grid = reference.checked_level_clip(bits, clip)
     if base == 0:
         raise ValueError("a shard without base columns has no minimum to share")
     x_base, x_out = reference.split_columns(x, columns, base)
     wide = x_base.astype(jnp.float32)
-    levels = 2**bits - 1
-    zero = jax.lax.pmin(jnp.min(wide, axis=-1), axis)
-    spread = jax.lax.pmax(jnp.max(wide, axis=-1), axis) - zero
-    scale = jnp.maximum(spread * np.float32(1 / levels), np.float32(SMALLEST_SCALE))
-    steps = jnp.round((wide - zero[..., None]) * (1 / scale)[..., None])
-    codes = jnp.clip(steps, 0, levels) - 2 ** (bits - 1)
-    return Split(codes.astype(jnp.int8), x_out, scale, zero)
+    low = jax.lax.pmin(jnp.min(wide, axis=-1), axis)
+    scale, zero = reference.scale_and_zero(low, jax.lax.pmax(jnp.max(wide, axis=-1), axis), grid)
+    return Split(reference.codes_of(wide, low, scale, bits, grid).astype(jnp.int8), x_out, scale, zero)
 
 
 def linear_over_k(
@@ -50,7 +50,7 @@ def linear_over_k(
     result is replicated. Runs the reference product: the reduction across devices stands between integer sums and epilogue.
     """
     packed = from_tiles(packed)
-    split = split_quantize_over_k(x, packed.columns, packed.base, bits, axis)
+    split = split_quantize_over_k(x, packed.columns, packed.base, bits, axis, packed.level_clip)
     sums = jax.lax.psum(reference.integer_matmul(split.codes, packed.qweight), axis)
     reduced: Float32[Array, " n"] = jax.lax.psum(packed.reduced, axis)
     offset = split.zero + np.float32(2 ** (bits - 1)) * split.scale

@@ -22,6 +22,7 @@ def split(
     producer: Producer,
     parameters: tuple[jax.Array, ...],
     device: Device,
+    clip: tuple[int, int] | None = None,
 ) -> TileSplit:
     """Split `inputs` `[M, K]`; `bits = 16` only gathers (XLA fuses that with the producer).
 
@@ -37,10 +38,10 @@ def split(
     tiles, _ = tuned.split_tiles(m, k, producer, device)
     if split_kernel.why_not(k, padded_base, columns.shape[0] - padded_base, inputs[0].dtype, producer, tiles) is not None:
         if producer != Identity():
-            return split((producer(*inputs, *parameters),), columns, base, bits, Identity(), (), device)
-        return tile_split(reference.split_quantize(inputs[0], exact, base, bits))
+            return split((producer(*inputs, *parameters),), columns, base, bits, Identity(), (), device, clip)
+        return tile_split(reference.split_quantize(inputs[0], exact, base, bits, clip))
     codes, outliers, scale, zero = split_kernel.split_quantize(
-        inputs, columns, base, padded_base, bits, producer, parameters, tiles, matmul_kernel.LONGEST_ROWS
+        inputs, columns, base, padded_base, bits, producer, parameters, tiles, matmul_kernel.LONGEST_ROWS, clip
     )
     return TileSplit(codes, scale, zero, outliers)
 

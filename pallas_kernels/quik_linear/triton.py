@@ -24,11 +24,12 @@ def split(
     producer: Producer,
     parameters: tuple[jax.Array, ...],
     compute_capability: int | None = None,
+    clip: tuple[int, int] | None = None,
 ) -> Split:
     """Split `inputs` `[M, K]`. XLA fuses the producer; `compute_capability` (80, 89, 90) compiles for an absent GPU."""
     from quikjax.pallas_kernels.split_quantize import triton
 
-    return triton.split_quantize(producer(*inputs, *parameters), columns, base, bits, compute_capability)
+    return triton.split_quantize(producer(*inputs, *parameters), columns, base, bits, compute_capability, clip)
 
 
 def product(
@@ -59,6 +60,6 @@ def run(
     bits: int,
 ) -> list[jax.Array]:
     """All layers that read one tensor."""
-    shared = split(inputs, weights[0].columns, weights[0].base, bits, producer, parameters)
+    shared = split(inputs, weights[0].columns, weights[0].base, bits, producer, parameters, clip=weights[0].level_clip)
     one = functools.partial(product, shared, bits=bits, out_dtype=inputs[0].dtype)
     return [one(weight, bias) for weight, bias in zip(weights, biases, strict=True)]

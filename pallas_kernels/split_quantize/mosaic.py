@@ -28,7 +28,7 @@ import numpy as np
 from jax import lax
 
 from quikjax.pallas_kernels import hopper
-from quikjax.pallas_kernels.reference import SMALLEST_SCALE
+from quikjax.pallas_kernels.reference import LevelClip, checked_level_clip, scale_and_zero
 from quikjax.pallas_kernels.split_quantize.producers import Identity, LayerNorm, Producer, RmsNorm, SiluMul
 
 # Registers of a multiprocessor, the most a thread can have, and what the kernel needs beside the values it holds: more with a
@@ -109,6 +109,7 @@ def split_quantize(
     parameters: tuple[jax.Array, ...],
     tiles: SplitTiles,
     row_padding: int,
+    clip: tuple[int, int] | None = None,
     interpret: Any = None,
 ) -> tuple[jax.Array, jax.Array | None, jax.Array, jax.Array]:
     """Split and quantize `inputs`, `[M, K]` each, in tile form.
@@ -119,6 +120,7 @@ def split_quantize(
         base: the true number of base columns.
         bits: 4 or 8.
         parameters: the norm's weight (and bias), float, `[K]` each; empty for the others.
+        clip: the level clip of 4-bit activations.
         row_padding: `scale` and `zero` are allocated up to a multiple of this, so that a product's last tile may read them.
 
     Returns:
@@ -137,7 +139,14 @@ def split_quantize(
         outputs.append(jax.ShapeDtypeStruct((tiled_rows, padded_outliers), dtype))
     outputs += [jax.ShapeDtypeStruct((padded_rows,), jnp.float32)] * 2
     body = functools.partial(
-        _kernel, base=base, padded_base=padded_base, bits=bits, producer=producer, tiles=tiles, parameters=len(parameters)
+        _kernel,
+        base=base,
+        padded_base=padded_base,
+        bits=bits,
+        clip=checked_level_clip(bits, clip),
+        producer=producer,
+        tiles=tiles,
+        parameters=len(parameters),
     )
     kernel = plgpu.kernel(
         body,
@@ -162,7 +171,15 @@ def split_quantize(
 
 
 def _kernel(
-    *refs: Any, base: int, padded_base: int, bits: int, producer: Producer, tiles: SplitTiles, parameters: int, **scratch: Any
+    *refs: Any,
+    base: int,
+    padded_base: int,
+    bits: int,
+    clip: LevelClip,
+    producer: Producer,
+    tiles: SplitTiles,
+    parameters: int,
+    **scratch: Any,
 ) -> None:
     inputs, columns = refs[: producer.inputs], refs[producer.inputs]
     norm = refs[producer.inputs + 1 : producer.inputs + 1 + parameters]
@@ -211,11 +228,10 @@ def _kernel(
         slot.store(3, i, functools.reduce(jnp.maximum, values), base_parts[0].layout, "max")
     meet_all()
 
-    levels = 2**bits - 1
+    lowest, highest = clip.lowest, clip.lowest + 2**bits - 1
     for i, row in enumerate(rows):
-        zero = slot.read(2, i, jnp.minimum)
-        spread = slot.read(3, i, jnp.maximum) - zero
-        scale = jnp.maximum(spread * np.float32(1 / levels), np.float32(SMALLEST_SCALE))
+        low = slot.read(2, i, jnp.minimum)
+        scale, zero = scale_and_zero(low, slot.read(3, i, jnp.maximum), clip)
         inverse = hopper.reciprocal(scale)
 
         @pl.when(group == 0)
@@ -229,8 +245,8 @@ def _kernel(
                 assert outliers is not None
                 outliers[row, pl.ds(part.start - padded_base, part.length)] = part.values[i]
             else:
-                steps = jnp.round((part.values[i].astype(jnp.float32) - zero) * inverse)
-                level = jnp.clip(steps, np.float32(0), np.float32(levels)) - np.float32(2 ** (bits - 1))
+                steps = jnp.round((part.values[i].astype(jnp.float32) - low) * inverse)
+                level = jnp.clip(steps, np.float32(lowest), np.float32(highest)) - np.float32(lowest + 2 ** (bits - 1))
                 codes[row, place] = level.astype(jnp.int8)
 
 

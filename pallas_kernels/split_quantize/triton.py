@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from quikjax.pallas_kernels.reference import Split
+from quikjax.pallas_kernels.reference import Split, checked_level_clip
 from quikjax.pallas_kernels.triton_support import constexpr, jax_triton, jit, libdevice, tl
 
 _BLOCK = 1024
@@ -20,7 +20,8 @@ def _kernel(  # type: ignore[no-untyped-def]
     zeros,
     inputs: constexpr,
     base: constexpr,
-    levels: constexpr,
+    lowest: constexpr,
+    highest: constexpr,
     reciprocal: constexpr,
     block: constexpr,
 ):
@@ -34,16 +35,16 @@ def _kernel(  # type: ignore[no-untyped-def]
         value = tl.load(x + row * inputs + column).to(tl.float32)
         low = tl.minimum(low, value)
         high = tl.maximum(high, value)
-    zero = tl.min(low, 0)
-    scale = tl.maximum((tl.max(high, 0) - zero) * reciprocal, 1e-30)
+    least = tl.min(low, 0)
+    scale = tl.maximum((tl.max(high, 0) - least) * reciprocal, 1e-30)
     inverse = libdevice.rcp_rn(scale)
     for start in range(0, base, block):
         place = start + tl.arange(0, block)
         inside = place < base
         column = tl.load(columns + place, mask=inside, other=0)
         value = tl.load(x + row * inputs + column, mask=inside, other=0.0).to(tl.float32)
-        level = libdevice.rint((value - zero) * inverse)
-        level = tl.minimum(tl.maximum(level, 0.0), levels) - (levels + 1) / 2
+        level = libdevice.rint((value - least) * inverse)
+        level = tl.minimum(tl.maximum(level, lowest), highest) - (lowest + highest + 1) / 2
         tl.store(codes + row * base + place, level.to(tl.int8), mask=inside)
     for start in range(base, inputs, block):
         place = start + tl.arange(0, block)
@@ -52,13 +53,15 @@ def _kernel(  # type: ignore[no-untyped-def]
         value = tl.load(x + row * inputs + column, mask=inside, other=0.0)
         tl.store(outliers + row * (inputs - base) + place - base, value, mask=inside)
     tl.store(scales + row, scale)
-    tl.store(zeros + row, zero)
+    tl.store(zeros + row, least + lowest * scale)
 
 
-def split_quantize(x: jax.Array, columns: jax.Array, base: int, bits: int, compute_capability: int | None) -> Split:
+def split_quantize(
+    x: jax.Array, columns: jax.Array, base: int, bits: int, compute_capability: int | None, clip: tuple[int, int] | None = None
+) -> Split:
     """Split `x` `[M, K]` and quantize its base columns per token."""
     rows, inputs = x.shape
-    levels = 2**bits - 1
+    levels, lowest = checked_level_clip(bits, clip)
     # A result without elements is no buffer: give an unused column to it and cut it off.
     kept = inputs - base
     codes, outliers, scale, zero = jax_triton.triton_call(
@@ -77,7 +80,8 @@ def split_quantize(x: jax.Array, columns: jax.Array, base: int, bits: int, compu
         backend_options={"ptx_version": 87, "enable_fp_fusion": False},
         inputs=inputs,
         base=base,
-        levels=levels,
+        lowest=float(lowest),
+        highest=float(lowest + 2**bits - 1),
         reciprocal=float(np.float32(1 / levels)),
         block=_BLOCK,
     )

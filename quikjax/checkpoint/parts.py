@@ -44,6 +44,11 @@ def fields(kind: type[Any]) -> tuple[list[str], list[str]]:
     return [field.name for field in every if field.name not in static], static
 
 
+def _later_fields(kind: type[Any]) -> set[str]:
+    """Static fields that came after the format: where they are `None` they are not written, as they never were."""
+    return {field.name for field in dataclasses.fields(kind) if field.metadata.get("static") and field.default is None}
+
+
 def valid_name(name: str) -> bool:
     """Check that a part's name can be a file's name."""
     return re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name) is not None
@@ -159,7 +164,8 @@ def rebuild(kind: Json, data: Mapping[str, Any], path: str) -> Any:
     if name not in PACKED:
         raise QuikError(f"{path} is a packed weight of class {name}, which this version of quikjax does not know")
     known_data, known_static = fields(PACKED[name])
-    if set(data) != set(known_data) or set(static) != set(known_static):
+    missing = set(known_static) - set(static) - _later_fields(PACKED[name])
+    if set(data) != set(known_data) or missing or not set(static) <= set(known_static):
         raise QuikError(f"{path} does not have the fields of a {name}")
     return PACKED[name](**data, **{field: tuple(value) if isinstance(value, list) else value for field, value in static.items()})
 
@@ -176,7 +182,9 @@ def _take_apart(params: Mapping[str, Leaf]) -> tuple[dict[str, np.ndarray], dict
         if type(leaf).__name__ in PACKED:
             leaf.validate(path)
             data, static = fields(type(leaf))
-            packed[path] = {"class": type(leaf).__name__} | {field: getattr(leaf, field) for field in static}
+            values = {field: getattr(leaf, field) for field in static}
+            unwritten = {field for field in _later_fields(type(leaf)) if values[field] is None}
+            packed[path] = {"class": type(leaf).__name__} | {name: values[name] for name in static if name not in unwritten}
             hosted.update({f"{path}.{field}": _host(getattr(leaf, field), f"{path}.{field}") for field in data})
         else:
             hosted[path] = _host(leaf, path)

@@ -62,7 +62,7 @@ def linears(
     for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
         if isinstance(weight, QuikWeight | TiledWeight):
             shared = weight.group if weight.group is not None else ("alone", i)
-            groups.setdefault((shared, weight.base, weight.activation_bits, weight.in_shape), []).append(i)
+            groups.setdefault((shared, weight.base, weight.activation_bits, weight.level_clip, weight.in_shape), []).append(i)
         else:
             results[i] = _dense(made(), weight, bias)
     for members in groups.values():

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float, Float32
 
 from quikjax.errors import QuikError
-from quikjax.pallas_kernels.reference import MAX_BASE
+from quikjax.pallas_kernels.reference import MAX_BASE, checked_level_clip
 
 VERSION = 1
 
@@ -37,7 +37,8 @@ class QuikWeight:
     Static: `weight_bits` (4, 8); `activation_bits` (4, 8, or 16 for weight-only); `shape` and `in_axes` of the array this
     replaces (`in_axes` are its input axes; the others, in order, are the outputs); `base`, the true `B`; `group`, a name
     shared by layers that read the same tensor and therefore have equal `columns` and one quantized activation, or `None`;
-    `shards`, in how many pieces along `K` outliers were chosen; `version` of this format.
+    `shards`, in how many pieces along `K` outliers were chosen; `version` of this format; `level_clip`, the level clip `(levels,
+    lowest)` of 4-bit activations (`pallas_kernels.reference`), or `None`: 16 codes over the whole range of a token.
     """
 
     qweight: Leaf
@@ -53,6 +54,17 @@ class QuikWeight:
     group: str | None = _static()
     shards: int = dataclasses.field(default=1, metadata={"static": True})
     version: int = dataclasses.field(default=VERSION, metadata={"static": True})
+    level_clip: tuple[int, int] | None = dataclasses.field(default=None, metadata={"static": True})
+
+    @property
+    def levels(self) -> int:
+        """`L`: in how many steps a token's range is divided. 15, or 255 for 8-bit activations, without a level clip."""
+        return checked_level_clip(self.activation_bits, self.level_clip).levels
+
+    @property
+    def lowest(self) -> int:
+        """`l`: the step that the lowest code stands for; 0 without a level clip."""
+        return checked_level_clip(self.activation_bits, self.level_clip).lowest
 
     @property
     def inputs(self) -> int:
@@ -91,6 +103,11 @@ class QuikWeight:
         dtypes = {4: jnp.int4, 8: jnp.int8}
         if self.weight_bits not in dtypes or self.activation_bits not in (4, 8, 16):
             raise QuikError(f"{name} has W{self.weight_bits}A{self.activation_bits}, which is no QUIK format")
+        if self.level_clip is not None:
+            try:
+                checked_level_clip(self.activation_bits, self.level_clip)
+            except ValueError as error:
+                raise QuikError(f"{name}: {error}") from None
         expected = {
             "qweight": ((n, b), (dtypes[self.weight_bits],)),
             "scale": ((n,), (jnp.float32,)),

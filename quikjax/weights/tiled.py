@@ -39,6 +39,11 @@ class TiledWeight:
         return self.tiles.base
 
     @property
+    def level_clip(self) -> tuple[int, int] | None:
+        """The level clip of the activations."""
+        return self.tiles.level_clip
+
+    @property
     def inputs(self) -> int:
         """`K`, the true number of input columns."""
         return self.tiles.inputs
@@ -72,6 +77,7 @@ def packed(weight: QuikWeight | TiledWeight) -> api.Packed | api.Tiled:
         base=weight.base,
         inputs=weight.inputs,
         outputs=weight.outputs,
+        level_clip=weight.level_clip,
     )
 
 

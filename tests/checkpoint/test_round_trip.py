@@ -1,6 +1,7 @@
 """What is saved comes back, bit for bit, and the same is saved as the same bytes."""
 
 import dataclasses
+import json
 import math
 import os
 import subprocess
@@ -40,6 +41,17 @@ def test_restored_logits_are_bit_identical(tmp_path: Path, quantized: bool, dtyp
     assert (manifest.fingerprint, manifest.dtype) == (fingerprint, jnp.dtype(dtype).name)
     assert (manifest.recipe, manifest.config) == ({"name": "by hand"}, CONFIG)
     assert os.listdir(tmp_path) == ["a"], "nothing is left beside it"
+
+
+def test_a_level_clip_is_written_where_there_is_one(tmp_path: Path) -> None:
+    """Without one a weight is written as it was before there were any, so that old artifacts keep their bytes."""
+    checkpoint.save(tmp_path / "a", build(random_params()))
+    packed = json.loads((tmp_path / "a" / "arrays" / "model.layers.0.json").read_text())["packed"]
+    assert packed["model.layers.0.self_attn.o_proj.weight"]["level_clip"] == [17, 1]
+    assert "level_clip" not in packed["model.layers.0.self_attn.q_proj.weight"]
+    restored = dotted(checkpoint.restore_params(tmp_path / "a"))["model.layers.0.self_attn.o_proj.weight"]
+    assert (restored.level_clip, restored.levels, restored.lowest) == ((17, 1), 17, 1)
+    assert type(restored.level_clip) is tuple
 
 
 def test_each_array_keeps_its_own_dtype(tmp_path: Path) -> None:

@@ -34,6 +34,7 @@ def pack(
     outliers: int = 2,
     dtype: Any = jnp.float16,
     group: str | None = None,
+    level_clip: tuple[int, int] | None = None,
 ) -> QuikWeight:
     """A valid packed `[N, K]` weight of random numbers. NumPy converts, so that nothing is compiled."""
     n, k = shape
@@ -52,18 +53,21 @@ def pack(
         in_axes=(1,),
         base=base,
         group=group,
+        level_clip=level_clip,
     )
 
 
 def random_params(
     seed: int = 0, *, packed: bool = True, dtype: Any = jnp.float32, config: dict[str, Any] = CONFIG
 ) -> dict[str, Any]:
-    """Parameters of the tiny model by full name; with `packed`, its linear layers in QUIK format, down_proj in 8 bits."""
+    """Parameters of the tiny model by full name; with `packed`, its linear layers in QUIK format, down_proj in 8 bits, o_proj
+    with a level clip."""
     rng = np.random.default_rng(seed)
     params: dict[str, Any] = {}
     for path, leaf in dotted(pure_params(abstract_model(config, dtype))).items():
         if packed and "proj" in path:
-            params[path] = pack(rng, leaf.shape, bits=8 if "down_proj" in path else 4)
+            clip = (17, 1) if "o_proj" in path else None
+            params[path] = pack(rng, leaf.shape, bits=8 if "down_proj" in path else 4, level_clip=clip)
         else:
             params[path] = jnp.asarray(rng.normal(size=leaf.shape).astype(leaf.dtype))
     return params

@@ -26,9 +26,9 @@ def activations(rows: int, k: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("carrier", [jnp.int8, jnp.bfloat16])
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(("bits", "clip"), [(4, None), (8, None), (4, (17, 1))])
 @pytest.mark.parametrize(("k", "outliers"), [(20, 3), (33, 0), (17, 17), (576, 36), (129, 1)])
-def test_integers_are_the_references(bits: int, k: int, outliers: int, carrier: type) -> None:
+def test_integers_are_the_references(bits: int, clip: tuple[int, int] | None, k: int, outliers: int, carrier: type) -> None:
     rng = np.random.default_rng(0)
     base, n = k - outliers, 24
     columns = jnp.asarray(rng.permutation(k), jnp.int32)
@@ -36,8 +36,8 @@ def test_integers_are_the_references(bits: int, k: int, outliers: int, carrier: 
     qweight = jnp.asarray(rng.integers(-high, high, (n, base)), jnp.int4 if bits == 4 else jnp.int8)
     x = jnp.asarray(activations(9, k))
     for wrap in (lambda f: f, jax.jit):
-        expected = wrap(lambda x: reference.split_quantize(x, columns, base, bits))(x)
-        found = wrap(lambda x: cpu.split_quantize(x, columns, base, bits, carrier))(x)
+        expected = wrap(lambda x: reference.split_quantize(x, columns, base, bits, clip))(x)
+        found = wrap(lambda x: cpu.split_quantize(x, columns, base, bits, carrier, clip))(x)
         assert found.codes.dtype == carrier
         for name in ("outliers", "scale", "zero"):
             np.testing.assert_array_equal(getattr(found, name), getattr(expected, name), err_msg=name)
@@ -68,8 +68,10 @@ def test_bfloat16_sums_are_exact(k: int, widths: tuple[int, int], extreme: bool,
 
 @pytest.mark.parametrize("bfloat16", [False, True])
 @pytest.mark.parametrize("rows", [300, 512])
-@pytest.mark.parametrize("bits", [4, 8])
-def test_the_xla_backend_gives_the_same_either_way(bits: int, rows: int, bfloat16: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("bits", "clip"), [(4, (19, 2)), (8, None)])
+def test_the_xla_backend_gives_the_same_either_way(
+    bits: int, clip: tuple[int, int] | None, rows: int, bfloat16: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rng = np.random.default_rng(1)
     columns = jnp.asarray(rng.permutation(40), jnp.int32)
     codes = jnp.asarray(rng.integers(-(2 ** (bits - 1)), 2 ** (bits - 1), (24, 36)), jnp.int8)
@@ -83,6 +85,7 @@ def test_the_xla_backend_gives_the_same_either_way(bits: int, rows: int, bfloat1
         base=36,
         inputs=40,
         outputs=24,
+        level_clip=clip,
     )
     weights = [packed, dataclasses.replace(packed, scale=scale * 2)]
     biases = [None, jnp.asarray(rng.normal(size=24), jnp.float32)]

@@ -30,8 +30,12 @@ def _parameters(producer: api.Producer, inputs: int) -> tuple[jnp.ndarray, ...]:
 
 @pytest.mark.parametrize("producer", PRODUCERS, ids=lambda p: type(p).__name__)
 @pytest.mark.parametrize(
-    ("rows", "inputs", "outliers", "bits", "tiles"),
-    [(3, 576, 36, 4, SplitTiles(2, 1)), (2, 2048, 0, 8, SplitTiles(1, 3)), (1, 1536, 300, 4, SplitTiles(1, 8))],
+    ("rows", "inputs", "outliers", "bits", "tiles", "clip"),
+    [
+        (3, 576, 36, 4, SplitTiles(2, 1), (17, 1)),
+        (2, 2048, 0, 8, SplitTiles(1, 3), None),
+        (1, 1536, 300, 4, SplitTiles(1, 8), None),
+    ],
 )
 def test_split(
     monkeypatch: pytest.MonkeyPatch,
@@ -41,12 +45,13 @@ def test_split(
     outliers: int,
     bits: int,
     tiles: SplitTiles,
+    clip: tuple[int, int] | None,
 ) -> None:
     """Codes, outliers, scale and zero bit for bit; behind a norm or SiLU at most one code in a thousand one step off."""
     columns = jnp.asarray(np.random.default_rng(rows).permutation(inputs), jnp.int32)
     tensors = tuple(kernel_cases.tokens(i, (rows, inputs)) for i in range(producer.inputs))
     arguments = (tensors, columns, inputs - outliers, bits)
-    keywords: dict[str, Any] = {"producer": producer, "parameters": _parameters(producer, inputs)}
+    keywords: dict[str, Any] = {"producer": producer, "parameters": _parameters(producer, inputs), "clip": clip}
     want = api.split_quantize(*arguments, **keywords, backend="xla")
     monkeypatch.setattr(tuned, "split_tiles", lambda *_: (tiles, True))
     with running(monkeypatch):

@@ -46,7 +46,7 @@ NORM, LAYER_NORM, SILU = RmsNorm(1e-5), LayerNorm(1e-5), SiluMul()
 SPLITS = [
     Split(3, 576, 36, 4, Identity(), S(2, 1)),
     Split(1, 8, 0, 8, Identity(), S(1, 1)),
-    Split(2, 1384, 84, 4, Identity(), S(1, 1)),
+    Split(2, 1384, 84, 4, Identity(), S(1, 1), clip=(17, 1)),
     Split(1, 8192, 512, 4, Identity(), S(1, 8)),
     Split(130, 264, 256, 8, Identity(), S(2, 1)),
     Split(2, 576, 36, 4, Identity(), S(1, 1), F16),

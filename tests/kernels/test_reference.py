@@ -1,5 +1,7 @@
 """The definition itself against NumPy: codes and accumulators bit for bit, results against float64."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import kernel_cases
@@ -11,16 +13,19 @@ from hypothesis.extra import numpy as hnp
 
 from quikjax.pallas_kernels import api, reference
 
+CLIPS = [(15, 0), (16, 0), (16, 1), (17, 1), (19, 2)]
 
-def quantize_in_numpy(x: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The quantizer of `quik.md` section 3, one IEEE float32 operation after the other."""
-    levels = 2**bits - 1
+
+def quantize_in_numpy(x: np.ndarray, bits: int, clip: tuple[int, int] | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The quantizer of the module's equations, one IEEE float32 operation after the other."""
+    levels, lowest = clip or (2**bits - 1, 0)
     x = np.asarray(x, np.float32)
-    zero, top = x.min(-1), x.max(-1)
+    low, top = x.min(-1), x.max(-1)
     with np.errstate(under="ignore", over="ignore", invalid="ignore"):
-        scale = np.maximum((top - zero) * np.float32(1 / levels), np.float32(1e-30))
-        steps = np.rint((x - zero[..., None]) * (np.float32(1) / scale)[..., None])
-    return (np.clip(steps, 0, levels) - 2 ** (bits - 1)).astype(np.int8), scale, zero
+        scale = np.maximum((top - low) * np.float32(1 / levels), np.float32(1e-30))
+        steps = np.rint((x - low[..., None]) * (np.float32(1) / scale)[..., None])
+        codes = (np.clip(steps, lowest, lowest + 2**bits - 1) - lowest - 2 ** (bits - 1)).astype(np.int8)
+        return codes, scale, low + np.float32(lowest) * scale
 
 
 def assert_same_split(x: np.ndarray, bits: int) -> None:
@@ -90,6 +95,37 @@ def test_any_finite_input_is_numpys_and_decodes_within_half_a_step(x: np.ndarray
     assert (np.abs(back - x) <= slack).all()
 
 
+@settings(max_examples=40, deadline=None)
+@given(
+    x=hnp.arrays(np.float32, (3, 21), elements=st.floats(-1e6, 1e6, width=32, allow_subnormal=False)),
+    clip=st.sampled_from(CLIPS),
+)
+def test_a_level_clip_is_numpys_and_decodes_to_the_nearest_level(x: np.ndarray, clip: tuple[int, int]) -> None:
+    """Against float64: what a code decodes to is the nearest of the 16 levels there are, up to rounding at a boundary."""
+    found = reference.quantize_activations(jnp.asarray(x), 4, clip)
+    for got, expected in zip(found, quantize_in_numpy(x, 4, clip), strict=True):
+        np.testing.assert_array_equal(np.asarray(got), expected)
+    codes, scale, zero = (np.asarray(part, np.float64)[..., None] for part in found)
+    back = (codes[..., 0] + 8) * scale + zero
+    wide = x.astype(np.float64)
+    step = np.maximum((wide.max(-1) - wide.min(-1)) / clip[0], 1e-30)[:, None]
+    grid = wide.min(-1)[:, None, None] + np.arange(clip[1], clip[1] + 16) * step[..., None]
+    nearest = np.abs(grid - wide[..., None]).min(-1)
+    assert (np.abs(back - wide) <= nearest + 1e-4 * step + 1e-6 * np.abs(wide).max()).all()
+
+
+def test_the_whole_range_is_the_level_clip_of_todays_numbers() -> None:
+    x = kernel_cases.tokens(4, (5, 64), jnp.float32)
+    for a, b in zip(reference.quantize_activations(x, 4), reference.quantize_activations(x, 4, (15, 0)), strict=True):
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+
+@pytest.mark.parametrize(("bits", "clip"), [(8, (16, 0)), (4, (14, 0)), (4, (15, 1)), (4, (19, 3)), (4, (16, -1))])
+def test_level_clips_that_cannot_be(bits: int, clip: tuple[int, int]) -> None:
+    with pytest.raises(ValueError, match=f"{bits}-bit activations cannot have the level clip"):
+        reference.checked_level_clip(bits, clip)
+
+
 @settings(max_examples=25, deadline=None)
 @given(shape=st.sampled_from([(1, 300, 7), (2, 1, 40), (5, 129, 33)]), bits=st.sampled_from([4, 8]), seed=st.integers(0, 999))
 def test_accumulators_are_exact(shape: tuple[int, int, int], bits: int, seed: int) -> None:
@@ -121,7 +157,7 @@ def layer_in_numpy(x: np.ndarray, packed: api.Packed, bias: np.ndarray | None, b
     scale, outliers = np.asarray(packed.scale, np.float64), np.asarray(packed.outliers, np.float64)
     parts = []
     if base:
-        codes, s, z = quantize_in_numpy(x_base, bits)
+        codes, s, z = quantize_in_numpy(x_base, bits, packed.level_clip)
         s, z = s.astype(np.float64), z.astype(np.float64)
         parts.append((codes.astype(np.int64) @ q.T) * s[..., None] * scale)
         parts.append((z + 2 ** (bits - 1) * s)[..., None] * np.asarray(packed.reduced, np.float64))
@@ -133,12 +169,13 @@ def layer_in_numpy(x: np.ndarray, packed: api.Packed, bias: np.ndarray | None, b
     return np.asarray(sum(parts)), np.asarray(magnitude)
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(("bits", "clip"), [(4, None), (8, None), (4, (17, 1))])
 @pytest.mark.parametrize("outliers", [0, 1, 36, 96, 256], ids=lambda o: f"{o}-outliers")
 @pytest.mark.parametrize("batch", [(1,), (2, 3), (17,)])
-def test_layer_against_float64(bits: int, outliers: int, batch: tuple[int, ...]) -> None:
+def test_layer_against_float64(bits: int, clip: tuple[int, int] | None, outliers: int, batch: tuple[int, ...]) -> None:
     """Float32 epilogue: within 32 roundings of the magnitudes added. 256 of 256 columns is the layer without a base."""
     packed = kernel_cases.weight(outliers, 40, 256, outliers, bits)
+    packed = dataclasses.replace(packed, level_clip=clip and clip)
     x = kernel_cases.tokens(2, (*batch, 256), jnp.float32)
     bias = jnp.asarray(np.random.default_rng(3).normal(size=40), jnp.float32)
     (y,) = api.linears((x,), [packed], [bias], bits, backend="xla")

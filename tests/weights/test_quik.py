@@ -51,9 +51,9 @@ def slow_linear(x: np.ndarray, w: QuikWeight, bias: np.ndarray | None) -> np.nda
             y[m] = (q_w @ x_base.astype(np.float64)) * s_w
         elif base:
             z = x_base.min()
-            s = max((x_base.max() - z) * np.float32(1 / (2**b - 1)), np.float32(1e-30))
-            h = 2 ** (b - 1)
-            q = np.clip(np.round((x_base - z) * (np.float32(1) / s)), 0, 2**b - 1) - h
+            s = max((x_base.max() - z) * np.float32(1 / w.levels), np.float32(1e-30))
+            h = w.lowest + 2 ** (b - 1)
+            q = np.clip(np.round((x_base - z) * (np.float32(1) / s)), w.lowest, w.lowest + 2**b - 1) - h
             y[m] = (q_w @ q) * s * s_w + (np.float64(z) + h * np.float64(s)) * s_w * q_w.sum(axis=1)
         y[m] += np.asarray(w.outliers, np.float64) @ x_out
     return y if bias is None else y + bias
@@ -70,6 +70,21 @@ def test_linear_is_its_equation(bits: int, activation_bits: int, outliers: int) 
         y = function(jnp.asarray(x), w, jnp.asarray(bias))
         np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(linear(jnp.asarray(x).reshape(7, 1, 20), w)[:, 0], slow_linear(x, w, None), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("clip", [(15, 0), (16, 1), (17, 1), (19, 2)])
+def test_a_level_clip_changes_the_equations_constants_and_no_gradient(clip: tuple[int, int]) -> None:
+    plain = packed()
+    w = dataclasses.replace(plain, level_clip=clip)
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(7, 20)), jnp.float32)
+    for function in (linear, jax.jit(linear)):
+        np.testing.assert_allclose(function(x, w), slow_linear(np.asarray(x), w, None), rtol=1e-5, atol=1e-5)
+    same = np.array_equal(linear(x, w), linear(x, plain))
+    assert same == (clip == (15, 0))
+    slopes = [jax.grad(lambda x, weight=weight: jnp.sum(jnp.sin(linear(x, weight))))(x) for weight in (w, plain)]
+    expected = np.cos(np.asarray(linear(x, w))) @ np.asarray(dequantize(w))
+    np.testing.assert_allclose(slopes[0], expected, rtol=1e-4, atol=1e-4)
+    np.testing.assert_array_equal(dequantize(w), dequantize(plain))
 
 
 def test_linear_is_close_to_the_dequantized_product() -> None:
@@ -143,6 +158,9 @@ def test_size_counts_everything() -> None:
         ({"reduced": jnp.ones(12)}, "reduced is not scale times"),
         ({"version": 2}, "format 2"),
         ({"activation_bits": 5}, "W4A5"),
+        ({"level_clip": (15, 1)}, r"layer: 4-bit activations cannot have the level clip \(15, 1\)"),
+        ({"level_clip": (17, 1), "activation_bits": 8}, "8-bit activations cannot have the level clip"),
+        ({"level_clip": (17, 1), "activation_bits": 16}, "not 16"),
     ],
 )
 def test_the_validator_names_what_is_wrong(change: dict[str, object], message: str) -> None:

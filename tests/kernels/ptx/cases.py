@@ -58,11 +58,13 @@ class Split:
     producer: api.Producer
     tiles: SplitTiles
     dtype: Any = BFLOAT16
+    clip: tuple[int, int] | None = None
 
     def __str__(self) -> str:
         name = type(self.producer).__name__
         kind = np.dtype(self.dtype).name
-        return f"{self.rows}x{self.inputs}-o{self.outliers}-a{self.bits}-{name}-{self.tiles.rows}x{self.tiles.warpgroups}-{kind}"
+        tiles = f"{self.tiles.rows}x{self.tiles.warpgroups}" + (f"-L{self.clip[0]}l{self.clip[1]}" if self.clip else "")
+        return f"{self.rows}x{self.inputs}-o{self.outliers}-a{self.bits}-{name}-{tiles}-{kind}"
 
 
 class ProductRun:
@@ -184,7 +186,7 @@ class SplitRun:
         self.padded[self.padded_base : self.padded_base + case.outliers] = columns[base:]
         reason = split.why_not(k, self.padded_base, len(self.padded) - self.padded_base, case.dtype, producer, case.tiles)
         assert reason is None, reason
-        self.want = _reference_split(tuple(self.tensors), tuple(self.norm), columns, base, case.bits, producer)
+        self.want = _reference_split(tuple(self.tensors), tuple(self.norm), columns, base, case.bits, producer, case.clip)
         self.compiled = self._compile()
 
     def _compile(self) -> CompiledKernel:
@@ -202,6 +204,7 @@ class SplitRun:
                 parameters=norm,
                 tiles=case.tiles,
                 row_padding=matmul.LONGEST_ROWS,
+                clip=case.clip,
             )
 
         return compile_kernel(function, *shapes([*self.tensors, self.padded, *self.norm]))
@@ -245,9 +248,11 @@ class SplitRun:
         return found
 
 
-@functools.partial(jax.jit, static_argnames=("base", "bits", "producer"))
-def _reference_split(tensors: Any, norm: Any, columns: Any, base: int, bits: int, producer: api.Producer) -> reference.Split:
-    return reference.split_quantize(producer(*tensors, *norm), columns, base, bits)
+@functools.partial(jax.jit, static_argnames=("base", "bits", "producer", "clip"))
+def _reference_split(
+    tensors: Any, norm: Any, columns: Any, base: int, bits: int, producer: api.Producer, clip: Any
+) -> reference.Split:
+    return reference.split_quantize(producer(*tensors, *norm), columns, base, bits, clip)
 
 
 # JAX compiles a kernel once in a process: a second time there is no PTX to be seen.
