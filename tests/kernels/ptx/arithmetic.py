@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ptx import values
-from ptx.parser import Fault, Instruction, Kernel, members
+from ptx.parser import Fault, Instruction, Kernel, Unknown, members
 from ptx.values import LANES, THREAD, TYPES, UNSIGNED, reader, writer
 
 Operation = Callable[[Any, np.ndarray | None], Any]
@@ -259,7 +259,7 @@ def _table(expression: str) -> int:
                 return value(left) | value(right)
             case ast.BinOp(left, ast.BitXor(), right):
                 return value(left) ^ value(right)
-        raise Fault(f"unknown table {expression}")
+        raise Unknown(f"unknown table {expression}")
 
     return value(ast.parse(expression, mode="eval")) & 255
 
@@ -343,7 +343,7 @@ def shuffle(instruction: Instruction, kernel: Kernel) -> Operation:
     store = writer(instruction.operands[0].split("|")[0].strip(), kernel)
     read, distance = reader(instruction.operands[1], "b32", kernel), reader(instruction.operands[2], "u32", kernel)
     if mode not in ("bfly", "idx"):
-        raise Fault(f"unknown shuffle {instruction.text}")
+        raise Unknown(f"unknown shuffle {instruction.text}")
 
     def run(group: Any, mask: np.ndarray | None) -> None:
         by = distance(group).astype(np.int64)

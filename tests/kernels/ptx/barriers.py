@@ -12,7 +12,7 @@ import numpy as np
 
 from ptx.arithmetic import Operation
 from ptx.memory import CLUSTER_WINDOW, address_reader
-from ptx.parser import Fault, Instruction, Kernel
+from ptx.parser import Fault, Instruction, Kernel, Unknown
 from ptx.values import LANES, reader, writer
 
 STALL = object()
@@ -126,7 +126,7 @@ def mbarrier(instruction: Instruction, kernel: Kernel) -> Operation:
     """`mbarrier.init`, `.arrive` with or without `.expect_tx`, `.try_wait.parity`."""
     builders = {"init": _initialize, "arrive": _arrive, "try_wait": _wait}
     if instruction.parts[1] not in builders:
-        raise Fault(f"unknown instruction: {instruction.text}")
+        raise Unknown(f"unknown instruction: {instruction.text}")
     return builders[instruction.parts[1]](instruction, kernel)
 
 
@@ -170,7 +170,7 @@ def cluster_barrier(instruction: Instruction, kernel: Kernel) -> Operation:
     """`barrier.cluster.arrive` and `.wait`. Relaxed: it orders barriers' initialization, which a fence precedes, and no data."""
     if instruction.parts[2] == "arrive":
         if "relaxed" not in instruction.parts:
-            raise Fault(f"unknown instruction: {instruction.text}")
+            raise Unknown(f"unknown instruction: {instruction.text}")
 
         def arrive(group: Any, mask: np.ndarray | None) -> None:
             group.arrivals += 1

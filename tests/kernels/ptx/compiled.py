@@ -17,7 +17,7 @@ from jax.experimental.mosaic.gpu import core, launch_context
 
 from ptx.copies import TensorMap
 from ptx.machine import Machine, Timing
-from ptx.parser import Fault, Kernel, parse
+from ptx.parser import Fault, Kernel, Unknown, parse
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +118,7 @@ def _tensor_map(context: Any, ref: Any, transforms: Any, box: Any, swizzle: Any)
             kept = [i for i in range(len(shape)) if i not in dropped]
             shape, strides = [shape[i] for i in kept], [strides[i] for i in kept]
         else:
-            raise Fault(f"a transform this does not know: {name}")
+            raise Unknown(f"a transform this does not know: {name}")
     bits = {"i4": 4, "i8": 8, "bf16": 16, "f16": 16, "f32": 32, "i32": 32}[str(kind.element_type)]
     lengths = list(box)
     if bits == 4:

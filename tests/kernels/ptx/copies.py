@@ -14,7 +14,7 @@ import numpy as np
 from ptx.arithmetic import Operation
 from ptx.barriers import find
 from ptx.memory import CLUSTER_WINDOW, address_reader, local_shared
-from ptx.parser import Fault, Instruction, Kernel, members
+from ptx.parser import Fault, Instruction, Kernel, Unknown, members
 from ptx.values import LANES, TYPES, reader, writer
 
 _MASKS = {16: 0, 32: 1, 64: 3, 128: 7}
@@ -69,7 +69,7 @@ def tensor_copy(instruction: Instruction, kernel: Kernel) -> Operation:
     source = instruction.operands[1] if loads else instruction.operands[0]
     tensor = re.fullmatch(r"\[\s*(\S+?)\s*,\s*\{(.*?)\}\s*\]", source)
     if tensor is None:
-        raise Fault(f"unknown instruction: {instruction.text}")
+        raise Unknown(f"unknown instruction: {instruction.text}")
     descriptor = reader(tensor[1], "u64", kernel)
     coordinates = [reader(part.strip(), "s32", kernel) for part in tensor[2].split(",")]
     shared = address_reader(instruction.operands[0 if loads else 1], kernel)
@@ -161,7 +161,7 @@ def bulk(instruction: Instruction, kernel: Kernel) -> Operation:
         return tensor_copy(instruction, kernel)
     if instruction.parts[3] in ("commit_group", "wait_group"):
         return bulk_group(instruction, kernel)
-    raise Fault(f"unknown instruction: {instruction.text}")
+    raise Unknown(f"unknown instruction: {instruction.text}")
 
 
 def store_async(instruction: Instruction, kernel: Kernel) -> Operation:

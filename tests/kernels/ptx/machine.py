@@ -16,12 +16,12 @@ import numpy as np
 from ptx import arithmetic, barriers, copies, memory, tensor_core
 from ptx.barriers import STALL
 from ptx.memory import WARPS, Global, Knowledge, Shared
-from ptx.parser import Fault, Instruction, Kernel
+from ptx.parser import Fault, Instruction, Kernel, Unknown
 from ptx.tensor_core import Product
 from ptx.values import LANES, PARAMETER_BASE, PARAMETER_STEP, UNSIGNED, reader
 
 _TURNS = (3, 20, 100, 400)  # instructions a group runs before another has its turn
-_NOTHING = ("setmaxnreg", "nanosleep", "griddepcontrol")
+_NOTHING = ("setmaxnreg", "nanosleep", "prefetch")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,11 +51,11 @@ def _build(instruction: Instruction, kernel: Kernel) -> Callable[[Any], Any]:
     elif instruction.opcode.startswith("barrier.cluster"):
         builder = barriers.cluster_barrier
     if builder is None:
-        raise Fault(f"unknown instruction: {instruction.text}")
+        raise Unknown(f"unknown instruction: {instruction.text}")
     try:
         run = builder(instruction, kernel)
     except KeyError as unknown:
-        raise Fault(f"unknown instruction, for {unknown}: {instruction.text}") from unknown
+        raise Unknown(f"unknown instruction, for {unknown}: {instruction.text}") from unknown
     if guard is None:
         if name not in arithmetic.BUILDERS:
             return lambda group: run(group, None)

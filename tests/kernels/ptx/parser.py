@@ -7,7 +7,11 @@ _WIDTHS = {"pred": 1, "b8": 8, "b16": 16, "b32": 32, "b64": 64, "u16": 16, "u32"
 
 
 class Fault(Exception):
-    """The program does what the machine does not define, or what this interpreter does not know."""
+    """The program does what the machine does not define."""
+
+
+class Unknown(Exception):
+    """The program uses what this interpreter does not know: it has to be taught."""
 
 
 @dataclasses.dataclass(frozen=True)

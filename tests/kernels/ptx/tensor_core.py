@@ -14,7 +14,7 @@ import numpy as np
 
 from ptx.arithmetic import Operation
 from ptx.copies import swizzled
-from ptx.parser import Fault, Instruction, Kernel, members
+from ptx.parser import Fault, Instruction, Kernel, Unknown, members
 from ptx.values import LANES, THREAD, from_bfloat16, reader
 
 _SWIZZLE = {1: 128, 2: 64, 3: 32}
@@ -25,7 +25,7 @@ def _operand(block: Any, descriptor: int, rows: int, width: int, known: np.ndarr
     """`rows x width` bytes, K-major, from a matrix descriptor (9.7.15.5.1.2): groups of eight rows, a swizzle's bytes a row."""
     mode = descriptor >> 62 & 3
     if mode not in _SWIZZLE or descriptor >> 49 & 7:
-        raise Fault("a matrix without a swizzle, or with a base offset: not what these kernels use")
+        raise Unknown("a matrix without a swizzle, or with a base offset: not what these kernels use")
     swizzle = _SWIZZLE[mode]
     start, stride = (descriptor & 0x3FFF) << 4, (descriptor >> 32 & 0x3FFF) << 4
     if start >> 7 & (swizzle // 16 - 1):
@@ -87,12 +87,12 @@ def mma_async(instruction: Instruction, kernel: Kernel) -> Operation:
     shape = next((found for part in parts if (found := re.fullmatch(r"m64n(\d+)k(\d+)", part))), None)
     sums, kind, other = parts[-3:]
     if shape is None or kind != other or (sums, kind) not in (("s32", "s8"), ("f32", "bf16"), ("f32", "f16")):
-        raise Fault(f"unknown product: {instruction.text}")
+        raise Unknown(f"unknown product: {instruction.text}")
     columns, width = int(shape[1]), int(shape[2]) * (1 if kind == "s8" else 2)
     accumulator, first, second, onto, *rest = instruction.operands
     expected = [] if kind == "s8" else ["1", "1", *["0"] * (1 if first.startswith("{") else 2)]
     if rest != expected:
-        raise Fault(f"a product with negated or transposed operands {rest}: {instruction.text}")
+        raise Unknown(f"a product with negated or transposed operands {rest}: {instruction.text}")
     targets = [kernel.registers[name] for name in members(accumulator)]
     sources = [kernel.registers[name] for name in members(first)] if first.startswith("{") else []
     if len(set(targets)) != columns // 2 or set(targets) & set(sources):
@@ -156,7 +156,7 @@ def wgmma(instruction: Instruction, kernel: Kernel) -> Operation:
     if what == "wait_group":
         left = int(instruction.operands[0])
         return lambda group, mask: group.wait(left)
-    raise Fault(f"unknown instruction: {instruction.text}")
+    raise Unknown(f"unknown instruction: {instruction.text}")
 
 
 BUILDERS = {"wgmma": wgmma}

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ptx.parser import Fault, Kernel
+from ptx.parser import Fault, Kernel, Unknown
 
 LANES = 128
 THREAD = np.arange(LANES)
@@ -97,7 +97,7 @@ def reader(operand: str, kind: str, kernel: Kernel) -> Read:
     if operand in _SPECIAL:
         special = _SPECIAL[operand]
         return lambda group: np.broadcast_to(special(group), (LANES,)).astype(dtype)
-    raise Fault(f"unknown operand {operand!r}")
+    raise Unknown(f"unknown operand {operand!r}")
 
 
 _SPECIAL: dict[str, Callable[[Any], Any]] = {
@@ -141,7 +141,7 @@ def writer(name: str, kernel: Kernel) -> Write:
     if name == "_":
         return _thrown_away
     if name not in kernel.registers:
-        raise Fault(f"unknown register {name!r}")
+        raise Unknown(f"unknown register {name!r}")
     number, width = kernel.registers[name], kernel.widths[kernel.registers[name]]
     unsigned = UNSIGNED[width]
 
