@@ -74,7 +74,7 @@ class Results:
 
     @property
     def wrong(self) -> list[str]:
-        """What the correctness section found wrong."""
+        """Names of the cases that the correctness section found wrong."""
         return [row["name"] for row in self.rows if row["section"] == "correctness" and "failed" in row]
 
 

@@ -1,4 +1,4 @@
-"""What the benchmark measures, section by section, in a process that holds the GPU: cases by name, each giving rows."""
+"""The benchmark's measurements, section by section, in a process that holds the GPU: cases by name, each giving rows."""
 
 import functools
 import platform
@@ -24,7 +24,7 @@ FORMATS = ((4, 4), (8, 8), (4, 8), (4, 16))
 
 
 class Run:
-    """What every case needs: the device, the clock, the ceilings measured before, and where its rows go."""
+    """The things every case needs: the device, the clock, the ceilings measured before, and where its rows go."""
 
     def __init__(self, given: Mapping[str, Any]):
         self.dry, self.backend = bool(given["dry"]), str(given["backend"])
@@ -341,7 +341,7 @@ def _ideal_prefill(run: Run, built: gpu_model.Model, rows: int) -> float | None:
 
 
 def _shares(run: Run, fields: Mapping[str, Any], whole: float, rows: int) -> None:
-    """Where prefill's time goes: each part timed alone at its shape, times the number of layers; the rest is what is left."""
+    """Split prefill's time: each part timed alone at its shape, times the number of layers; the rest is what is left."""
     hidden, layers = fields["hidden_size"], fields["num_hidden_layers"]
     parts = {"split": 0.0, "integer product": 0.0, "outlier product": 0.0}
     for spec in MODELS["llama-2-7b"]:
@@ -409,7 +409,7 @@ WITH_GRAPHS = ("model", "torch")
 
 
 def runner(section: str, given: Mapping[str, Any]) -> Callable[[str, Callable[[Row], None]], None]:
-    """What runs one case of a section in this process."""
+    """The function that runs one case of a section in this process."""
     run, function = Run(given), SECTIONS[section][0]
 
     def case(name: str, emit: Callable[[Row], None]) -> None:

@@ -55,7 +55,7 @@ TARGETS = [
 
 
 def split_candidates(rows: int, inputs: int, outliers: int, producer: Producer) -> list[SplitTiles]:
-    """Every tiling that the kernel takes: one to four rows a block, one to eight warpgroups."""
+    """Every tiling that the kernel takes: one to four rows a thread block, one to eight warpgroups."""
     base, padded = layout.round_up(inputs - outliers, layout.COLUMN_TILE), layout.round_up(outliers, layout.COLUMN_TILE)
     tilings = [SplitTiles(r, w) for r, w in itertools.product((1, 2, 4), range(1, 9)) if r <= rows]
     return [t for t in tilings if split_kernel.why_not(inputs, base, padded, jnp.bfloat16, producer, t) is None]

@@ -177,7 +177,7 @@ def _reference_product(split: Split, packed: Packed, bias: Any, bits: int) -> ja
 
 @dataclasses.dataclass(frozen=True)
 class _Call:
-    """What one call of `linears` is specialized to; hashable, so that JAX caches by it."""
+    """The static arguments that one call of `linears` is specialized to; hashable, so that JAX caches by it."""
 
     bits: int
     producer: Producer

@@ -28,7 +28,7 @@ Leaf = Any
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Weight:
-    """What both forms hold. Data: `qweight` int4 or int8, `scale` and `reduced` float32, `outliers` 16-bit, `columns` int32.
+    """The fields of both forms. Data: `qweight` int4 or int8, `scale` and `reduced` float32, `outliers` 16-bit, `columns` int32.
 
     Static: the true numbers of base columns, `inputs` (`K`) and `outputs` (`N`); `level_clip`, the level clip of the activations
     it is multiplied by.
@@ -69,7 +69,7 @@ class TileSplit(NamedTuple):
     """Split activations in tile form: rows up to 8 (scale and zero: up to 256), base and outlier columns up to 256.
 
     `tokens`: int8 codes `[M, B]` with float32 `scale` and `zero` `[M]`, or 16-bit base columns without; `outliers` 16-bit
-    `[M, O]`, or None where there are none. What padding holds is never looked at, or meets zeros in the weight.
+    `[M, O]`, or None where there are none. Padding holds anything: it is never looked at, or meets zeros in the weight.
     """
 
     tokens: jax.Array

@@ -14,11 +14,11 @@ not drain between the two products nor between tiles: both walk one sequence of 
 the next tile's weights while the epilogue runs. A compute warpgroup widens the weights of its next step while the tensor core
 multiplies those of this one, where the registers hold both; otherwise one warpgroup widens while the other multiplies.
 
-Many rows: a persistent grid, a block per multiprocessor, walks the tiles along `n` within strips of `m`, so that neighbouring
+Many rows: a persistent grid, a thread block per multiprocessor, walks the tiles along `n` within strips of `m`, so that neighbouring
 blocks read the same activations out of L2.
 
 Few rows (`m` <= 64): the weights are the traffic, and there are too few tiles along `n` to keep every multiprocessor
-streaming. A cluster of `splits` blocks then shares one tile and takes the steps along K in turns:
+streaming. A cluster of `splits` thread blocks then shares one tile and takes the steps along K in turns:
 
     part 0 (leader)   steps 0, S, 2S, ...   adds the others' int32 sums (exact in any order), epilogue, its outlier steps,
     part p            steps p, p + S, ...   then the others' float32 outlier sums in the order of p: always the same bits
@@ -53,9 +53,9 @@ _COMPUTE_REGISTERS = 232
 
 @dataclasses.dataclass(frozen=True)
 class MatmulTiles:
-    """A warpgroup's tile is `n x m`; a block holds two of them along `n`, and a ring of `stages` slots.
+    """A warpgroup's tile is `n x m`; a thread block holds two of them along `n`, and a ring of `stages` slots.
 
-    `strip`: how many tiles along `m` are walked together for each tile along `n`. `splits`: blocks that share a tile along K.
+    `strip`: how many tiles along `m` are walked together for each tile along `n`. `splits`: thread blocks that share a tile along K.
     """
 
     n: int = 128
@@ -72,7 +72,7 @@ def default_tiles(rows: int, outputs: int, base: int, weight_bits: int, bits: in
         blocks = math.ceil(outputs / (COMPUTE * 64))
         # Each part keeps four steps, and the others' sums fit beside the ring.
         possible = [s for s in (1, 2, 3, 4) if s == 1 or (base // K_STEP >= 4 * s and (s - 1) * m <= 64)]
-        # A block has its multiprocessor to itself, so what counts is whole waves of blocks, each 1/s of a tile long.
+        # A thread block has its multiprocessor to itself, so what counts is whole waves of them, each 1/s of a tile long.
         splits = min(possible, key=lambda s: (math.ceil(blocks * s / cores) / s, s))
         tiles = MatmulTiles(64, m, 8, 1, splits)
     else:
@@ -155,7 +155,7 @@ def allocated_outputs(outputs: int) -> int:
     """Columns that `y` is allocated with: whole pieces of 64, which the copy engine stores, and two at least.
 
     With one piece JAX drops the axis of pieces from the tensor map, and with it the index that says which one: the store of a
-    block's second warpgroup would land on the first piece instead of being clipped.
+    thread block's second warpgroup would land on the first piece instead of being clipped.
     """
     return max(2, -(-outputs // 64)) * 64
 
@@ -270,7 +270,7 @@ class _Operands:
 
 
 class _Walk:
-    """One block's share of a tile: where the tile is, and which steps along K are its own."""
+    """One thread block's share of a tile: the tile's place, and the steps along K that are its own."""
 
     def __init__(self, problem: _Problem, loop: plgpu.NDLoopInfo):
         tiles, splits = problem.tiles, problem.tiles.splits
@@ -460,7 +460,7 @@ def _epilogue(problem: _Problem, operands: _Operands, walk: _Walk, group: Any, s
     """The float32 tile of `y` without its outlier product."""
     tiles = problem.tiles
     shape = (tiles.n, tiles.m)
-    # The last block's second warpgroup may lie past the last row: it reads vectors that exist, its store is clipped.
+    # The last thread block's second warpgroup may lie past the last row: it reads vectors that exist, its store is clipped.
     last = operands.scale.shape[0] - tiles.n
     ours = pl.ds(jnp.minimum(walk.first_n + group * tiles.n, last), tiles.n)
     theirs = pl.ds(walk.first_m, tiles.m)

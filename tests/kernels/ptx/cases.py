@@ -228,7 +228,7 @@ class SplitRun:
         return reference.Split(codes[:m, : self.base], kept, scale[:m], zero[:m])  # type: ignore[arg-type]
 
     def problems(self, timing: Timing, compiled: CompiledKernel | None = None) -> list[str]:
-        """What differs from the definition: nothing may, but behind a norm or SiLU one code in a thousand by one step."""
+        """List what differs from the definition: nothing may, but behind a norm or SiLU one code in a thousand by one step."""
         got, want = self.run(timing, compiled), self.want
         if isinstance(self.case.producer, api.Identity):
             names = zip(reference.Split._fields, got, want, strict=True)

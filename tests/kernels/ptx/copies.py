@@ -22,7 +22,7 @@ MAP_BYTES = 128  # of a descriptor among a kernel's parameters
 
 
 def swizzled(address: np.ndarray, swizzle: int) -> np.ndarray:
-    """Where the byte at a dense address lies in a buffer with this swizzle (in bytes; 16 is none)."""
+    """The place of the byte at a dense address in a buffer with this swizzle (in bytes; 16 is none)."""
     return address ^ (((address >> 7) & _MASKS[swizzle]) << 4)
 
 

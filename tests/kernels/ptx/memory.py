@@ -27,7 +27,7 @@ _WARP = THREAD // 32
 
 
 class Knowledge:
-    """What each warp of a cluster may see of each agent's writes: `[seen or fenced, warp, agent]`."""
+    """The writes of each agent that each warp of a cluster may see: `[seen or fenced, warp, agent]`."""
 
     def __init__(self, warps: int, blocks: int):
         self.warps = warps
@@ -45,7 +45,7 @@ class Knowledge:
         return int(self.table[0, warp, warp])
 
     def release(self, rows: slice) -> np.ndarray:
-        """What these warps together know, to be joined by whoever waits; later writes of theirs are not in it."""
+        """Return what these warps together know, to be joined by whoever waits; later writes of theirs are not in it."""
         known = self.table[:, rows].max(axis=1)
         for warp in range(rows.start, rows.stop):
             self.table[0, warp, warp] += 1

@@ -1,4 +1,4 @@
-"""Machine code of a kernel: which registers of a product in flight it touches before the wait.
+"""Machine code of a kernel: the registers of a product in flight that it touches before the wait.
 
 In PTX, LLVM moves arithmetic on accumulators above `wgmma.wait_group` (`machine.Group.do_later`); only the assembler's output
 says whether it ran behind the wait. PTX goes through ptxas and nvdisasm here, and the listing is read from top to bottom: a loop
@@ -24,7 +24,7 @@ def _tool(name: str) -> Path | None:
 
 
 def missing() -> str | None:
-    """Why no machine code can be listed here, or None."""
+    """The reason why no machine code can be listed here, or None."""
     absent = [name for name in ("ptxas", "nvdisasm") if _tool(name) is None]
     return f"{' and '.join(absent)} not installed (make gpu-compile installs them)" if absent else None
 
