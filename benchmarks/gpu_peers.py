@@ -1,4 +1,4 @@
-"""The products that QUIK's kernels are compared with, in the same process and on the same shapes: XLA's own products, and PyTorch's."""
+"""The products that QUIK's kernels are compared with, in the same process, on the same shapes: XLA's own, and PyTorch's."""
 
 import dataclasses
 import functools

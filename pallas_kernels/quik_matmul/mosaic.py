@@ -14,8 +14,8 @@ not drain between the two products nor between tiles: both walk one sequence of 
 the next tile's weights while the epilogue runs. A compute warpgroup widens the weights of its next step while the tensor core
 multiplies those of this one, where the registers hold both; otherwise one warpgroup widens while the other multiplies.
 
-Many rows: a persistent grid, a thread block per multiprocessor, walks the tiles along `n` within strips of `m`, so that neighbouring
-blocks read the same activations out of L2.
+Many rows: a persistent grid, a thread block per multiprocessor, walks the tiles along `n` within strips of `m`, so that
+neighbouring ones read the same activations out of L2.
 
 Few rows (`m` <= 64): the weights are the traffic, and there are too few tiles along `n` to keep every multiprocessor
 streaming. A cluster of `splits` thread blocks then shares one tile and takes the steps along K in turns:
@@ -55,7 +55,7 @@ _COMPUTE_REGISTERS = 232
 class MatmulTiles:
     """A warpgroup's tile is `n x m`; a thread block holds two of them along `n`, and a ring of `stages` slots.
 
-    `strip`: how many tiles along `m` are walked together for each tile along `n`. `splits`: thread blocks that share a tile along K.
+    `strip`: how many tiles along `m` are walked together for each tile along `n`. `splits`: thread blocks that share a tile.
     """
 
     n: int = 128

@@ -147,7 +147,7 @@ class Group:
         return moved
 
     def known(self, which: int) -> np.ndarray:
-        """The writes that each of the four warps may see, `[warp, agent]`: by its own loads (0), through copies and products (1)."""
+        """The writes that each of the four warps may see, `[warp, agent]`: by own loads (0), through copies and products (1)."""
         return self.block.knowledge.table[which, self.rows]
 
     def undefined(self, number: int) -> np.ndarray:
