@@ -3,8 +3,8 @@
     PYTHONPATH=.venv/gpu-compile JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 python benchmarks/counted.py --models llama-2-7b --rows 1 2048
 
 needs no GPU, only what `make gpu-compile` installs. One line per layer and one per model, as a markdown table. Bytes and kernels
-follow from shapes; instructions are read from machine code; times are predicted from the assumptions printed above the table, which
-a run of `benchmarks/gpu.py` is to be held against. `--no-code` leaves the compiler out and the instructions with it.
+follow from shapes; instructions are read from machine code; times are predicted from the assumptions printed above the table, and
+a run of `benchmarks/gpu.py` is to be held against them. `--no-code` leaves the compiler out and the instructions with it.
 """
 
 import argparse
@@ -74,7 +74,7 @@ def microseconds(device: Assumed, bytes_: float, operations: float) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Loop:
-    """A loop of machine code around products: instructions a turn, how many of them are products, and loads from shared memory."""
+    """A loop of machine code around products: instructions a turn, how many are products, and loads from shared memory."""
 
     instructions: int
     products: int

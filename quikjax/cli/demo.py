@@ -10,12 +10,14 @@ from quikjax.cli.printing import print_json
 
 
 def demo(
-    out: Annotated[Path | None, typer.Option(help="Keep the artifacts in this directory (it must not exist).")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Keep the artifacts in this directory (it must not exist, or be empty).")
+    ] = None,
     samples: Annotated[int, typer.Option(help="Calibration sequences.")] = 8,
     seqlen: Annotated[int, typer.Option(help="Tokens per calibration sequence and evaluation window.")] = 512,
     as_json: Json = False,
 ) -> None:
-    """Quantize SmolLM2-135M three ways on this machine, offline, and compare."""
+    """Quantize SmolLM2-135M four ways on this machine, offline, and compare."""
     from quikjax.cli.demo_run import run
 
     figures = run(out, samples=samples, seqlen=seqlen, show=not as_json)

@@ -4,8 +4,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from quikjax.cli.options import Json, parse_activation_memory, parse_dtype, parse_outliers
-from quikjax.cli.printing import print_json, size, table
+from quikjax.cli.options import Context, Json, parse_activation_memory, parse_dtype, parse_outliers
+from quikjax.cli.printing import bits, print_json, show, size, table
 from quikjax.errors import QuikError
 
 if TYPE_CHECKING:
@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 
 def plan(
     model: Annotated[str, typer.Argument(help="A model as `quantize` takes it, or just its config.json. No weight is fetched.")],
-    recipe: Annotated[str, typer.Option(help="quik-4b, quik-8b, w4a8, rtn-w4a4, gptq-w4a16, fp, or a .json file.")] = "quik-4b",
+    recipe: Annotated[
+        str, typer.Option(help="quik-4b, quik-4b+, quik-8b, w4a8, rtn-w4a4, gptq-w4a16, fp or a .json.")
+    ] = "quik-4b",
     outliers: Annotated[str | None, typer.Option(help="Columns in FP16: a count, or a fraction such as 0.0625 or 1/16.")] = None,
     batch: Annotated[int, typer.Option(help="Texts at once when the result runs.")] = 1,
     length: Annotated[int | None, typer.Option(help="Tokens in each; left out, 2048 or the model's context.")] = None,
@@ -27,6 +29,7 @@ def plan(
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16: of all that is not quantized.")] = "float32",
     device: Annotated[str, typer.Option(help="here, cpu, h100, h200, a100 or l40s.")] = "here",
     memory: Annotated[float | None, typer.Option(help="GB (10^9 bytes) that one device holds; left out, the device's.")] = None,
+    context: Context = None,
     as_json: Json = False,
 ) -> None:
     """Show what quantizing a model will do, and what the result will take, before any weight is read.
@@ -59,11 +62,12 @@ def plan(
         activation_bytes=activation_bytes,
         device=there,
         memory_bytes=held,
+        context=context,
     )
     if as_json:
         print_json({"model": model, **made.as_json()})
     else:
-        print(_plan_text(model, made))
+        show(_plan_text(model, made))
     if made.problems:
         count = len(made.problems)
         raise QuikError(f"this cannot be quantized so: {count} problem{'s' if count > 1 else ''}, listed with the plan")
@@ -92,7 +96,7 @@ def _plan_text(model: str, plan: "Plan") -> str:
             layer.pattern.removesuffix(".weight"),
             str(layer.count),
             f"{layer.outputs} x {layer.inputs}",
-            f"W{layer.weight_bits}A{layer.activation_bits}",
+            bits(layer.weight_bits, layer.activation_bits, layer.level_clip),
             layer.method,
             str(layer.outliers),
             size(layer.bytes * layer.count),
@@ -122,6 +126,8 @@ def _plan_text(model: str, plan: "Plan") -> str:
         f"{size(running.blocks + running.rest)}, keys and values {size(running.cache)}, temporaries "
         f"{size(running.temporaries)}): {_where(plan)}",
     ]
+    if plan.advice is not None:
+        lines += [f"advice       {plan.advice}"]
     return "\n".join([*lines, *(f"problem      {problem}" for problem in plan.problems)])
 
 

@@ -1,19 +1,18 @@
 """`quikjax report`: what was done to a model, and how well. Reads no weight."""
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from quikjax.cli.options import Json
-from quikjax.cli.printing import print_json, size, table
+from quikjax.cli.options import Artifact, Json
+from quikjax.cli.printing import bits, decibels, print_json, show, size, table
 
 if TYPE_CHECKING:
     from quikjax.reports.artifact import ArtifactReport
 
 
 def report(
-    artifact: Annotated[Path, typer.Argument(help="The directory that `quantize` wrote.")],
+    artifact: Artifact,
     layers: Annotated[bool, typer.Option("--layers", help="One row per layer, not one per kind of layer.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -24,7 +23,7 @@ def report(
     if as_json:
         print_json(found.as_json())
     else:
-        print(_report_text(found, layers))
+        show(_report_text(found, layers))
 
 
 def _report_text(report: "ArtifactReport", every_layer: bool) -> str:
@@ -44,7 +43,7 @@ def _report_text(report: "ArtifactReport", every_layer: bool) -> str:
             [
                 row["path"].removesuffix(".weight"),
                 f"{row['outputs']} x {row['inputs']}",
-                f"W{row['weight_bits']}A{row['activation_bits']}",
+                bits(row["weight_bits"], row["activation_bits"], row.get("level_clip")),
                 row["method"],
                 str(row["outliers"]),
                 *_error_cells(report, row["relative_error"]),
@@ -59,7 +58,7 @@ def _report_text(report: "ArtifactReport", every_layer: bool) -> str:
                 kind.pattern.removesuffix(".weight"),
                 str(kind.count),
                 f"{kind.outputs} x {kind.inputs}",
-                f"W{kind.weight_bits}A{kind.activation_bits}",
+                " ".join(bits(kind.weight_bits, kind.activation_bits, clip) for clip in kind.level_clips),
                 kind.method or "?",
                 str(kind.outliers),
                 size(kind.bytes),
@@ -100,8 +99,7 @@ def _error_cells(report: "ArtifactReport", error: float | None) -> list[str]:
     """Relative error and signal-to-noise."""
     if error is None:
         return ["?", "?"]
-    decibels = report.snr_db(error)
-    return [f"{error:.4f}", "exact" if decibels is None else f"{decibels:.1f} dB"]
+    return [f"{error:.4f}", decibels(report.snr_db(error), error)]
 
 
 def _provenance(value: object) -> str:

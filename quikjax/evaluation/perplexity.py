@@ -6,7 +6,7 @@ empty context; all tokens of a window but the first are predicted, and `perplexi
 
 import dataclasses
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -17,8 +17,10 @@ from flax import nnx
 from jaxtyping import Array, Float, Float32, Int, Int32
 
 from quikjax.errors import QuikError
+from quikjax.files import described
 from quikjax.models.base import Block, CausalLM, Positions, default_positions
 from quikjax.models.registry import pure_params
+from quikjax.models.tokens import checked_model, checked_tokens
 from quikjax.weights.tiled import put_on_device
 
 # Logits are made for this many tokens at a time: a vocabulary of 50 000 makes 100 MB of them.
@@ -56,46 +58,57 @@ class Reference(NamedTuple):
     hidden: list[np.ndarray]
 
 
-def windows(tokens: Sequence[int] | np.ndarray, length: int, count: int | None = None) -> Int32[np.ndarray, "count length"]:
-    """The first `count` (all, if `None`) non-overlapping windows of `length` tokens; a shorter rest is left out.
+def windows(tokens: Any, length: int, count: int | None = None) -> Int32[np.ndarray, "count length"]:
+    """The first `count` (all, if `None`) non-overlapping windows of `length` tokens of one row; a shorter rest is left out.
 
     Raises:
-        QuikError: the text is shorter than one window, or than `count` of them.
+        QuikError: `tokens` is not one row of whole numbers, or shorter than one window, or than `count` of them.
     """
+    try:
+        row = np.asarray(tokens)
+    except ValueError:
+        row = np.empty((0, 0))
+    if row.ndim != 1 or (row.dtype.kind not in "iu" and row.size):
+        raise QuikError(f"windows are cut from one row of token ids, not from {described(tokens)} of shape {row.shape}")
     if length < 2:
         raise QuikError(f"a window needs at least 2 tokens to predict one, not {length}")
-    available = len(tokens) // length
+    available = len(row) // length
     if available == 0:
-        raise QuikError(
-            f"the text has {len(tokens)} tokens, fewer than one window of {length}; use more text or a smaller window"
-        )
+        raise QuikError(f"the text has {len(row)} tokens, fewer than one window of {length}; use more text or a smaller window")
     if count is not None and count < 1:
         raise QuikError(f"the number of windows must be positive, not {count}")
     if count is not None and count > available:
         raise QuikError(f"the text has {available} windows of {length} tokens, {count} were asked for")
     used = count or available
-    return np.asarray(tokens[: used * length], np.int32).reshape(used, length)
+    return row[: used * length].astype(np.int32).reshape(used, length)
 
 
-def reference(model: CausalLM, ids: Int[np.ndarray, "count length"]) -> Reference:
-    """Run a model over windows once, to hold others against it."""
-    model = _on_device(model)
+def reference(model: CausalLM, ids: Any) -> Reference:
+    """Run a model over windows `[count, length]` once, to hold others against it.
+
+    Raises:
+        QuikError: as `evaluate`.
+    """
+    model = _on_device(checked_model(model))
     return Reference(model, [np.asarray(_hidden(model, row[None])) for row in _checked(model, ids)])
 
 
-def evaluate(model: CausalLM, ids: Int[np.ndarray, "count length"], against: Reference | None = None) -> Evaluation:
-    """Perplexity of a model on windows of tokens, and its distance to `against`.
+def evaluate(model: CausalLM, ids: Any, against: Reference | None = None) -> Evaluation:
+    """Perplexity of a model on windows of tokens `[count, length]`, and its distance to `against`.
 
     `seconds` and `tokens_per_second` are of the model's own forward passes, compilation not counted.
 
     Raises:
         QuikError: a window is longer than the model's context, a token outside its vocabulary, or a logit not finite.
     """
-    model = _on_device(model)
+    model = _on_device(checked_model(model))
+    ids = _checked(model, ids)
+    if against is not None and len(against.hidden) != len(ids):
+        raise QuikError(f"the reference was made from {len(against.hidden)} windows, not from these {len(ids)}")
     graphdef, params = nnx.split(model)[0], pure_params(model)
     other = None if against is None else (nnx.split(against.model)[0], pure_params(against.model))
     losses, divergences, agreements, seconds = [], [], [], 0.0
-    for index, row in enumerate(_checked(model, ids)):
+    for index, row in enumerate(ids):
         start = time.perf_counter()
         hidden = _hidden(model, row[None])
         loss = jax.block_until_ready(_loss(graphdef, params, hidden, row[None]))
@@ -107,14 +120,15 @@ def evaluate(model: CausalLM, ids: Int[np.ndarray, "count length"], against: Ref
             jax.block_until_ready(_loss(graphdef, params, _hidden(model, row[None]), row[None]))
             seconds = time.perf_counter() - start
         losses.append(np.asarray(loss, np.float64))
+        if not np.isfinite(losses[-1]).all():  # at once, not after hours
+            raise QuikError("the model's logits are not finite; a weight or an activation overflowed, try dtype float32")
         if other is not None and against is not None:
             kl, same = _distance(graphdef, params, hidden, *other, against.hidden[index])
             divergences.append(np.asarray(kl, np.float64))
             agreements.append(np.asarray(same, np.float64))
     loss = np.concatenate(losses)
-    if not np.isfinite(loss).all():
-        raise QuikError("the model's logits are not finite; a weight or an activation overflowed, try dtype float32")
-    perplexity = float(np.exp(np.mean(loss)))
+    with np.errstate(over="ignore"):  # infinite then, which is what it is
+        perplexity = float(np.exp(np.mean(loss)))
     timed = max(1, len(ids) - 1) * ids.shape[1]
     kl = np.concatenate(divergences) if divergences else None
     return Evaluation(
@@ -138,12 +152,11 @@ def _on_device(model: CausalLM) -> CausalLM:
     return model if placed is params else nnx.merge(nnx.split(model)[0], placed)
 
 
-def _checked(model: CausalLM, ids: Int[np.ndarray, "count length"]) -> Int[np.ndarray, "count length"]:
-    if ids.shape[1] > model.config.context_length:
-        raise QuikError(f"a window of {ids.shape[1]} tokens exceeds the model's context of {model.config.context_length}")
-    if ids.size and (ids.min() < 0 or ids.max() >= model.config.vocab_size):
-        raise QuikError(f"a token is outside the model's vocabulary of {model.config.vocab_size}; is this its tokenizer?")
-    return ids
+def _checked(model: CausalLM, ids: Any) -> Int32[np.ndarray, "count length"]:
+    checked = checked_tokens(ids, model.config, "a set of windows")
+    if checked.shape[1] < 2:
+        raise QuikError("a window needs at least 2 tokens to predict one, not 1")
+    return checked
 
 
 def _hidden(model: CausalLM, ids: Int[np.ndarray, "batch length"]) -> Float[Array, "batch length hidden"]:

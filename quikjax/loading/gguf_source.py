@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Shaped
 
 from quikjax.errors import QuikError
-from quikjax.loading.gguf_config import published_config
+from quikjax.loading.gguf_config import generation_config, published_config
 from quikjax.loading.gguf_header import GGUFTensor, read_header
 from quikjax.loading.source import Source, TensorInfo
 
@@ -64,7 +64,15 @@ class GGUFSource(Source):
     def tokenizer(self) -> Any | None:
         from quikjax.loading.gguf_tokenizer import rebuild_tokenizer
 
+        for key in ("tokens", "merges"):
+            for number, text in enumerate(self.metadata.get(f"tokenizer.ggml.{key}", ())):
+                # A byte that is not UTF-8 was read as half of a surrogate pair.
+                if not text.isascii() and any(0xD800 <= ord(letter) <= 0xDFFF for letter in text):
+                    raise QuikError(f"{self.where}: number {number} of tokenizer.ggml.{key} is not UTF-8 text")
         return rebuild_tokenizer(self.where, self.metadata)
+
+    def generation_config(self) -> dict[str, Any] | None:
+        return generation_config(self.metadata)
 
     def _read(self, name: str) -> np.ndarray:
         own_name, tensor = self._stored[name]

@@ -13,16 +13,17 @@ import jax
 import jax.numpy as jnp
 
 from quikjax.errors import QuikError, did_you_mean
+from quikjax.files import read_json, user_path
 from quikjax.loading import Source, match
 from quikjax.loading.formats import ARTIFACT_FILE, open_found
 from quikjax.loading.resolve import DEMO_MODELS, Found, resolve
-from quikjax.loading.source import read_json
 from quikjax.models.base import CausalLM
-from quikjax.models.registry import abstract_model, dotted, pure_params
+from quikjax.models.registry import abstract_model, dotted, floating_dtype, pure_params
 from quikjax.pallas_kernels import devices
 from quikjax.pallas_kernels.choice import BackendError, Choice, Problem, choose
 from quikjax.pallas_kernels.devices import Device
 from quikjax.pallas_kernels.reference import MAX_BASE
+from quikjax.planning.advice import PlannedLayers, advise
 from quikjax.quantizing import memory
 from quikjax.quantizing.params import input_axes
 from quikjax.quantizing.recipe import Recipe, Rule, find_recipe
@@ -61,6 +62,7 @@ class LayerPlan:
     method: str
     weight_bits: int
     activation_bits: int
+    level_clip: tuple[int, int] | str | None
     outliers: int
     bytes: int
     prefill: Choice | None
@@ -87,7 +89,7 @@ class Plan:
     """The whole plan. `problems` are sentences; with any of them, quantizing would fail.
 
     `memory_bytes` is what one device holds, `devices_needed` over how many of them the result runs (`None`: not over any number),
-    `has_headers` whether tensors' headers were compared with the configuration.
+    `has_headers` whether tensors' headers were compared with the configuration, `advice` which recipe suits the device and why.
     """
 
     model_type: str
@@ -106,6 +108,7 @@ class Plan:
     running: memory.Running
     devices_needed: int | None
     problems: tuple[str, ...]
+    advice: str | None = None
 
     @property
     def quantized_weights(self) -> int:
@@ -177,6 +180,7 @@ class Plan:
             "fits": self.fits,
             "devices_needed": self.devices_needed,
             "problems": list(self.problems),
+            "advice": self.advice,
         }
 
 
@@ -189,12 +193,13 @@ def describe(model: str | Path) -> Described:
     Raises:
         QuikError: there is nothing of this name, it is an artifact of ours, or its files are damaged.
     """
-    path = Path(model).expanduser()
+    path = user_path(model)
     if path.suffix == ".json" and path.is_file():
         return Described(read_json(path), None)
     found = Found(path) if path.is_dir() and str(model) not in DEMO_MODELS else resolve(model, weights=False)
     if (found.path / ARTIFACT_FILE).is_file():
-        raise QuikError(f"{found.path} is quantized already; see what was done with: quikjax report {found.path}")
+        name = model if found.revision is not None else found.path
+        raise QuikError(f"{name} is quantized already; see what was done with: quikjax report {name}")
     config = found.path / "config.json"
     if config.is_file() and not any(True for pattern in _WEIGHTS for _ in found.path.glob(pattern)):
         return Described(read_json(config), None)
@@ -229,6 +234,7 @@ def make_plan(
     activation_bytes: int | None = None,
     device: Device = devices.CPU,
     memory_bytes: int,
+    context: int | None = None,
 ) -> Plan:
     """Plan the quantization of the model that `config` describes, and running the result.
 
@@ -241,13 +247,14 @@ def make_plan(
         samples, seqlen: calibration sequences and their length; 2048 or the model's context.
         activation_bytes: of host memory for activations; left out, a quarter of this machine's. What takes more is on disk.
         device, memory_bytes: where it runs, and what one such device holds.
+        context: longest text in tokens, in place of what the configuration declares.
 
     Raises:
         QuikError: the configuration is not one of a known model, or there is no such recipe. Everything else that is wrong is
             in the plan's `problems`, all at once.
     """
-    recipe, dtype = find_recipe(recipe), jnp.dtype(dtype)
-    model = abstract_model(config, dtype)
+    recipe, dtype = find_recipe(recipe), floating_dtype(dtype)
+    model = abstract_model(config, dtype, context=context)
     context = model.config.context_length
     length = min(2048, context) if length is None else length
     seqlen = min(2048, context) if seqlen is None else seqlen
@@ -269,7 +276,7 @@ def make_plan(
     quantizing = memory.quantizing(footprint, tokens, seqlen, gptq=gptq, descent=descent, activation_budget=budget)
     if problem := memory.budget_problem(quantizing.activations, budget):
         problems.append(problem)
-    return Plan(
+    made = Plan(
         model_type=str(config["model_type"]),
         recipe=recipe.name,
         dtype=dtype.name,
@@ -287,6 +294,9 @@ def make_plan(
         devices_needed=memory.devices_needed(run, memory_bytes, model.config),
         problems=(*problems, *rows.problems),
     )
+    planned = [PlannedLayers(row.pattern, row.count, row.outputs, row.inputs, row.activation_bits) for row in made.layers]
+    advice = advise(device, recipe, planned, model.config.hidden_size, made.bits_per_weight)
+    return dataclasses.replace(made, advice=advice)
 
 
 def _wrong_numbers(context: int, batch: int, length: int, samples: int, seqlen: int) -> list[str]:
@@ -369,6 +379,7 @@ class _Rows:
                 method=rule.method,
                 weight_bits=rule.weight_bits,
                 activation_bits=rule.activation_bits,
+                level_clip=rule.level_clip,
                 outliers=outliers,
                 bytes=_packed(shape, rule, base).bits() // 8,
                 prefill=self._choose(pattern, shape, rule, base, self.batch * self.length) if legal else None,

@@ -1,5 +1,6 @@
 """One linear layer for every kind of weight, dispatched on the leaf's type."""
 
+import abc
 import dataclasses
 import functools
 from collections.abc import Sequence
@@ -30,9 +31,29 @@ class Produced:
         return self.producer(*self.inputs, *self.parameters)
 
 
+# The name (`jax.ad_checkpoint.checkpoint_name`) of what a block computes dearly, for those who differentiate it and choose what
+# is kept for the way back: the products of layers in training, and what attention mixes.
+KEPT = "kept"
+
+
+class Trained(abc.ABC):
+    """A weight in training: a pytree node in the place of a kernel that multiplies by itself, differentiably.
+
+    `group`: a name shared by layers that read the same tensor and prepare it once, or `None`.
+    """
+
+    group: str | None
+
+    @abc.abstractmethod
+    def products(
+        self, x: Float[Array, "*batch k"], weights: "Sequence[Any]", biases: Sequence[Float[Array, " _"] | None]
+    ) -> list[Float[Array, "*batch _"]]:
+        """`x W^T + bias` for each of `weights`, which share this one's class and group (it is the first), in the dtype of `x`."""
+
+
 def linear(
     x: Float[Array, "..."] | Produced,
-    weight: Weight | TiledWeight,
+    weight: Weight | TiledWeight | Trained,
     bias: Float[Array, "..."] | None = None,
     backend: str | None = None,
 ) -> Float[Array, "..."]:
@@ -50,7 +71,7 @@ def linear(
 
 def linears(
     x: Float[Array, "..."] | Produced,
-    weights: Sequence[Weight | TiledWeight],
+    weights: Sequence[Weight | TiledWeight | Trained],
     biases: Sequence[Float[Array, "..."] | None],
     backend: str | None = None,
 ) -> list[Float[Array, "..."]]:
@@ -59,12 +80,19 @@ def linears(
     made = functools.cache(produced.value)  # once, however many dense layers read it
     results: dict[int, Float[Array, "..."]] = {}
     groups: dict[Any, list[int]] = {}
+    trained: dict[Any, list[int]] = {}
     for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
-        if isinstance(weight, QuikWeight | TiledWeight):
+        if isinstance(weight, Trained):
+            trained.setdefault((type(weight), weight.group if weight.group is not None else i), []).append(i)
+        elif isinstance(weight, QuikWeight | TiledWeight):
             shared = weight.group if weight.group is not None else ("alone", i)
             groups.setdefault((shared, weight.base, weight.activation_bits, weight.level_clip, weight.in_shape), []).append(i)
         else:
             results[i] = _dense(made(), weight, bias)
+    for members in trained.values():
+        first: Any = weights[members[0]]
+        products = first.products(made(), [weights[i] for i in members], [biases[i] for i in members])
+        results.update(zip(members, products, strict=True))
     for members in groups.values():
         quantized = [weight for i in members if isinstance(weight := weights[i], QuikWeight | TiledWeight)]
         for i, y in zip(members, _quik(produced, quantized, [biases[i] for i in members], backend), strict=True):

@@ -25,7 +25,7 @@ def artifact(quikjax_command: Run, tiny_checkpoint: Path, tmp_path_factory: pyte
         "calibration  4 x 64 tokens of pydoc_data.topics (the other three of four topics)"
     ]
     assert "activations  in memory up to 0.3 MB, beyond that on disk" in lines
-    assert len(out.with_name("quik-4b.log.jsonl").read_text().splitlines()) == 1 + 21
+    assert len((out / "log.jsonl").read_text().splitlines()) == 1 + 21
     assert sum("dB" in line for line in lines) == 21
     assert any("W8A8" in line and "down_proj" in line for line in lines)
     return out
@@ -34,7 +34,7 @@ def artifact(quikjax_command: Run, tiny_checkpoint: Path, tmp_path_factory: pyte
 def test_generate_prints_only_the_continuation(quikjax_command: Run, artifact: Path) -> None:
     done = quikjax_command("generate", artifact, "hello", "--max-new-tokens", "5", "--greedy")
     assert done.returncode == 0, done.stderr
-    from_stdin = quikjax_command("generate", artifact, "-", "--max-new-tokens", "5", "--json", stdin="hello")
+    from_stdin = quikjax_command("generate", artifact, "-", "--max-new-tokens", "5", "--json", stdin="hello\n")
     figures = json.loads(from_stdin.stdout)
     assert done.stdout == figures["text"] + "\n"
     assert figures["prompt_tokens"] == 5

@@ -2,7 +2,8 @@
 
     DIR/config.json, DIR/model.safetensors            or, above SHARD_BYTES,
     DIR/model-00001-of-0000N.safetensors, DIR/model.safetensors.index.json
-    DIR/tokenizer.json, ...                           the artifact's tokenizer, if it has one
+    DIR/tokenizer.json, ...                           the artifact's tokenizer, if it has one: the source's own files
+    DIR/generation_config.json                        which tokens end a text, if the artifact says
 
 One part (a transformer block) is in memory at a time: a file's header, which the format wants first, follows from shapes alone.
 """
@@ -20,10 +21,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from quikjax.checkpoint import REST, Reader, atomic
-from quikjax.checkpoint.manifest import Part
-from quikjax.checkpoint.writer import TOKENIZER, remove, stored_shapes
+from quikjax.checkpoint import REST, Reader, atomic, tokenizers
+from quikjax.checkpoint.manifest import Part, canonical
+from quikjax.checkpoint.output import TOKENIZER, beside, is_empty, real_path, refuse_file_in_the_way, remove
+from quikjax.checkpoint.writer import stored_shapes
 from quikjax.errors import QuikError
+from quikjax.loading.source import GENERATION_CONFIG
 from quikjax.models.registry import abstract_model
 from quikjax.weights.quik import QuikWeight, dequantize
 
@@ -54,7 +57,9 @@ def export_safetensors(
     """Write the artifact in directory `artifact` as the Hugging Face directory `out`, packed weights dequantized.
 
     Args:
-        out: a directory that does not exist. Until the export is whole, it is `OUT.exporting`.
+        artifact: its directory, or its hub name.
+        out: a directory that does not exist, or is empty. Until the export is whole, it is `OUT.exporting`, or
+            `OUT/quikjax.exporting` where OUT is there already.
         dtype: "float32", "float16" or "bfloat16" for every tensor; left out, what the artifact's unquantized weights are in. In
             float32 the directory computes exactly what the dequantized artifact does.
         shard_bytes: begin another file beyond this; a part is never divided.
@@ -63,8 +68,9 @@ def export_safetensors(
         QuikError: the artifact is damaged or no model of ours, `out` exists, a value is beyond the range of `dtype`, or the disk
             is full or refuses. Nothing is left of `out` then.
     """
-    target = Path(os.path.realpath(out))
-    if os.path.lexists(target):
+    target = real_path(out)
+    refuse_file_in_the_way(target)
+    if os.path.lexists(target) and not (target.is_dir() and is_empty(target)):
         raise QuikError(f"{target} exists; choose another directory")
     reader = Reader(artifact)
     if reader.manifest.config is None:
@@ -80,7 +86,9 @@ def export_safetensors(
     itemsize = jnp.dtype(dtype).itemsize
     shards = _shards({name: _size(held, itemsize) for name, held in shapes.items()}, shard_bytes)
     total = sum(_size(held, itemsize) for held in shapes.values())
-    partial, tokenizer = target.with_name(target.name + ".exporting"), reader.path / TOKENIZER
+    partial, tokenizer = beside(target, "exporting"), reader.path / TOKENIZER
+    if os.path.lexists(partial) and not partial.is_dir():
+        raise QuikError(f"{partial} is needed as a directory to write the export, but is a file; move it away")
     with atomic.disk_errors(f"cannot export to {target}", "; nothing was kept"):
         partial.parent.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(partial.parent).free
@@ -93,12 +101,21 @@ def export_safetensors(
             for left in partial.iterdir():  # by an export that was killed
                 remove(left)
             files = _write_weights(partial, reader, shapes, shards, dtype, family.published_names, progress)
-            config = {"architectures": [family.__name__], **reader.manifest.config, "torch_dtype": dtype}
-            config.pop("dtype", None)  # the newer name of the same field
+            config = {"architectures": [family.__name__], **_for_any_version(reader.manifest.config), "torch_dtype": dtype}
             atomic.write_text(partial / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
+            generation_config = reader.generation_config()
+            if generation_config is not None:
+                atomic.write_text(partial / GENERATION_CONFIG, canonical(generation_config))
             if tokenizer.is_dir():
-                shutil.copytree(tokenizer, partial, dirs_exist_ok=True)
+                tokenizers.export(tokenizer, partial)
             atomic.sync_tree(partial)
+            if partial.parent == target:
+                # A directory that was there stays; what makes it a model, its configuration, comes last.
+                for name in sorted(os.listdir(partial), key=lambda name: (name == "config.json", name)):
+                    os.rename(partial / name, target / name)
+                partial.rmdir()
+                atomic.sync(target)
+                return Exported(tuple(files), total, dtype)
             if os.path.lexists(target):
                 raise QuikError(f"{target} appeared while it was written; choose another directory")
             atomic.publish(partial, target, replace=False)
@@ -110,11 +127,31 @@ def export_safetensors(
     return Exported(tuple(files), total, dtype)
 
 
+def _for_any_version(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration that transformers 4 reads as transformers 5 does, which gave some fields new names.
+
+    Version 4 passes over what it does not know, and would rotate positions by its own default base.
+
+    >>> _for_any_version({"dtype": "float32", "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}})
+    {'rope_parameters': {'rope_type': 'default', 'rope_theta': 500000.0}, 'rope_theta': 500000.0}
+    """
+    fields = {name: value for name, value in config.items() if name != "dtype"}  # of the source's files
+    rope = fields.get("rope_parameters")
+    if isinstance(rope, Mapping):
+        scaling = {name: value for name, value in rope.items() if name != "rope_theta"}
+        older = {"rope_theta": rope.get("rope_theta"), "rope_scaling": None}
+        if scaling.get("rope_type", "default") != "default":
+            older["rope_scaling"] = scaling
+        fields |= {name: value for name, value in older.items() if value is not None and fields.get(name) is None}
+    return fields
+
+
 def _refuse_strangers(partial: Path, tokenizer: Path) -> None:
     """Remove what a killed export left; refuse anything else, which is somebody's."""
     beside = {entry.name for entry in tokenizer.iterdir()} if tokenizer.is_dir() else set()
+    ours = r"(model[\w.-]*\.(safetensors|json)|(generation_)?config\.json)(\.tmp)?"
     for entry in sorted(os.listdir(partial)):
-        if entry not in beside and not re.fullmatch(r"model[\w.-]*\.(safetensors|json)(\.tmp)?|config\.json(\.tmp)?", entry):
+        if entry not in beside and not re.fullmatch(ours, entry):
             raise QuikError(f"{partial} is needed to write the export but holds {entry}; move it away")
 
 

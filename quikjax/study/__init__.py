@@ -1,0 +1,1 @@
+"""Studies: what decides the accuracy of a quantized model, measured."""
