@@ -19,6 +19,7 @@ from quikjax.files import described
 from quikjax.pallas_kernels import api
 from quikjax.weights.linear import Produced, linears
 from quikjax.weights.quik import QuikWeight
+from quikjax.weights.tiled import TiledWeight
 
 # Called by a block with the name of a group of layers and the tensor they all read; the block goes on with what it returns.
 # This is how calibration sees a block's inside, and spares what led to a tensor that it has kept from an earlier pass.
@@ -264,5 +265,6 @@ def unembed(hidden: Float[Array, "*batch width"], weight: Float[Array, "vocab wi
 
 def count_parameters(params: Any) -> int:
     """Count the parameters of a tree, packed weights by the kernels that they replaced."""
-    leaves = jax.tree.leaves(params, is_leaf=lambda leaf: isinstance(leaf, QuikWeight))
-    return sum(leaf.outputs * leaf.inputs if isinstance(leaf, QuikWeight) else leaf.size for leaf in leaves)
+    packed = QuikWeight | TiledWeight
+    leaves = jax.tree.leaves(params, is_leaf=lambda leaf: isinstance(leaf, packed))
+    return sum(leaf.outputs * leaf.inputs if isinstance(leaf, packed) else leaf.size for leaf in leaves)

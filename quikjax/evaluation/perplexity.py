@@ -21,6 +21,7 @@ from quikjax.files import described
 from quikjax.models.base import Block, CausalLM, Positions, default_positions
 from quikjax.models.registry import pure_params
 from quikjax.models.tokens import checked_model, checked_tokens
+from quikjax.weights.tiled import put_on_device
 
 # Logits are made for this many tokens at a time: a vocabulary of 50 000 makes 100 MB of them.
 _CHUNK = 512
@@ -88,7 +89,7 @@ def reference(model: CausalLM, ids: Any) -> Reference:
     Raises:
         QuikError: as `evaluate`.
     """
-    model = checked_model(model)
+    model = _on_device(checked_model(model))
     return Reference(model, [np.asarray(_hidden(model, row[None])) for row in _checked(model, ids)])
 
 
@@ -100,7 +101,7 @@ def evaluate(model: CausalLM, ids: Any, against: Reference | None = None) -> Eva
     Raises:
         QuikError: a window is longer than the model's context, a token outside its vocabulary, or a logit not finite.
     """
-    model = checked_model(model)
+    model = _on_device(checked_model(model))
     ids = _checked(model, ids)
     if against is not None and len(against.hidden) != len(ids):
         raise QuikError(f"the reference was made from {len(against.hidden)} windows, not from these {len(ids)}")
@@ -142,6 +143,13 @@ def evaluate(model: CausalLM, ids: Any, against: Reference | None = None) -> Eva
         kl_stderr=None if kl is None or kl.size < 2 else float(np.std(kl, ddof=1) / np.sqrt(kl.size)),
         top1_agreement=None if kl is None else float(np.mean(np.concatenate(agreements))),
     )
+
+
+def _on_device(model: CausalLM) -> CausalLM:
+    """The model with its weights in the form that this device's kernels read."""
+    params = pure_params(model)
+    placed = put_on_device(params)
+    return model if placed is params else nnx.merge(nnx.split(model)[0], placed)
 
 
 def _checked(model: CausalLM, ids: Any) -> Int32[np.ndarray, "count length"]:
