@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from quikjax.checkpoint.load import load
     from quikjax.errors import QuikError
     from quikjax.evaluation import evaluate, reference, windows
-    from quikjax.generation.decode import generate
+    from quikjax.generation import Generation, Generator, Sampling, generate
     from quikjax.quantizing.checkpoint import quantize_checkpoint
     from quikjax.quantizing.model import calibrate, quantize_model
     from quikjax.quantizing.params import quantize_block, quantize_params
@@ -36,6 +36,9 @@ _HOME = {
     "dequantize": "weights.quik",
     "dequantize_params": "weights.quik",
     "evaluate": "evaluation",
+    "Generation": "generation",
+    "Generator": "generation",
+    "Sampling": "generation",
     "generate": "generation",
     "load": "checkpoint.load",
     "quantize_block": "quantizing.params",
@@ -50,10 +53,13 @@ _HOME = {
 
 __all__ = [
     "RECIPES",
+    "Generation",
+    "Generator",
     "QuikError",
     "QuikWeight",
     "Recipe",
     "Rule",
+    "Sampling",
     "__version__",
     "calibrate",
     "dequantize",

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from quikjax.cli import demo, evaluate, export, generate, plan, quantize, report
+from quikjax.cli import bench, chat, demo, evaluate, export, generate, plan, quantize, report
 from quikjax.errors import Interrupted
 from quikjax.version import __version__
 
@@ -59,6 +59,8 @@ def options(
 app.command("plan")(plan.plan)
 app.command("quantize")(quantize.quantize)
 app.command("generate")(generate.generate)
+app.command("chat")(chat.chat)
+app.command("bench")(bench.bench)
 app.command("eval")(evaluate.eval_)
 app.command("report")(report.report)
 app.command("export")(export.export)
