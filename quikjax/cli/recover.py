@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from quikjax.cli.options import Json
-from quikjax.errors import QuikError
+from quikjax.errors import Interrupted, QuikError
 
 
 def recover(
@@ -95,7 +95,7 @@ def recover(
     try:
         done = run(artifact, out, tokens, settings, original=original, force=force, restart=restart, progress=RecoveryLines())
     except KeyboardInterrupt:
-        raise QuikError("interrupted; run the same command again to go on from the last saved step") from None
+        raise Interrupted("run the same command again to go on from the last saved step") from None
     say(f"saved {out} in {duration(done.seconds)}, fingerprint {done.fingerprint[:16]}")
     if done.step:
         change = done.kl / done.kl_before - 1
