@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from quikjax.cli import demo, evaluate, export, generate, plan, quantize, report
+from quikjax.cli import demo, evaluate, export, generate, plan, quantize, report, study
 from quikjax.version import __version__
 
 app = typer.Typer(
@@ -38,3 +38,4 @@ app.command("eval")(evaluate.eval_)
 app.command("report")(report.report)
 app.command("export")(export.export)
 app.command("demo")(demo.demo)
+app.add_typer(study.app, name="study")

@@ -3,11 +3,14 @@
 import json
 import sys
 import time
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
+
+from quikjax.reports.tables import markdown_table as table
 
 if TYPE_CHECKING:
     from quikjax.quantizing.params import LayerResult
+
+__all__ = ["ProgressLines", "duration", "megabytes", "print_json", "say", "size", "table"]
 
 
 def say(line: str = "") -> None:
@@ -67,21 +70,6 @@ class ProgressLines:
         if done < total and (now - self._said > 2 or self._layers):
             self._said = now
             say(f"  block {done} of {total} saved, about {duration(seconds_left)} left")
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A markdown table, columns aligned for a terminal: the first to the left, numbers to the right."""
-    cells = [list(head), *[list(row) for row in rows]]
-    widths = [max(len(row[column]) for row in cells) for column in range(len(head))]
-
-    def line(row: Sequence[str]) -> str:
-        fitted = [
-            text.ljust(width) if i == 0 else text.rjust(width) for i, (text, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        return "| " + " | ".join(fitted) + " |"
-
-    rule = "|" + "|".join("-" * (width + 1) + (":" if i else "-") for i, width in enumerate(widths)) + "|"
-    return "\n".join([line(cells[0]), rule, *[line(row) for row in cells[1:]]])
 
 
 def print_json(value: dict[str, Any]) -> None:
