@@ -1,10 +1,12 @@
-"""`quikjax eval`: perplexity, and how far a model is from its original."""
+"""`quikjax eval`: perplexity, how far a model is from its original, and tasks."""
 
+import dataclasses
 import shlex
 import sys
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -30,25 +32,45 @@ def eval_(
         bool, typer.Option("--any-original", help="Allow an --against that the artifact was not made from.")
     ] = False,
     by_layer: Annotated[bool, typer.Option("--by-layer", help="With --against: relative errors layer by layer.")] = False,
+    tasks: Annotated[
+        str | None, typer.Option(help="Tasks of lm-eval, by commas: piqa,arc_easy,lambada (pip install 'quikjax[tasks]').")
+    ] = None,
+    task_dir: Annotated[
+        Path | None, typer.Option(help="Directory with rows (piqa_validation.jsonl, ...) or YAML tasks; no network is needed.")
+    ] = None,
+    num_fewshot: Annotated[int | None, typer.Option(help="Examples before each question.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Rows of each task, from the first; left out, all.")] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Write the tasks' prompts with the tokenizer's chat template.")] = False,
     save: Annotated[
         bool, typer.Option("--save", help="Put the figures on record in DIR.evaluations.jsonl, where `report` finds them.")
     ] = False,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16, for models that are not artifacts.")] = "float32",
     as_json: Json = False,
 ) -> None:
-    """Perplexity with its standard error, and how far an artifact is from its original."""
+    """Perplexity with its standard error, how far an artifact is from its original, and tasks."""
+    # Everything that can be wrong is looked at before anything is loaded.
     floating = parse_dtype(dtype)
-    if perplexity is None:
-        raise QuikError("there is nothing to evaluate; give --perplexity TEXT")
+    if perplexity is None and tasks is None:
+        raise QuikError("there is nothing to evaluate; give --perplexity TEXT, --tasks NAMES, or both")
     if by_layer and against is None:
         raise QuikError("--by-layer compares with an original; give --against MODEL")
+    if perplexity is None and against is not None:
+        raise QuikError("--against compares on a text; give --perplexity TEXT")
+    if tasks is None and (task_dir is not None or num_fewshot is not None or limit is not None or chat):
+        raise QuikError("--task-dir, --num-fewshot, --limit and --chat are about tasks; give --tasks NAMES")
 
     from quikjax.checkpoint.load import load
     from quikjax.evaluation.original import check_original, check_tokenizers, is_artifact
     from quikjax.reports.evaluations import check_writable, evaluations_file
     from quikjax.texts import evaluation_text
 
-    text = evaluation_text(perplexity)
+    found_tasks = None
+    if tasks is not None:
+        from quikjax.evaluation.tasks import check_numbers, find_tasks
+
+        check_numbers(num_fewshot, limit)
+        found_tasks = find_tasks([name.strip() for name in tasks.split(",") if name.strip()], task_dir)
+    text = None if perplexity is None else evaluation_text(perplexity)
     if save:
         if not is_artifact(model):
             raise QuikError(f"--save records evaluations of an artifact, and {model} is none")
@@ -61,13 +83,41 @@ def eval_(
     if tokenizer is None:
         raise QuikError(f"{model} has no tokenizer, so it cannot read text; put its tokenizer.json beside it")
     original = None
-    if against is not None:
+    if against is not None and text is not None:
         original, other_tokenizer = load(against, dtype=floating)
         check_tokenizers(tokenizer, other_tokenizer, text.content, model, against)
 
+    printed: dict[str, Any] = {"model": model}
+    if text is not None:
+        printed |= _measure(
+            model, network, tokenizer, text, window, windows, stride, against, original, warning, by_layer, save, as_json
+        )
+    if found_tasks is not None:
+        printed |= _run_tasks(model, network, tokenizer, found_tasks, num_fewshot, limit, chat, save, as_json)
+    if as_json:
+        print_json(printed)
+
+
+def _measure(
+    model: str,
+    network: Any,
+    tokenizer: Any,
+    text: Any,
+    window: int,
+    windows: int | None,
+    stride: int | None,
+    against: str | None,
+    original: Any,
+    warning: str | None,
+    by_layer: bool,
+    save: bool,
+    as_json: bool,
+) -> dict[str, Any]:
+    """Perplexity on a text, with its protocol before it and its figures printed or returned."""
     from quikjax.evaluation import evaluate
     from quikjax.evaluation import windows as cut
     from quikjax.evaluation.layers import errors_by_depth
+    from quikjax.evaluation.original import is_artifact
     from quikjax.texts import tokenize
 
     tokens = tokenize(tokenizer, text.content)
@@ -89,13 +139,58 @@ def eval_(
         depth = errors_by_depth(network, original, ids)
     figures = {**result.as_json(), **({} if depth is None else {"by_layer": depth.as_json()})}
     if save:
-        _save(model, protocol, figures)
-    if as_json:
-        print_json({"model": model, **protocol, **figures})
-        return
-    print(_text(result, against))
-    if depth is not None:
-        print(_depth_text(depth))
+        _save(model, "perplexity", protocol, figures)
+    if not as_json:
+        print(_text(result, against))
+        if depth is not None:
+            print(_depth_text(depth))
+    return {**protocol, **figures}
+
+
+def _run_tasks(
+    model: str,
+    network: Any,
+    tokenizer: Any,
+    tasks: Any,
+    fewshot: int | None,
+    limit: int | None,
+    chat: bool,
+    save: bool,
+    as_json: bool,
+) -> dict[str, Any]:
+    """Tasks through lm-eval, their figures printed or returned."""
+    from quikjax.evaluation.scoring import Scorer
+    from quikjax.evaluation.tasks import run_tasks
+
+    said = time.perf_counter()
+
+    def told(done: int, total: int) -> None:
+        nonlocal said
+        if time.perf_counter() - said > 10:
+            said = time.perf_counter()
+            say(f"  {done} of {total} requests")
+
+    names = [*tasks.local, *tasks.registered]
+    say(f"tasks {', '.join(names)}" + ("" if limit is None else f", the first {limit} rows of each"))
+    scores = run_tasks(Scorer(network, tokenizer, told), tasks, fewshot=fewshot, limit=limit, chat=chat)
+    rows = [dataclasses.asdict(score) for score in scores]
+    if save:
+        _save(model, "tasks", {"tasks": names, "fewshot": fewshot, "limit": limit, "chat": chat}, {"scores": rows})
+    if not as_json:
+        cells = [
+            [
+                score.task,
+                score.metric,
+                f"{score.value:.4f}",
+                "" if score.stderr is None else f"{score.stderr:.4f}",
+                str(score.rows),
+                str(score.fewshot),
+                score.data,
+            ]
+            for score in scores
+        ]
+        print(table(("task", "metric", "value", "± stderr", "rows", "examples", "data"), cells))
+    return {"tasks": rows}
 
 
 def _overlap(window: int, stride: int | None) -> str:
@@ -119,7 +214,7 @@ def progress_lines(what: str) -> Callable[[int, int, float], None]:
     return told
 
 
-def _save(model: str, protocol: dict[str, Any], figures: dict[str, Any]) -> None:
+def _save(model: str, kind: Literal["perplexity", "tasks"], protocol: dict[str, Any], figures: dict[str, Any]) -> None:
     from quikjax.checkpoint import read_manifest
     from quikjax.reports.evaluations import EvaluationRecord, add_evaluation
 
@@ -127,7 +222,7 @@ def _save(model: str, protocol: dict[str, Any], figures: dict[str, Any]) -> None
     kept = {name: value for name, value in figures.items() if name not in ("seconds", "tokens_per_second")}
     record = EvaluationRecord(
         fingerprint=read_manifest(model).fingerprint,
-        kind="perplexity",
+        kind=kind,
         protocol=protocol,
         result=kept,
         command=shlex.join(["quikjax", *sys.argv[1:]]),

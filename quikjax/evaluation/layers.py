@@ -53,17 +53,30 @@ class BlockErrors:
     hidden_free: float
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ColumnRanges:
+    """What layers that read one tensor read in the original: the largest `|x|` of each of its columns, over all tokens."""
+
+    layers: tuple[str, ...]
+    absmax: tuple[float, ...]
+
+
 class ErrorsByDepth(NamedTuple):
-    """All quantized layers, and all blocks, in order of execution."""
+    """All quantized layers, all blocks, and all tensors that quantized layers read, in order of execution."""
 
     layers: list[LayerErrors]
     blocks: list[BlockErrors]
+    ranges: list[ColumnRanges]
 
     def as_json(self) -> dict[str, Any]:
         """A JSON object."""
         return {
             "layers": [dataclasses.asdict(layer) for layer in self.layers],
             "blocks": [dataclasses.asdict(block) for block in self.blocks],
+            # Four digits: it is a picture, not a calibration.
+            "ranges": [
+                {"layers": list(read.layers), "absmax": [float(f"{value:.4g}") for value in read.absmax]} for read in self.ranges
+            ],
         }
 
 
@@ -89,27 +102,34 @@ def errors_by_depth(quantized: CausalLM, original: CausalLM, ids: Int[np.ndarray
     rows = [jnp.asarray(row[None]) for row in ids]
     teacher = [np.asarray(original.embed(row, default_positions(row))) for row in rows]
     free = [np.asarray(quantized.embed(row, default_positions(row))) for row in rows]
-    layers, blocks = [], []
+    layers, blocks, ranges = [], [], []
     for key, block in original.blocks.items():
         prefix = ".".join((*original.block_path, key))
         blockdef, dense = _parts(block)
         packdef, packed = _parts(quantized.blocks[key])
         groups = tuple((group, tuple(members)) for group, members in block.groups.items())
         sums: dict[str, list[Sums]] = defaultdict(list)
+        absmax: dict[str, np.ndarray] = {}
         for index in range(len(rows)):
             try:
-                after, found = _both(blockdef, dense, packdef, packed, teacher[index], free[index], groups)
+                after, found, read = _both(blockdef, dense, packdef, packed, teacher[index], free[index], groups)
             except TypeError as error:
                 raise QuikError(f"{prefix} differs in shape between the two models; are they the same model? ({error})") from None
             teacher[index], free[index] = np.asarray(after[0]), np.asarray(after[1])
             for name, pair in found.items():
                 sums[name].append(pair)
+            for group, largest in read.items():
+                absmax[group] = np.maximum(absmax.get(group, 0.0), np.asarray(largest))
         errors = {name: _relative(pairs) for name, pairs in sums.items()}
         for name in sorted({name.split("|")[0] for name in errors if "|" in name}, key=_order(groups)):
             fields = {field: errors[f"{name}|{field}"] for field in _FIELDS}
             layers.append(LayerErrors(path=f"{prefix}.{name}.weight", **fields))
+        for group, members in groups:
+            quantized_ones = tuple(f"{prefix}.{layer}.weight" for layer in members if f"{layer}|weights" in errors)
+            if quantized_ones:
+                ranges.append(ColumnRanges(layers=quantized_ones, absmax=tuple(absmax[group].tolist())))
         blocks.append(BlockErrors(path=prefix, hidden_forced=errors["forced"], hidden_free=errors["free"]))
-    return ErrorsByDepth(layers, blocks)
+    return ErrorsByDepth(layers, blocks, ranges)
 
 
 _FIELDS = ("weights", "rounding", "inputs", "output_forced", "output_free")
@@ -152,8 +172,11 @@ def _both(
     teacher: Float[Array, "batch length hidden"],
     free: Float[Array, "batch length hidden"],
     groups: tuple[tuple[str, tuple[str, ...]], ...],
-) -> tuple[tuple[Array, Array], dict[str, Sums]]:
-    """Hidden states that leave a block in the original and free-running, and every error's sums of squares by name."""
+) -> tuple[tuple[Array, Array], dict[str, Sums], dict[str, Array]]:
+    """Hidden states that leave a block in the original and free-running, every error's sums of squares by name, and ranges.
+
+    Ranges are the largest `|x|` per column of what each group of layers reads in the original.
+    """
     right, reads = _run(blockdef, dense, teacher)
     forced, _ = _run(packdef, packed, teacher)
     own, own_reads = _run(packdef, packed, free)
@@ -173,7 +196,8 @@ def _both(
                 f"{layer}|output_forced": _sums(y, linear(x, weight)),
                 f"{layer}|output_free": _sums(y, linear(own_x, weight)),
             }
-    return (right, own), sums
+    ranges = {group: jnp.max(jnp.abs(x.astype(jnp.float32)), axis=(0, 1)) for group, x in reads.items()}
+    return (right, own), sums, ranges
 
 
 def rounded_activations(x: Float[Array, "*batch k"], weight: QuikWeight) -> Float32[Array, "*batch k"]:

@@ -125,6 +125,35 @@ def bar_chart(chart: BarChart, *, standalone: bool = False) -> str:
     return _svg(chart.title, parts, _HEIGHT, standalone)
 
 
+_STRIP_WIDTH, _STRIP_HEIGHT, _STRIP_LEFT = 320, 110, 40
+
+
+def range_chart(title: str, values: Sequence[Number], marked: Sequence[int]) -> str:
+    """A small chart of one value per column, on a logarithmic axis, the `marked` columns in another colour.
+
+    All columns of one colour are one path, so that a page can hold many of these.
+    """
+    y = _Axis.of(values, True, _STRIP_HEIGHT - 8, 6)
+    wide = (_STRIP_WIDTH - _STRIP_LEFT - 4) / max(1, len(values))
+    chosen = set(marked)
+
+    def bars(wanted: bool) -> str:
+        lines = [
+            f"M{_STRIP_LEFT + (column + 0.5) * wide:.1f} {_STRIP_HEIGHT - 8}V{y.at(value):.1f}"
+            for column, value in enumerate(values)
+            if (column in chosen) == wanted and y.has(value)
+        ]
+        return f'<path class="dot s{int(wanted)}" stroke-width="{max(wide, 0.7):.2f}" d="{"".join(lines)}"/>'
+
+    ticks = y.ticks()
+    shown = [ticks[0], ticks[-1]]
+    labels = [f'<text x="{_STRIP_LEFT - 4}" y="{y.at(tick) + 4:.1f}" text-anchor="end">{tick:.3g}</text>' for tick in shown]
+    parts = [bars(False), bars(True), *labels]
+    label = escape(title, quote=True)
+    view = f"0 0 {_STRIP_WIDTH} {_STRIP_HEIGHT}"
+    return f'<svg class="chart" role="img" aria-label="{label}" viewBox="{view}"><title>{label}</title>{"".join(parts)}</svg>\n'
+
+
 @dataclasses.dataclass(frozen=True)
 class _Axis:
     """Values from `low` to `high` as pixels from `start` to `end`."""

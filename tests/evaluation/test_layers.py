@@ -74,7 +74,10 @@ def test_errors_are_their_definitions(pair: tuple[CausalLM, CausalLM]) -> None:
         row = found.blocks[int(key)]
         assert row.hidden_forced == pytest.approx(relative(teacher, forced), rel=1e-3)
         assert row.hidden_free == pytest.approx(relative(teacher, free), rel=1e-3)
-        for group, members in block.groups.items():
+        for index, (group, members) in enumerate(block.groups.items()):
+            read = found.ranges[4 * int(key) + index]
+            assert read.layers == tuple(f"model.layers.{key}.{layer}.weight" for layer in members)
+            np.testing.assert_allclose(read.absmax, np.abs(reads[group]).max(axis=(0, 1)), rtol=1e-5)
             for layer in members:
                 path = f"model.layers.{key}.{layer}.weight"
                 W, weight, errors = dense[path], packed[path], rows[path]

@@ -24,7 +24,7 @@ IDS = np.random.default_rng(0).integers(0, 256, (3, 40)).astype(np.int32)
 
 @pytest.fixture(scope="module")
 def models() -> tuple[CausalLM, CausalLM]:
-    return tiny_model(0), tiny_model(1)
+    return tiny_model(0, num_hidden_layers=2), tiny_model(1, num_hidden_layers=2)
 
 
 @pytest.fixture(scope="module")
