@@ -55,7 +55,7 @@ class BlockErrors:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ColumnRanges:
-    """What layers that read one tensor read in the original: the largest `|x|` of each of its columns, over all tokens."""
+    """The tensor that some layers read in the original: the largest `|x|` of each of its columns, over all tokens."""
 
     layers: tuple[str, ...]
     absmax: tuple[float, ...]
@@ -152,7 +152,7 @@ def _relative(pairs: list[Sums]) -> float:
 def _run(
     blockdef: Any, params: Mapping[str, Any], hidden: Float[Array, "batch length hidden"]
 ) -> tuple[Float[Array, "batch length hidden"], dict[str, Array]]:
-    """What leaves a block, and what each group of its layers reads."""
+    """A block's output, and the tensor that each group of its layers reads."""
     seen: dict[str, Array] = {}
 
     def see(group: str, x: Array) -> Array:

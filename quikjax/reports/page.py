@@ -210,17 +210,17 @@ def _range_charts(
     return [(kind, charts[:: max(1, math.ceil(len(charts) / _PICTURED))]) for kind, charts in kinds.items()]
 
 
-def _bytes(count: float) -> str:
+def _bytes(count: int | float) -> str:
     if count >= 1e9:
         return f"{count / 1e9:.2f} GB"
     return f"{count / 1e6:.1f} MB" if count >= 1e6 else f"{count / 1e3:.1f} kB"
 
 
-def _error(value: float | None) -> str:
+def _error(value: int | float | None) -> str:
     return "?" if value is None else f"{value:.4f}"
 
 
-def _decibels(value: float | None) -> str:
+def _decibels(value: int | float | None) -> str:
     return "?" if value is None else ("exact" if value == 0 else f"{-20 * math.log10(value):.1f}")
 
 

@@ -43,7 +43,7 @@ class Cell:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """What a cell gave: `result`, a JSON object. Numbers in it that are not finite are `None`."""
+    """A finished cell with its `result`, a JSON object. Numbers in it that are not finite are `None`."""
 
     key: str
     parameters: Mapping[str, Json]
@@ -57,7 +57,7 @@ class Row:
 
 @runtime_checkable
 class Progress(Protocol):
-    """What a running grid tells."""
+    """Callbacks of a running grid."""
 
     def start(self, cells: int, finished: int) -> None:
         """Work begins: so many cells, so many of them finished by an earlier run."""

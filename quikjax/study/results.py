@@ -1,4 +1,4 @@
-"""What every study ends in: rows, a table, a plot and one JSON object, in a directory of its own.
+"""Studies and their results: rows, a table, a plot and one JSON object, in a directory of its own.
 
 DIR/rows.jsonl   one line per finished cell, written as it is finished (`grid`)
 DIR/table.md     the table

@@ -9,10 +9,6 @@ import numpy as np
 import pytest
 import typer
 from flax import nnx
-from quikjax.reports.codes import codes_use
-from quikjax.reports.evaluations import EvaluationRecord, add_evaluation, check_writable
-from quikjax.reports.page import check_page, json_beside, read_page, render
-from quikjax.reports.reproduce import reproduction
 from typer.testing import CliRunner
 
 from quikjax.checkpoint import Reader, read_manifest, save
@@ -24,6 +20,10 @@ from quikjax.loading import open_source
 from quikjax.models.registry import pure_params
 from quikjax.quantizing.params import quantize_params
 from quikjax.quantizing.recipe import find_recipe
+from quikjax.reports.codes import codes_use
+from quikjax.reports.evaluations import EvaluationRecord, add_evaluation, check_writable
+from quikjax.reports.page import check_page, json_beside, read_page, render
+from quikjax.reports.reproduce import reproduction
 from quikjax.testing import tiny_model, tiny_tokenizer
 from quikjax.texts import calibration_text, tokenize, tokens_fingerprint
 from quikjax.weights.quik import QuikWeight
