@@ -1,10 +1,12 @@
 """`quikjax study NAME`: grids of runs that end in a table, a plot and JSON. A killed study goes on where it stopped."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from quikjax.cli.options import Json
 from quikjax.cli.printing import duration, print_json, say
 
 if TYPE_CHECKING:
@@ -69,3 +71,59 @@ def carry_out(study: "Study", out: Path, *, dry_run: bool, as_json: bool) -> Non
         print_json(result.as_json())
     else:
         print(result.markdown(), end="")
+
+
+# Names and first lines of the ablations; the cells are in `quikjax.study.ablations`, which is heavy to import.
+ABLATIONS = {
+    "outliers": "How many outlier columns.",
+    "down-proj": "How many bits for down_proj, weights and activations.",
+    "threshold": "The threshold below which a layer has no outliers.",
+    "outlier-text": "Outliers from one text, judged on another.",
+    "calibration-size": "How much calibration text.",
+    "damping": "GPTQ's damping.",
+    "hessians": "Hessians through quantized blocks, or of the original.",
+    "order": "The order in which GPTQ rounds columns.",
+    "methods": "QUIK beside what is known.",
+}
+
+
+def _ablation(name: str) -> Callable[..., None]:
+    def study(
+        model: Annotated[str, typer.Argument(help="A published model, unquantized.")] = "smollm2-135m",
+        out: Annotated[
+            Path | None,
+            typer.Option(help="Directory for rows, table, plot and JSON; left out, studies/NAME. A killed run goes on."),
+        ] = None,
+        calibration: Annotated[str, typer.Option(help="A UTF-8 text file, pydoc, wikitext2, ptb or c4.")] = "pydoc",
+        evaluation: Annotated[str, typer.Option(help="The text to measure on, named as --calibration.")] = "pydoc",
+        samples: Annotated[int, typer.Option(help="Calibration sequences.")] = 16,
+        seqlen: Annotated[int, typer.Option(help="Tokens per calibration sequence.")] = 2048,
+        window: Annotated[int, typer.Option(help="Tokens per evaluation window.")] = 2048,
+        windows: Annotated[int, typer.Option(help="Evaluation windows.")] = 3,
+        cell: Annotated[int | None, typer.Option(help="Only the cell of this number.")] = None,
+        dry_run: DryRun = False,
+        as_json: Json = False,
+    ) -> None:
+        from quikjax.study.ablations import Setting, ablation_study, default_directory
+        from quikjax.study.results import check_directory
+
+        target = default_directory(name) if out is None else out
+        if not dry_run:
+            check_directory(target)
+        setting = Setting(
+            model=model,
+            calibration=calibration,
+            evaluation=evaluation,
+            samples=samples,
+            seqlen=seqlen,
+            window=window,
+            windows=windows,
+        )
+        carry_out(ablation_study(name, setting, cell), target, dry_run=dry_run, as_json=as_json)
+
+    study.__doc__ = ABLATIONS[name]
+    return study
+
+
+for _name in ABLATIONS:
+    app.command(_name)(_ablation(_name))

@@ -151,7 +151,8 @@ def range_chart(title: str, values: Sequence[Number], marked: Sequence[int]) -> 
     parts = [bars(False), bars(True), *labels]
     label = escape(title, quote=True)
     view = f"0 0 {_STRIP_WIDTH} {_STRIP_HEIGHT}"
-    return f'<svg class="chart" role="img" aria-label="{label}" viewBox="{view}"><title>{label}</title>{"".join(parts)}</svg>\n'
+    inside = f"<title>{label}</title>{''.join(parts)}"
+    return f'<svg class="chart strip" role="img" aria-label="{label}" viewBox="{view}">{inside}</svg>\n'
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Accuracies of lm-eval's own Hugging Face class on local rows, for `test_harness_golden.py`.
+"""Make the figures of lm-eval's own Hugging Face class on local rows, for `test_harness_golden.py`.
 
 Two steps in two environments, as PyTorch is no dependency of this library:
 
@@ -6,7 +6,8 @@ Two steps in two environments, as PyTorch is no dependency of this library:
     published) python tests/evaluation/make_harness_golden.py measure DIR ROWS LIMIT OUT     (torch, transformers, lm-eval[hf])
 
 ROWS is a directory with `piqa_validation.jsonl`, `arc_easy_test.jsonl` and `lambada_openai_test.jsonl`; the first LIMIT rows of
-each are measured, under the prompts and metrics of lm-eval's tasks of these names.
+each are measured, under the prompts and metrics of lm-eval's tasks of these names. The rows in `tests/evaluation/rows` are of our
+own making.
 """
 
 import json
