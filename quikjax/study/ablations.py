@@ -25,6 +25,8 @@ from quikjax.models.registry import dotted, pure_params
 from quikjax.quantizing.model import calibrate, quantize_model
 from quikjax.quantizing.params import quantize_params
 from quikjax.quantizing.recipe import Recipe, Rule, find_recipe
+from quikjax.quantizing.smoothing import smooth_params
+from quikjax.quantizing.weight_only import weight_only
 from quikjax.reports.charts import LineChart, Point
 from quikjax.study.grid import Cell, Row
 from quikjax.study.results import Study
@@ -138,10 +140,20 @@ ABLATIONS: dict[str, Ablation] = {
     ),
     "methods": Ablation(
         title="QUIK and what is known: the same model, text and windows.",
-        cells=[{"recipe": name} for name in ("rtn-w4a4", "gptq-w4a16", "w4a8", "quik-4b", "quik-8b")],
-        paper={"rtn-w4a4": "broken", "gptq-w4a16": "6.24", "quik-4b": "5.84", "quik-8b": "5.48"},
+        cells=[
+            {"weights_only": "rtn-w4-g128"},
+            {"weights_only": "awq-w4-g128"},
+            {"recipe": "gptq-w4a16"},
+            {"recipe": "rtn-w8a8"},
+            {"recipe": "rtn-w8a8", "smooth": 0.8},
+            {"recipe": "quik-8b"},
+            {"recipe": "rtn-w4a4"},
+            {"recipe": "rtn-w4a4", "smooth": 0.8},
+            {"recipe": "quik-4b"},
+        ],
+        paper={"gptq-w4a16": "6.24", "rtn-w4a4, smooth 0.8": "83.12", "quik-4b": "5.84", "quik-8b": "5.48"},
         paper_column="LLaMA-2-7B, paper",
-        notes=("Paper: LLaMA-2-7B, FP16 5.47; SmoothQuant at W4A4 gives 83.", _SMALL),
+        notes=("Paper: LLaMA-2-7B, FP16 5.47; its SmoothQuant row is at W4A4. smooth is SmoothQuant's alpha.", _SMALL),
     ),
 }
 
@@ -259,20 +271,32 @@ class _Bench:
     def compute(self, cell: Cell) -> dict[str, Any]:
         """Quantize as the cell's parameters say, and measure."""
         parameters, model = cell.parameters, self._model
+        if "weights_only" in parameters:
+            params, bits = weight_only(parameters["weights_only"], model, self._unquantized_statistics(self.setting.samples))
+            return self._measured(parameters, params, bits)
         recipe = varied_recipe(parameters)
-        if parameters.get("sequential", True):
+        if "smooth" in parameters:
+            stats = self._unquantized_statistics(self.setting.samples)
+            params = quantize_params(
+                smooth_params(model, stats, parameters["smooth"]), recipe, hidden_size=model.config.hidden_size
+            )
+        elif parameters.get("sequential", True):
             batches = [row[None] for row in self._calibration(parameters)]
             params = quantize_model(model, recipe, batches)
         else:
             stats = self._unquantized_statistics(parameters.get("samples", self.setting.samples))
             params = quantize_params(pure_params(model), recipe, stats, hidden_size=model.config.hidden_size)
-        quantized = nnx.merge(nnx.split(model)[0], params)
+        packed = [leaf for leaf in dotted(params).values() if isinstance(leaf, QuikWeight)]
+        bits = sum(leaf.bits() for leaf in packed) / sum(leaf.inputs * leaf.outputs for leaf in packed)
+        return self._measured(parameters, params, bits)
+
+    def _measured(self, parameters: Parameters, params: Any, bits: float) -> dict[str, Any]:
+        """A cell's result: the quantized model against the original."""
+        quantized = nnx.merge(nnx.split(self._model)[0], params)
         original = self._original(parameters.get("evaluation", "given"))
         found = evaluate(quantized, self._windows(parameters), original)
         distance = found.distance
         assert distance is not None  # the original was given
-        packed = {path: leaf for path, leaf in dotted(params).items() if isinstance(leaf, QuikWeight)}
-        weights = sum(leaf.inputs * leaf.outputs for leaf in packed.values())
         result: dict[str, Any] = {
             "perplexity": found.perplexity,
             "stderr": found.stderr,
@@ -282,11 +306,13 @@ class _Bench:
             "top1_agreement": distance.top1_agreement,
             "ln_ppl_ratio": distance.ln_ppl_ratio,
             "ln_ppl_ratio_stderr": distance.ln_ppl_ratio_stderr,
-            "bits_per_weight": sum(leaf.bits() for leaf in packed.values()) / weights,
+            "bits_per_weight": bits,
         }
         if "calibration" in parameters:
             result["outlier_columns"] = {
-                path: np.sort(np.asarray(leaf.columns)[leaf.base :]).tolist() for path, leaf in packed.items()
+                path: np.sort(np.asarray(leaf.columns)[leaf.base :]).tolist()
+                for path, leaf in dotted(params).items()
+                if isinstance(leaf, QuikWeight)
             }
         return result
 
@@ -320,7 +346,8 @@ def _table(ablation: Ablation, rows: Sequence[Row]) -> tuple[list[str], list[lis
     common: Callable[[Row], float] | None = None
     if "outlier_columns" in first.result:
         common = lambda row: overlap(row.result["outlier_columns"], first.result["outlier_columns"])  # noqa: E731
-    head = [next(iter(first.parameters)), "perplexity", "KL", "top-1", "ln(ppl/original)", "bits/weight"]
+    names = dict.fromkeys(next(iter(row.parameters)) for row in rows)
+    head = [" / ".join(names), "perplexity", "KL", "top-1", "ln(ppl/original)", "bits/weight"]
     head += ["in common"] if common is not None else []
     head += [ablation.paper_column] if ablation.paper else []
     lines = []
