@@ -26,9 +26,10 @@ from flax import nnx
 from random_checkpoint import random_weight
 
 from quikjax.algorithms.gptq import gptq, inverse_factor
-from quikjax.algorithms.numerics import clipped_scales, outlier_columns
+from quikjax.algorithms.numerics import clipped_scales
 from quikjax.models.registry import abstract_model, dotted, nested, pure_params
 from quikjax.quantizing.model import _forward_all, _inputs
+from quikjax.quantizing.outliers import largest_last
 from quikjax.quantizing.params import pack, permuted_hessian
 from quikjax.quantizing.recipe import Rule, find_recipe
 from quikjax.quantizing.statistics import LayerStats, empty_stats, observe
@@ -91,7 +92,7 @@ def quantize_group(clock: Clock, weights: dict[str, jax.Array], rules: dict[str,
         W = W.astype(jnp.float32)
         count = rule.outlier_count(k, hidden)
         if count not in shared:
-            columns = outlier_columns(stats.absmax, count)
+            columns = largest_last(stats.absmax, count)
             H, dead = permuted_hessian(stats.hessian, stats.count, columns)
             U, _ = clock("factorization", k, partial(inverse_factor, H, rule.damping))
             shared[count] = columns, U, dead

@@ -104,6 +104,7 @@ class CausalLM(nnx.Module):
 
     config: Config
     published: str | None = None  # the `config.json` this was built from, as sorted JSON text: hashable, hence static
+    stops: tuple[int, ...] = ()  # ids of the tokens that end a text, as the checkpoint says; static
     block_path: ClassVar[tuple[str, ...]]  # where the blocks' parameters are, by published name
 
     @classmethod

@@ -12,6 +12,7 @@ from quikjax.models.base import CausalLM
 from quikjax.models.falcon import FIRST_TYPES, FalconConfig, FalconForCausalLM
 from quikjax.models.llama import LlamaConfig, LlamaForCausalLM
 from quikjax.models.opt import OPTConfig, OPTForCausalLM
+from quikjax.models.stops import named_stops, union_of_stops
 
 # model_type: (configuration, model). A new family is one file and one row here.
 FAMILIES: dict[str, tuple[type[Any], Callable[..., CausalLM]]] = {
@@ -24,6 +25,8 @@ FAMILIES: dict[str, tuple[type[Any], Callable[..., CausalLM]]] = {
 def abstract_model(fields: Mapping[str, Any], dtype: Any = jnp.float32) -> CausalLM:
     """The model that a `config.json` describes, its parameters `ShapeDtypeStruct`s of `dtype`: no memory, no weights.
 
+    Its `stops` are those that this file names; a checkpoint's other files may name more.
+
     Raises:
         QuikError: `model_type` is missing or unknown, or the family refuses a field.
     """
@@ -34,6 +37,7 @@ def abstract_model(fields: Mapping[str, Any], dtype: Any = jnp.float32) -> Causa
         raise QuikError(f'models of type "{kind}" are not supported; {did_you_mean(str(kind), FAMILIES)}')
     config, model = FAMILIES[kind]
     abstract = nnx.eval_shape(lambda: model(config.from_published(fields), dtype=dtype))
+    abstract.stops = union_of_stops(abstract.config.vocab_size, named_stops(fields, "the configuration"))
     abstract.published = json.dumps(dict(fields), sort_keys=True, default=str)
     return abstract
 

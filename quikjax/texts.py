@@ -1,6 +1,7 @@
 """Texts to calibrate and evaluate on: files, and a few names. What is offline by default ships inside every CPython."""
 
 import hashlib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -110,8 +111,48 @@ def _published(name: str, split: str) -> Text:
 
 
 def tokenize(tokenizer: Any, text: str) -> Int32[np.ndarray, " tokens"]:
-    """The text as one row of tokens, with whatever the tokenizer puts around a text."""
-    return np.asarray(tokenizer(text, verbose=False)["input_ids"], np.int32)
+    """The text as one row of tokens, to be continued: what the tokenizer puts before a text is there, what it puts behind is not.
+
+    A prompt is not a finished text, and neither is one that windows are cut from: an end behind it would make a model begin
+    another. BOS that the text itself begins with is not doubled.
+    """
+    inner = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    before = _before(tokenizer, text[:16] if inner else "a")
+    # Less what the text begins with itself.
+    typed = next((n for n in range(len(before), 0, -1) if inner[:n] == before[-n:]), 0)
+    return np.asarray([*before[: len(before) - typed], *inner], np.int32)
+
+
+def _before(tokenizer: Any, text: str) -> list[int]:
+    """The tokens that the tokenizer puts before a text."""
+    inner = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    around = tokenizer(text, verbose=False)["input_ids"]
+    return next((around[:at] for at in range(len(around)) if around[at : at + len(inner)] == inner), [])
+
+
+def continuation(tokenizer: Any, prompt: Iterable[Any], new: Iterable[Any]) -> str:
+    """The text that the tokens `new` add behind the tokens `prompt`, without special tokens.
+
+    It is what decoding both together has more than decoding the prompt alone. Tokens decoded by themselves would lose the space
+    that some tokenizers write before the first word, and the character whose first bytes are the prompt's last token.
+    """
+    before, both = (_decode(tokenizer, [*map(int, ids)]) for ids in (prompt, [*prompt, *new]))
+    common = next((at for at, (a, b) in enumerate(zip(before, both, strict=False)) if a != b), min(len(before), len(both)))
+    return both[common:]
+
+
+def _decode(tokenizer: Any, ids: list[int]) -> str:
+    # Cleaning up would move spaces where prompt and continuation meet.
+    return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def without_final_newline(text: str) -> str:
+    """A text from standard input, without the newline with which `echo` and editors end it.
+
+    >>> without_final_newline("x\\n"), without_final_newline("x\\n\\n")
+    ('x', 'x\\n')
+    """
+    return text.removesuffix("\n").removesuffix("\r") if text.endswith("\n") else text
 
 
 def calibration_windows(tokens: Int32[np.ndarray, " tokens"], samples: int, length: int) -> Int32[np.ndarray, "samples length"]:

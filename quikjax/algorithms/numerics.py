@@ -1,4 +1,4 @@
-"""The small pieces of QUIK's weight maths that every quantizer shares: scales, clip search, codes, outliers, errors.
+"""The small pieces of QUIK's weight maths that every quantizer shares: scales, clip search, codes, errors.
 
 Letters as in the paper: `W` `[N, K]`, `a` the per-column maximum of the activations, `s` one scale per row. Products with
 float32 reciprocals stand where the paper divides, so that no compiler chooses the bits.
@@ -9,7 +9,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Float32, Int8, Int32
+from jaxtyping import Array, Bool, Float, Float32, Int8
 
 # The clip search of the authors' code: how far a row's maximum may be clipped, in hundredths, and the norm it minimizes.
 CLIP_STEPS = 80
@@ -70,16 +70,6 @@ def clipped_scales(W: Float32[Array, "n b"], bits: int) -> Float32[Array, " n"]:
 def reduced_rows(q: Int8[Array, "n b"], s: Float32[Array, " n"]) -> Float32[Array, " n"]:
     """`r = s * sum_k q`: what the activations' zero point is multiplied by."""
     return s * jnp.sum(q.astype(jnp.int32), axis=1).astype(jnp.float32)
-
-
-def outlier_columns(score: Float32[Array, " k"], count: int) -> Int32[Array, " k"]:
-    """A permutation of the columns by ascending `score`, so that the `count` largest come last; ties keep their order.
-
-    Without outliers nothing needs to move, and a gather is saved at run time: the identity.
-    """
-    if count == 0:
-        return jnp.arange(score.shape[0], dtype=jnp.int32)
-    return jnp.argsort(score, stable=True).astype(jnp.int32)
 
 
 def signal_to_noise(relative_error: float) -> float:

@@ -3,7 +3,8 @@
     DIR/quikjax.json          the manifest: configuration, recipe, provenance, parts, fingerprint
     DIR/arrays/NAME/          one part's arrays (Orbax); a part is a transformer block, or "rest"
     DIR/arrays/NAME.json      one part's manifest: dtype, shape and SHA-256 of every array, static fields, files
-    DIR/tokenizer/            as transformers saves it; absent without one
+    DIR/tokenizer/            the source's own files, or as transformers saves it; absent without one
+    DIR/generation_config.json   which tokens end a text, and what else the source's said; absent where it said nothing
     DIR/report.jsonl          one line per layer; absent without one
 
 Saving the same twice gives the same bytes. A killed save leaves the old artifact or none. Restored arrays have the bits that were
@@ -26,8 +27,10 @@ from quikjax.checkpoint.reader import Reader, read_manifest
 from quikjax.checkpoint.shapes import check_parameters, shapes_of
 from quikjax.checkpoint.writer import Writer, stored_shapes
 from quikjax.errors import QuikError
+from quikjax.loading.source import stops_of
 from quikjax.models.base import CausalLM
 from quikjax.models.registry import abstract_model, dotted, nested, pure_params
+from quikjax.models.stops import named_stops
 
 __all__ = [
     "REST",
@@ -68,6 +71,7 @@ def save(
     tokenizer: Any = None,
     recipe: Mapping[str, Any] | None = None,
     provenance: Mapping[str, Any] | None = None,
+    generation_config: Mapping[str, Any] | None = None,
     report: Iterable[Mapping[str, Any]] | None = None,
     force: bool = False,
 ) -> str:
@@ -78,6 +82,7 @@ def save(
         model: one of ours, with its weights.
         config: its published configuration; needed only if the model was not built by `abstract_model`.
         tokenizer, report: see `Writer.finish`.
+        generation_config: see `Writer.finish`; `model.stops` are added to the tokens that it says end a text.
         recipe, provenance: see `Writer`.
 
     Raises:
@@ -93,7 +98,17 @@ def save(
         writer.check_whole(shapes_of(model))
         for name, members in split_parts(params, model.block_path).items():
             writer.write_part(name, members)
-        return writer.finish(tokenizer=tokenizer, report=report)
+        return writer.finish(tokenizer=tokenizer, generation_config=_with_stops(generation_config, model.stops), report=report)
+
+
+def _with_stops(generation_config: Mapping[str, Any] | None, stops: tuple[int, ...]) -> dict[str, Any] | None:
+    """The configuration with all of `stops` in it; as it was where it names them already."""
+    fields = dict(generation_config or {})
+    named = named_stops(fields, "generation_config")
+    if set(stops) - set(named):
+        ends = [*named, *(token for token in stops if token not in named)]
+        fields["eos_token_id"] = ends[0] if len(ends) == 1 else ends
+    return fields or None
 
 
 def restore(path: str | os.PathLike[str], *, verify: bool = True) -> tuple[CausalLM, Any]:
@@ -112,7 +127,9 @@ def restore(path: str | os.PathLike[str], *, verify: bool = True) -> tuple[Causa
     abstract = abstract_model(reader.manifest.config, reader.manifest.dtype)
     held = {name: shape for part in reader.parts.values() for name, shape in stored_shapes(part).items()}
     check_parameters(shapes_of(abstract), held, whole=True)
-    return nnx.merge(nnx.split(abstract)[0], _params(reader)), reader.tokenizer()
+    tokenizer = reader.tokenizer()
+    abstract.stops = stops_of(reader.manifest.config, reader.generation_config(), tokenizer, str(reader.path))
+    return nnx.merge(nnx.split(abstract)[0], _params(reader)), tokenizer
 
 
 def restore_params(path: str | os.PathLike[str], *, verify: bool = True) -> dict[str, Any]:

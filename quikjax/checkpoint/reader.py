@@ -5,10 +5,12 @@ import os
 from pathlib import Path
 from typing import Any
 
-from quikjax.checkpoint import atomic, parts, tokenizers
+from quikjax.checkpoint import atomic, parts
 from quikjax.checkpoint.manifest import MANIFEST, FileRow, Json, Manifest, Part, checksum, unseal_manifest
 from quikjax.checkpoint.writer import ARRAYS, REPORT, TOKENIZER
 from quikjax.errors import QuikError, did_you_mean
+from quikjax.loading.source import GENERATION_CONFIG, read_json
+from quikjax.loading.tokenizer import read_tokenizer
 
 
 def read_manifest(path: str | os.PathLike[str]) -> Manifest:
@@ -88,7 +90,11 @@ class Reader:
         """The tokenizer, or `None` if the artifact has none."""
         if not any(path.startswith(f"{TOKENIZER}/") for path in self.manifest.files):
             return None
-        return tokenizers.load(self.path / TOKENIZER)
+        return read_tokenizer(self.path / TOKENIZER, self.manifest.config)
+
+    def generation_config(self) -> Json | None:
+        """The content of the source's `generation_config.json`, or `None` if the artifact has none."""
+        return read_json(self.path / GENERATION_CONFIG) if GENERATION_CONFIG in self.manifest.files else None
 
     def report(self) -> list[Json]:
         """The lines of the report, empty if the artifact has none."""

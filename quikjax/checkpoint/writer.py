@@ -22,6 +22,7 @@ from quikjax.checkpoint.manifest import (
     Part,
     PartRow,
     Unfinished,
+    canonical,
     checksum,
     seal,
     to_json,
@@ -29,11 +30,13 @@ from quikjax.checkpoint.manifest import (
 )
 from quikjax.checkpoint.shapes import check_parameters, shapes_of
 from quikjax.errors import QuikError
+from quikjax.loading.source import GENERATION_CONFIG
 from quikjax.models.registry import abstract_model
 from quikjax.version import __version__
 
 ARRAYS, TOKENIZER, REPORT = "arrays", "tokenizer", "report.jsonl"
-OURS = {MANIFEST, f"{MANIFEST}.tmp", ARRAYS, TOKENIZER, REPORT, f"{REPORT}.tmp"}
+BESIDE = (TOKENIZER, REPORT, GENERATION_CONFIG)  # what stands beside the arrays, each only where there is something to put in it
+OURS = {MANIFEST, f"{MANIFEST}.tmp", ARRAYS, *BESIDE, f"{REPORT}.tmp", f"{GENERATION_CONFIG}.tmp"}
 
 
 class Writer:
@@ -199,11 +202,18 @@ class Writer:
         self._parts[name] = part
         return part
 
-    def finish(self, *, tokenizer: Any = None, report: Iterable[Mapping[str, Any]] | None = None) -> str:
-        """Write tokenizer, report and manifest, give the artifact its name, and return its fingerprint.
+    def finish(
+        self,
+        *,
+        tokenizer: Any = None,
+        generation_config: Mapping[str, Any] | None = None,
+        report: Iterable[Mapping[str, Any]] | None = None,
+    ) -> str:
+        """Write tokenizer, generation's configuration, report and manifest, give the artifact its name; return its fingerprint.
 
         Args:
-            tokenizer: anything with `save_pretrained`.
+            tokenizer: anything with `save_pretrained`, or the files of a published one (`Source.tokenizer_files`), to be copied.
+            generation_config: what the source's `generation_config.json` says: above all, which tokens end a text.
             report: one JSON object per line, deterministic; numbers that are not finite become null.
 
         Raises:
@@ -213,9 +223,12 @@ class Writer:
         with atomic.disk_errors(f"cannot save {self.path}", self._consequence()):
             if tokenizer is not None:
                 tokenizers.save(tokenizer, self.partial / TOKENIZER)
+            if generation_config is not None:
+                fields = to_json(dict(generation_config), "generation's configuration")
+                atomic.write_text(self.partial / GENERATION_CONFIG, canonical(fields))
             if report is not None:
                 atomic.write_text(self.partial / REPORT, "".join(_report_line(row) for row in report))
-            beside = [path for path in atomic.files_below(self.partial) if path.split("/")[0] in (TOKENIZER, REPORT)]
+            beside = [path for path in atomic.files_below(self.partial) if path.split("/")[0] in BESIDE]
             manifest = Manifest(
                 **self._inputs.model_dump(),
                 dtype=_main_dtype(self._parts.values()),

@@ -15,7 +15,7 @@ def demo(
     seqlen: Annotated[int, typer.Option(help="Tokens per calibration sequence and evaluation window.")] = 512,
     as_json: Json = False,
 ) -> None:
-    """Quantize SmolLM2-135M three ways on this machine, offline, and compare."""
+    """Quantize SmolLM2-135M four ways on this machine, offline, and compare."""
     from quikjax.cli.demo_run import run
 
     figures = run(out, samples=samples, seqlen=seqlen, show=not as_json)

@@ -19,7 +19,9 @@ def generate(
 ) -> None:
     """Continue a text. Only the continuation is printed on stdout."""
     floating = parse_dtype(dtype)
-    text = sys.stdin.read() if prompt == "-" else prompt
+    from quikjax.texts import continuation, tokenize, without_final_newline
+
+    text = without_final_newline(sys.stdin.read()) if prompt == "-" else prompt
     if not text:
         raise QuikError("the prompt is empty; give some text")
 
@@ -29,14 +31,13 @@ def generate(
     from quikjax.cli.printing import print_json, say
     from quikjax.generation.decode import generate as run
     from quikjax.models.registry import pure_params
-    from quikjax.texts import tokenize
 
     network, tokenizer = load(model, dtype=floating)
     if tokenizer is None:
         raise QuikError(f"{model} has no tokenizer, so it cannot read text; put its tokenizer.json beside it")
     ids = tokenize(tokenizer, text)[None]
-    out = run(nnx.split(network)[0], pure_params(network), ids, max_new_tokens=max_new_tokens, stop=tokenizer.eos_token_id)
-    continuation = tokenizer.decode(out.tokens[0, : out.lengths[0]].tolist(), skip_special_tokens=True)
+    out = run(nnx.split(network)[0], pure_params(network), ids, max_new_tokens=max_new_tokens)
+    continued = continuation(tokenizer, ids[0], out.tokens[0, : out.lengths[0]])
     figures = {
         "prompt_tokens": out.prompt_tokens,
         "new_tokens": int(out.lengths[0]),
@@ -45,9 +46,9 @@ def generate(
         "compile_seconds": out.compile_seconds,
     }
     if as_json:
-        print_json({"text": continuation, **figures})
+        print_json({"text": continued, **figures})
     else:
-        print(continuation)
+        print(continued)
     say(
         f"prefill {out.prompt_tokens} tokens at {out.prefill_tokens_per_second:.0f} tokens/s, "
         f"decode {int(out.lengths[0])} at {out.decode_tokens_per_second:.1f} tokens/s, compiled in {out.compile_seconds:.1f} s"

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from quikjax.cli.options import Json, parse_activation_memory, parse_dtype, parse_outliers
-from quikjax.cli.printing import print_json, size, table
+from quikjax.cli.printing import bits, print_json, size, table
 from quikjax.errors import QuikError
 
 if TYPE_CHECKING:
@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 
 def plan(
     model: Annotated[str, typer.Argument(help="A model as `quantize` takes it, or just its config.json. No weight is fetched.")],
-    recipe: Annotated[str, typer.Option(help="quik-4b, quik-8b, w4a8, rtn-w4a4, rtn-w8a8, gptq-w4a16, fp, or a .json file.")] = "quik-4b",
+    recipe: Annotated[
+        str, typer.Option(help="quik-4b, quik-4b+, quik-8b, w4a8, rtn-w4a4, rtn-w8a8, gptq-w4a16, fp or a .json.")
+    ] = "quik-4b",
     outliers: Annotated[str | None, typer.Option(help="Columns in FP16: a count, or a fraction such as 0.0625 or 1/16.")] = None,
     batch: Annotated[int, typer.Option(help="Texts at once when the result runs.")] = 1,
     length: Annotated[int | None, typer.Option(help="Tokens in each; left out, 2048 or the model's context.")] = None,
@@ -92,7 +94,7 @@ def _plan_text(model: str, plan: "Plan") -> str:
             layer.pattern.removesuffix(".weight"),
             str(layer.count),
             f"{layer.outputs} x {layer.inputs}",
-            f"W{layer.weight_bits}A{layer.activation_bits}",
+            bits(layer.weight_bits, layer.activation_bits, layer.level_clip),
             layer.method,
             str(layer.outliers),
             size(layer.bytes * layer.count),
@@ -122,6 +124,8 @@ def _plan_text(model: str, plan: "Plan") -> str:
         f"{size(running.blocks + running.rest)}, keys and values {size(running.cache)}, temporaries "
         f"{size(running.temporaries)}): {_where(plan)}",
     ]
+    if plan.advice is not None:
+        lines += [f"advice       {plan.advice}"]
     return "\n".join([*lines, *(f"problem      {problem}" for problem in plan.problems)])
 
 

@@ -3,6 +3,7 @@
 import json
 import sys
 import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from quikjax.reports.tables import markdown_table as table
@@ -10,7 +11,7 @@ from quikjax.reports.tables import markdown_table as table
 if TYPE_CHECKING:
     from quikjax.quantizing.params import LayerResult
 
-__all__ = ["ProgressLines", "duration", "megabytes", "print_json", "say", "size", "table"]
+__all__ = ["ProgressLines", "bits", "duration", "megabytes", "print_json", "say", "size", "table"]
 
 
 def say(line: str = "") -> None:
@@ -53,14 +54,14 @@ class ProgressLines:
         if finished:
             say(f"going on after {finished} of {blocks} blocks that an earlier run finished")
         if self._layers:
-            say(f"{'layer':<44} {'bits':<5} {'outliers':>8} {'rel. error':>10} {'SNR':>8} {'time':>8}")
+            say(f"{'layer':<44} {'bits':<10} {'outliers':>8} {'rel. error':>10} {'SNR':>8} {'time':>8}")
 
     def layer(self, layer: "LayerResult", seconds: float) -> None:
         if self._layers:
-            bits = f"W{layer.weight_bits}A{layer.activation_bits}"
+            width = bits(layer.weight_bits, layer.activation_bits, layer.level_clip)
             damping = "" if layer.damping is None or layer.damping in (0.01, 0.5) else f"  damping {layer.damping:g}"
             say(
-                f"{layer.path.removesuffix('.weight'):<44} {bits:<5} {layer.outliers:>8} {layer.relative_error:>10.4f} "
+                f"{layer.path.removesuffix('.weight'):<44} {width:<10} {layer.outliers:>8} {layer.relative_error:>10.4f} "
                 f"{layer.snr_db:>5.1f} dB {seconds:>6.1f} s{damping}"
             )
 
@@ -70,6 +71,16 @@ class ProgressLines:
         if done < total and (now - self._said > 2 or self._layers):
             self._said = now
             say(f"  block {done} of {total} saved, about {duration(seconds_left)} left")
+
+
+def bits(weights: int, activations: int, level_clip: Sequence[int] | str | None = None) -> str:
+    """Write the widths of weights and activations, and the level clip of the latter if they have one.
+
+    >>> bits(4, 8), bits(4, 4, (17, 1)), bits(4, 4, "search")
+    ('W4A8', 'W4A4/17,1', 'W4A4/search')
+    """
+    clip = "" if level_clip is None else f"/{level_clip if isinstance(level_clip, str) else ','.join(map(str, level_clip))}"
+    return f"W{weights}A{activations}{clip}"
 
 
 def print_json(value: dict[str, Any]) -> None:

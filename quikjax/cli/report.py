@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from quikjax.cli.options import Json
-from quikjax.cli.printing import print_json, say, size, table
+from quikjax.cli.printing import bits, print_json, say, size, table
 
 if TYPE_CHECKING:
     from quikjax.reports.artifact import ArtifactReport
@@ -57,7 +57,7 @@ def _report_text(report: "ArtifactReport", every_layer: bool) -> str:
             [
                 row["path"].removesuffix(".weight"),
                 f"{row['outputs']} x {row['inputs']}",
-                f"W{row['weight_bits']}A{row['activation_bits']}",
+                bits(row["weight_bits"], row["activation_bits"], row.get("level_clip")),
                 row["method"],
                 str(row["outliers"]),
                 *_error_cells(report, row["relative_error"]),
@@ -72,7 +72,7 @@ def _report_text(report: "ArtifactReport", every_layer: bool) -> str:
                 kind.pattern.removesuffix(".weight"),
                 str(kind.count),
                 f"{kind.outputs} x {kind.inputs}",
-                f"W{kind.weight_bits}A{kind.activation_bits}",
+                " ".join(bits(kind.weight_bits, kind.activation_bits, clip) for clip in kind.level_clips),
                 kind.method or "?",
                 str(kind.outliers),
                 size(kind.bytes),

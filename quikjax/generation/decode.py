@@ -1,16 +1,17 @@
 """Generation under `jit`: one executable reads the prompt, one runs the whole decoding loop."""
 
 import dataclasses
+import operator
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, SupportsIndex
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int, Int32
+from jaxtyping import Array, Bool, Float, Int, Int32
 
 from quikjax.errors import QuikError
 from quikjax.models.base import Cache, CausalLM
@@ -20,8 +21,8 @@ from quikjax.models.base import Cache, CausalLM
 class Generation:
     """The tokens that `generate` added, and how fast it added them.
 
-    `tokens` int32 `[batch, new]`: the continuation of each row, from `lengths[row]` on filled with the stop token (the stop token
-    itself is not counted). Seconds of `prefill` and `decode` are of running alone; `compile` is apart.
+    `tokens` int32 `[batch, new]`: the continuation of each row, from `lengths[row]` on filled with stop tokens (which are
+    not counted). Seconds of `prefill` and `decode` are of running alone; `compile` is apart.
     """
 
     tokens: np.ndarray
@@ -54,7 +55,7 @@ def generate(
     ids: Int[Any, "batch length"] | Sequence[Sequence[int]],
     *,
     max_new_tokens: int = 64,
-    stop: int | None = None,
+    stop: SupportsIndex | Iterable[Any] | None = None,
 ) -> Generation:
     """Continue prompts greedily: the most likely token, again and again.
 
@@ -63,7 +64,8 @@ def generate(
         params: nested dictionaries, dense or with packed weights.
         ids: prompts of equal length.
         max_new_tokens: how many tokens to add at most.
-        stop: a row ends before this token; with all rows ended, decoding ends.
+        stop: a row ends before this token, or before any of several; with all rows ended, decoding ends. Left out, they are the
+            model's own (`model.stops`); empty, no row ends early.
 
     Raises:
         QuikError: a prompt is empty, has a token outside the vocabulary, or does not fit the context with what is asked for.
@@ -71,17 +73,18 @@ def generate(
     model = nnx.merge(graphdef, params)
     prompt = np.asarray(ids, np.int32)
     _check(model, prompt, max_new_tokens)
+    stops = _stops(model, stop)
     capacity = prompt.shape[1] + max_new_tokens
     batch = prompt.shape[0]
 
     start = time.perf_counter()
     prefill = _prefill.lower(graphdef, params, prompt, capacity).compile()
     shapes = jax.eval_shape(partial(_prefill, graphdef, capacity=capacity), params, prompt)
-    decode = _decode.lower(graphdef, params, *shapes, np.int32(0), max_new_tokens).compile()
+    decode = _decode.lower(graphdef, params, *shapes, stops, max_new_tokens).compile()
     compiled = time.perf_counter()
     first, cache = jax.block_until_ready(prefill(params, prompt))
     read = time.perf_counter()
-    tokens, lengths, _ = jax.block_until_ready(decode(params, first, cache, np.int32(-1 if stop is None else stop)))
+    tokens, lengths, _ = jax.block_until_ready(decode(params, first, cache, stops))
     done = time.perf_counter()
     return Generation(
         tokens=np.asarray(tokens),
@@ -108,6 +111,19 @@ def _check(model: CausalLM, prompt: np.ndarray, max_new_tokens: int) -> None:
         )
 
 
+def _stops(model: CausalLM, stop: SupportsIndex | Iterable[Any] | None) -> Int32[np.ndarray, " stops"]:
+    """The tokens that end a row, as an array."""
+    several = model.stops if stop is None else stop if isinstance(stop, Iterable) else [stop]
+    try:
+        return np.asarray(sorted({operator.index(token) for token in several}), np.int32)
+    except TypeError:
+        raise QuikError(f"stop is {stop!r}; give a token's number, or several of them") from None
+
+
+def _any_of(tokens: Int32[Array, "*batch"], stops: Int32[Array, " stops"]) -> Bool[Array, "*batch"]:
+    return (tokens[..., None] == stops).any(-1)
+
+
 @partial(jax.jit, static_argnums=(0, 3))
 def _prefill(
     graphdef: nnx.GraphDef[CausalLM], params: Mapping[str, Any], ids: Int[Array, "batch length"], capacity: int
@@ -122,7 +138,7 @@ def _decode(
     params: Mapping[str, Any],
     first: Int32[Array, " batch"],
     cache: Cache,
-    stop: Int32[Array, ""],
+    stops: Int32[Array, " stops"],
     count: int,
 ) -> tuple[Int32[Array, "batch count"], Int32[Array, " batch"], Cache]:
     """From the prompt's successor on: `count` tokens, fewer if all rows stop.
@@ -131,7 +147,8 @@ def _decode(
     """
     model = nnx.merge(graphdef, params)
     batch = first.shape[0]
-    tokens = jnp.full((batch, count), jnp.maximum(stop, 0), jnp.int32).at[:, 0].set(first)
+    filling = stops[0] if stops.size else jnp.int32(0)
+    tokens = jnp.full((batch, count), filling, jnp.int32).at[:, 0].set(first)
     position = jnp.max(cache.positions, axis=1, keepdims=True) + 1
 
     def alive(state: tuple[Array, Array, Array, Cache]) -> Array:
@@ -142,12 +159,12 @@ def _decode(
         step, tokens, running, cache = state
         last = jax.lax.dynamic_slice(tokens, (0, step - 1), (batch, 1))
         logits, cache = model.extend(last, position + step - 1, cache)
-        chosen = jnp.where(running, _choose(logits[:, 0]), jnp.maximum(stop, 0))
+        chosen = jnp.where(running, _choose(logits[:, 0]), filling)
         tokens = jax.lax.dynamic_update_slice(tokens, chosen[:, None], (0, step))
-        return step + 1, tokens, running & (chosen != stop), cache
+        return step + 1, tokens, running & ~_any_of(chosen, stops), cache
 
-    _, tokens, _, cache = jax.lax.while_loop(alive, advance, (jnp.int32(1), tokens, first != stop, cache))
-    ended = tokens == stop
+    _, tokens, _, cache = jax.lax.while_loop(alive, advance, (jnp.int32(1), tokens, ~_any_of(first, stops), cache))
+    ended = _any_of(tokens, stops)
     return tokens, jnp.where(ended.any(axis=1), jnp.argmax(ended, axis=1), count).astype(jnp.int32), cache
 
 

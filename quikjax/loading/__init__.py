@@ -44,4 +44,5 @@ def load_published(model: str | Path | Found, *, dtype: Any = jnp.float32) -> tu
     abstract = abstract_model(source.config, dtype)
     match(source, abstract)
     tokenizer = source.tokenizer()
+    abstract.stops = source.stops(tokenizer)
     return nnx.merge(nnx.graphdef(abstract), load_params(source, abstract, dtype=dtype)), tokenizer

@@ -9,8 +9,8 @@ import numpy as np
 
 from quikjax.errors import QuikError
 from quikjax.loading import safetensors_header
-from quikjax.loading.source import Source, TensorInfo, read_json
-from quikjax.loading.tokenizer import read_tokenizer
+from quikjax.loading.source import GENERATION_CONFIG, Source, TensorInfo, read_json
+from quikjax.loading.tokenizer import read_tokenizer, tokenizer_files
 
 
 class DirectorySource(Source, abc.ABC):
@@ -34,7 +34,14 @@ class DirectorySource(Source, abc.ABC):
             raise QuikError(f'{self.where} is already quantized (quantization_config: "{method}"); give the original model')
 
     def tokenizer(self) -> Any | None:
-        return read_tokenizer(self.directory)
+        return read_tokenizer(self.directory, self.config)
+
+    def tokenizer_files(self) -> tuple[Path, ...]:
+        return tokenizer_files(self.directory)
+
+    def generation_config(self) -> dict[str, Any] | None:
+        path = self.directory / GENERATION_CONFIG
+        return read_json(path) if path.is_file() else None
 
 
 def read_index(path: Path) -> dict[str, list[str]]:

@@ -104,6 +104,25 @@ def published_config(
     return config
 
 
+def generation_config(metadata: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The `generation_config.json` that would stand beside the model: the tokens that begin a text, and all that end one.
+
+    A file names up to three ends: of a text (`eos`), of a turn (`eot`) and of a message (`eom`).
+    """
+    named = {
+        role: metadata[f"tokenizer.ggml.{role}_token_id"]
+        for role in ("bos", "eos", "eot", "eom", "padding")
+        if f"tokenizer.ggml.{role}_token_id" in metadata
+    }
+    ends = list(dict.fromkeys(named[role] for role in ("eos", "eot", "eom") if role in named))
+    fields: dict[str, Any] = {"bos_token_id": named["bos"]} if "bos" in named else {}
+    if ends:
+        fields["eos_token_id"] = ends[0] if len(ends) == 1 else ends
+    if "padding" in named:
+        fields["pad_token_id"] = named["padding"]
+    return fields or None
+
+
 def _whole(where: str, fields: Mapping[str, Any], key: str) -> int:
     """An integer field that must be the same in every block."""
     value = fields[key]

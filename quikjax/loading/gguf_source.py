@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Shaped
 
 from quikjax.errors import QuikError
-from quikjax.loading.gguf_config import published_config
+from quikjax.loading.gguf_config import generation_config, published_config
 from quikjax.loading.gguf_header import GGUFTensor, read_header
 from quikjax.loading.source import Source, TensorInfo
 
@@ -65,6 +65,9 @@ class GGUFSource(Source):
         from quikjax.loading.gguf_tokenizer import rebuild_tokenizer
 
         return rebuild_tokenizer(self.where, self.metadata)
+
+    def generation_config(self) -> dict[str, Any] | None:
+        return generation_config(self.metadata)
 
     def _read(self, name: str) -> np.ndarray:
         own_name, tensor = self._stored[name]

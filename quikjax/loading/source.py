@@ -4,7 +4,7 @@ import abc
 import functools
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,6 +12,9 @@ import ml_dtypes
 import numpy as np
 
 from quikjax.errors import QuikError
+from quikjax.models.stops import named_stops, union_of_stops
+
+GENERATION_CONFIG = "generation_config.json"
 
 # Finiteness is checked in pieces of this many elements, so that the check needs no memory to speak of beside the tensor.
 _CHECKED_AT_ONCE = 1 << 22
@@ -53,6 +56,26 @@ class Source(abc.ABC):
         Raises:
             QuikError: there is one, and it cannot be rebuilt exactly.
         """
+
+    def tokenizer_files(self) -> tuple[Path, ...]:
+        """The files that the tokenizer was published as, to be copied as they are; none where it has to be rebuilt."""
+        return ()
+
+    def generation_config(self) -> dict[str, Any] | None:
+        """The content of this checkpoint's `generation_config.json`, or None where it has none.
+
+        Raises:
+            QuikError: the file is damaged.
+        """
+        return None
+
+    def stops(self, tokenizer: Any | None) -> tuple[int, ...]:
+        """Ids of the tokens that end a text: what the configuration, the generation's configuration and the tokenizer name.
+
+        Raises:
+            QuikError: one of the files names something that is no token.
+        """
+        return stops_of(self.config, self.generation_config(), tokenizer, self.where)
 
     def names(self) -> tuple[str, ...]:
         """Every tensor's published name, in the file's order."""
@@ -111,6 +134,23 @@ class Source(abc.ABC):
         It does not depend on the folder that the files are in. Files are streamed, never held.
         """
         return self._fingerprint
+
+
+def stops_of(
+    config: Mapping[str, Any], generation_config: Mapping[str, Any] | None, tokenizer: Any | None, where: str
+) -> tuple[int, ...]:
+    """The union of the end tokens that a checkpoint's files name, each of which alone may be incomplete.
+
+    Raises:
+        QuikError: a file of the checkpoint called `where` names something that is no token.
+    """
+    end = getattr(tokenizer, "eos_token_id", None)
+    return union_of_stops(
+        config.get("vocab_size", 1 << 31),
+        named_stops(config, f"{where}: config.json"),
+        named_stops(generation_config or {}, f"{where}: {GENERATION_CONFIG}"),
+        [] if end is None else [end],
+    )
 
 
 def _count_non_finite(array: np.ndarray) -> int:

@@ -23,6 +23,7 @@ from quikjax.pallas_kernels import devices
 from quikjax.pallas_kernels.choice import BackendError, Choice, Problem, choose
 from quikjax.pallas_kernels.devices import Device
 from quikjax.pallas_kernels.reference import MAX_BASE
+from quikjax.planning.advice import PlannedLayers, advise
 from quikjax.quantizing import memory
 from quikjax.quantizing.params import input_axes
 from quikjax.quantizing.recipe import Recipe, Rule, find_recipe
@@ -61,6 +62,7 @@ class LayerPlan:
     method: str
     weight_bits: int
     activation_bits: int
+    level_clip: tuple[int, int] | str | None
     outliers: int
     bytes: int
     prefill: Choice | None
@@ -87,7 +89,7 @@ class Plan:
     """The whole plan. `problems` are sentences; with any of them, quantizing would fail.
 
     `memory_bytes` is what one device holds, `devices_needed` over how many of them the result runs (`None`: not over any number),
-    `has_headers` whether tensors' headers were compared with the configuration.
+    `has_headers` whether tensors' headers were compared with the configuration, `advice` which recipe suits the device and why.
     """
 
     model_type: str
@@ -106,6 +108,7 @@ class Plan:
     running: memory.Running
     devices_needed: int | None
     problems: tuple[str, ...]
+    advice: str | None = None
 
     @property
     def quantized_weights(self) -> int:
@@ -177,6 +180,7 @@ class Plan:
             "fits": self.fits,
             "devices_needed": self.devices_needed,
             "problems": list(self.problems),
+            "advice": self.advice,
         }
 
 
@@ -269,7 +273,7 @@ def make_plan(
     quantizing = memory.quantizing(footprint, tokens, seqlen, gptq=gptq, descent=descent, activation_budget=budget)
     if problem := memory.budget_problem(quantizing.activations, budget):
         problems.append(problem)
-    return Plan(
+    made = Plan(
         model_type=str(config["model_type"]),
         recipe=recipe.name,
         dtype=dtype.name,
@@ -287,6 +291,9 @@ def make_plan(
         devices_needed=memory.devices_needed(run, memory_bytes, model.config),
         problems=(*problems, *rows.problems),
     )
+    planned = [PlannedLayers(row.pattern, row.count, row.outputs, row.inputs, row.activation_bits) for row in made.layers]
+    advice = advise(device, recipe, planned, model.config.hidden_size, made.bits_per_weight)
+    return dataclasses.replace(made, advice=advice)
 
 
 def _wrong_numbers(context: int, batch: int, length: int, samples: int, seqlen: int) -> list[str]:
@@ -369,6 +376,7 @@ class _Rows:
                 method=rule.method,
                 weight_bits=rule.weight_bits,
                 activation_bits=rule.activation_bits,
+                level_clip=rule.level_clip,
                 outliers=outliers,
                 bytes=_packed(shape, rule, base).bits() // 8,
                 prefill=self._choose(pattern, shape, rule, base, self.batch * self.length) if legal else None,

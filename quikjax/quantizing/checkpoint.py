@@ -23,6 +23,7 @@ from flax import nnx
 from jaxtyping import Int32
 
 from quikjax.checkpoint import REST, Writer
+from quikjax.checkpoint.manifest import to_json
 from quikjax.errors import QuikError, resumable
 from quikjax.loading import load_params, open_source, verify
 from quikjax.loading.source import Source
@@ -106,6 +107,9 @@ def quantize_checkpoint(
     verify(source, abstract)
     check_recipe(recipe, abstract)
     tokenizer = source.tokenizer()
+    # Needed only at the end, but a damaged file must be said before the work.
+    source.stops(tokenizer)
+    generation_config = to_json(source.generation_config(), "generation's configuration")
     tokens = None
     if recipe.needs_data():
         if calibration is None:
@@ -138,7 +142,9 @@ def quantize_checkpoint(
         store = ActivationStore(work / "activations", spill=spill)
         log = LayerLog(target.with_name(target.name + ".log.jsonl"), anew=anew)
         rows = _convert_blocks(source, abstract, recipe, tokens, dtype, writer, work, store, log, progress)
-        fingerprint = writer.finish(tokenizer=tokenizer, report=rows)
+        fingerprint = writer.finish(
+            tokenizer=source.tokenizer_files() or tokenizer, generation_config=generation_config, report=rows
+        )
     shutil.rmtree(work, ignore_errors=True)
     return QuantizedCheckpoint(fingerprint, rows, time.perf_counter() - started)
 

@@ -5,6 +5,7 @@ is what the sequential pipeline loops over.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,9 +16,11 @@ from jaxtyping import Array, Bool, Float, Float32, Int8, Int32
 
 from quikjax.algorithms.descent import curvature, descend
 from quikjax.algorithms.gptq import gptq, inverse_factor, revive_dead_columns
-from quikjax.algorithms.numerics import outlier_columns, reduced_rows, relative_error, signal_to_noise
+from quikjax.algorithms.numerics import reduced_rows, relative_error, signal_to_noise
 from quikjax.algorithms.rtn import rtn
 from quikjax.errors import QuikError
+from quikjax.quantizing import outliers as choosing
+from quikjax.quantizing.level_clip import search_level_clip
 from quikjax.quantizing.recipe import Recipe, Rule, find_recipe
 from quikjax.quantizing.statistics import LayerStats
 from quikjax.weights.linear import linear
@@ -30,7 +33,7 @@ class LayerResult:
 
     `relative_error` is `||y - y_hat|| / ||y||` of the layer's output on sampled calibration rows, weights and activations
     quantized (without statistics: of the weights alone); `snr_db` the same in decibels. `damping` is what GPTQ took, `None` for
-    RTN.
+    RTN. `level_clip`: that of 4-bit activations, `None` without one.
     """
 
     path: str
@@ -44,10 +47,13 @@ class LayerResult:
     snr_db: float
     damping: float | None
     bits_per_weight: float
+    level_clip: tuple[int, int] | None = None
 
     def as_json(self) -> dict[str, Any]:
-        """A JSON object; an infinite `snr_db` (an exact layer) becomes `None`."""
+        """A JSON object; an infinite `snr_db` (an exact layer) becomes `None`, a `level_clip` that there is not is left out."""
         fields = dataclasses.asdict(self)
+        if self.level_clip is None:
+            del fields["level_clip"]
         fields["snr_db"] = None if np.isinf(self.snr_db) else self.snr_db
         return fields
 
@@ -86,13 +92,16 @@ def quantize_params(
     if recipe.rules and not any(rules):
         some = ", ".join(paths[:3])
         raise QuikError(f'recipe "{recipe.name}" matches none of the {len(paths)} parameters ({some}, ...)')
-    factors: dict[Any, Factor] = {}
+    inputs = _Inputs(hidden_size)
+    for path, rule, (_, leaf) in zip(paths, rules, leaves, strict=True):
+        if rule is not None:
+            inputs.expect(path, leaf, rule, (stats or {}).get(path))
     results = []
     for path, rule, (_, leaf) in zip(paths, rules, leaves, strict=True):
         if rule is None:
             results.append(leaf)
             continue
-        weight, outcome = _quantize_kernel(path, leaf, rule, (stats or {}).get(path), hidden_size, factors)
+        weight, outcome = _quantize_kernel(path, leaf, rule, (stats or {}).get(path), inputs)
         if on_layer is not None:
             on_layer(outcome)
         results.append(weight)
@@ -118,13 +127,13 @@ def quantize_block(
         QuikError: as `quantize_params`.
     """
     recipe = find_recipe(recipe)
-    factors: dict[Any, Factor] = {}
+    inputs = _Inputs(hidden_size)
+    rules = {path: rule for path in stats if (rule := recipe.rule_for(prefix + path)) is not None}
+    for path, rule in rules.items():
+        inputs.expect(prefix + path, params[path], rule, stats[path])
     result = dict(params)
-    for path, layer in stats.items():
-        rule = recipe.rule_for(prefix + path)
-        if rule is None:
-            continue
-        result[path], outcome = _quantize_kernel(prefix + path, params[path], rule, layer, hidden_size, factors)
+    for path, rule in rules.items():
+        result[path], outcome = _quantize_kernel(prefix + path, params[path], rule, stats[path], inputs)
         if on_layer is not None:
             on_layer(outcome)
     return result
@@ -171,17 +180,81 @@ def input_axes(path: str, rule: Rule, ndim: int) -> tuple[int, ...]:
     raise QuikError(f"which axes of {path} ({ndim} axes) are inputs is not known; state in_axes in the rule that matches it")
 
 
-def _columns(rule: Rule, stats: LayerStats, count: int) -> Int32[Array, " k"]:
-    """The permutation that puts the `count` columns of the highest score last."""
-    return outlier_columns(stats.absmax if rule.outlier_score == "maximum" else jnp.diagonal(stats.hessian), count)
+class _Inputs:
+    """What layers that read one tensor decide together and make once: outliers, level clip, the Hessian's factor.
+
+    All layers are announced by `expect` before the first is asked for, since a choice may depend on the weights of all of them.
+    """
+
+    def __init__(self, hidden_size: int | None) -> None:
+        self._hidden_size = hidden_size
+        self._counts: dict[tuple[int, float, int], int] = {}
+        self._matrices: dict[Any, list[tuple[Array, tuple[int, ...]]]] = {}
+        self._columns: dict[Any, Array] = {}
+        self._clips: dict[Any, tuple[int, int] | None] = {}
+        self._factors: dict[Any, Factor] = {}
+
+    def expect(self, path: str, kernel: Float[Array, "..."], rule: Rule, stats: LayerStats | None) -> None:
+        """Announce a layer. Its weight is kept if a choice depends on it."""
+        if stats is None:
+            return
+        in_axes = input_axes(path, rule, kernel.ndim)
+        k = math.prod(kernel.shape[axis] for axis in in_axes)
+        if stats.absmax.shape != (k,):
+            raise QuikError(f"the statistics for {path} are of {stats.absmax.shape[0]} columns, the kernel has {k}")
+        self._matrices.setdefault(self._key(path, rule, stats), []).append((kernel, in_axes))
+
+    def count(self, path: str, rule: Rule, stats: LayerStats) -> int:
+        """Count the outliers of a layer."""
+        threshold = rule.zero_threshold * (2 if rule.weight_bits == 8 else 1)
+        wanted = rule.outlier_count(stats.absmax.shape[0], self._hidden_size)
+        known = (id(stats), threshold, wanted)
+        if known not in self._counts:
+            self._counts[known] = wanted if choosing.has_outliers(path, stats, threshold) else 0
+        return self._counts[known]
+
+    def columns(self, path: str, rule: Rule, stats: LayerStats) -> Int32[Array, " k"]:
+        """Return the permutation with the outliers last, the same for all layers that choose them alike."""
+        key = self._key(path, rule, stats)
+        if key not in self._columns:
+            members = self._views(key) if rule.outlier_score == "range" else []
+            self._columns[key] = choosing.outliers_last(stats, self.count(path, rule, stats), rule.outlier_score, members)
+        return self._columns[key]
+
+    def group(self, path: str, rule: Rule, stats: LayerStats) -> str | None:
+        """Name the layers whose columns are these: that of the tensor, unless others on it chose otherwise."""
+        key = self._key(path, rule, stats)
+        first = next(other for other in self._matrices if other[:2] == key[:2])
+        return stats.group if stats.group is None or first == key else f"{stats.group}.{rule.outlier_score}"
+
+    def level_clip(self, path: str, rule: Rule, stats: LayerStats) -> tuple[int, int] | None:
+        """Return the rule's level clip, or the best on samples."""
+        if rule.level_clip != "search":
+            return rule.level_clip
+        key = self._key(path, rule, stats)
+        if key not in self._clips:
+            base = self.columns(path, rule, stats)[: stats.absmax.shape[0] - self.count(path, rule, stats)]
+            real = jnp.arange(stats.sample.shape[0]) < stats.filled
+            self._clips[key] = search_level_clip(stats.sample[:, base], real, [W[:, base] for W in self._views(key)])
+        return self._clips[key]
+
+    def factor(self, path: str, rule: Rule, stats: LayerStats) -> "Factor":
+        """Return the Hessian's factor in GPTQ's order."""
+        key = (self._key(path, rule, stats), rule.damping, rule.order, rule.sweeps > 0)
+        if key not in self._factors:
+            self._factors[key] = _factor(path, rule, stats, self.columns(path, rule, stats), self.count(path, rule, stats))
+        return self._factors[key]
+
+    def _key(self, path: str, rule: Rule, stats: LayerStats) -> tuple[int, int, str]:
+        return id(stats), self.count(path, rule, stats), rule.outlier_score
+
+    def _views(self, key: Any) -> list[Float32[Array, "n k"]]:
+        return [as_matrix(kernel, in_axes).astype(jnp.float32) for kernel, in_axes in self._matrices[key]]
 
 
-def _factor(path: str, rule: Rule, stats: LayerStats, count: int) -> Factor:
-    columns = _columns(rule, stats, count)
+def _factor(path: str, rule: Rule, stats: LayerStats, columns: Int32[Array, " k"], count: int) -> Factor:
     base = columns[: columns.shape[0] - count]
-    order = jnp.arange(base.shape[0])
-    if rule.order == "hessian":
-        order = jnp.argsort(jnp.diagonal(stats.hessian)[base], stable=True, descending=True)
+    order = choosing.rounding_order(stats, base, rule.order)
     rounded = jnp.concatenate([base[order], columns[base.shape[0] :]])
     H, dead = permuted_hessian(stats.hessian, stats.count, rounded)
     U, damping = inverse_factor(H, rule.damping)
@@ -206,8 +279,7 @@ def _quantize_kernel(
     kernel: Float[Array, "..."],
     rule: Rule,
     stats: LayerStats | None,
-    hidden_size: int | None,
-    factors: dict[Any, Factor],
+    inputs: _Inputs,
 ) -> tuple[QuikWeight, LayerResult]:
     if stats is None and rule.needs_data():
         raise QuikError(
@@ -218,24 +290,13 @@ def _quantize_kernel(
     n, k = W.shape
     if not bool(jnp.isfinite(W).all()):
         raise QuikError(f"{path} has weights that are not finite; the checkpoint is damaged")
-    count = 0
-    if stats is not None:
-        if stats.absmax.shape != (k,):
-            raise QuikError(f"the statistics for {path} are of {stats.absmax.shape[0]} columns, the kernel has {k}")
-        largest = float(jnp.max(stats.absmax, initial=0.0))
-        if not np.isfinite(largest):
-            raise QuikError(f"activations that enter {path} are not finite; calibrate in float32 or on other text")
-        if largest > rule.zero_threshold * (2 if rule.weight_bits == 8 else 1) or rule.zero_threshold == 0:
-            count = rule.outlier_count(k, hidden_size)
+    count = 0 if stats is None else inputs.count(path, rule, stats)
     base = k - count
 
     damping = None
     if rule.method == "gptq":
         assert stats is not None
-        key = (id(stats), count, rule.outlier_score, rule.damping, rule.order, rule.sweeps > 0)
-        if key not in factors:
-            factors[key] = _factor(path, rule, stats, count)
-        shared = factors[key]
+        shared = inputs.factor(path, rule, stats)
         columns, damping = shared.columns, shared.damping
         permuted, how = W[:, shared.rounded], {"bits": rule.weight_bits, "block": rule.column_block}
         q, s, outliers = gptq(permuted, shared.U, shared.dead, base=base, clip=rule.clip, **how)
@@ -243,10 +304,15 @@ def _quantize_kernel(
             q, s, outliers = descend(permuted, shared.U, shared.S, shared.dead, q, s, sweeps=rule.sweeps, **how)
         q = q[:, shared.restore]
     else:
-        columns = jnp.arange(k, dtype=jnp.int32) if stats is None else _columns(rule, stats, count)
+        columns = jnp.arange(k, dtype=jnp.int32) if stats is None else inputs.columns(path, rule, stats)
         q, s, outliers = rtn(W[:, columns], base=base, bits=rule.weight_bits, clip=rule.clip)
 
-    weight = pack(q, s, outliers, columns, rule, kernel.shape, in_axes, None if stats is None else stats.group)
+    group = None if stats is None else inputs.group(path, rule, stats)
+    weight = pack(q, s, outliers, columns, rule, kernel.shape, in_axes, group)
+    if stats is not None:
+        weight = dataclasses.replace(weight, level_clip=inputs.level_clip(path, rule, stats))
+    elif rule.level_clip != "search":
+        weight = dataclasses.replace(weight, level_clip=rule.level_clip)
     if not bool(jnp.isfinite(weight.outliers.astype(jnp.float32)).all()):
         raise QuikError(f'an outlier weight of {path} overflows {rule.outlier_dtype}; set outlier_dtype to "bfloat16"')
     error = float(_layer_error(weight, W, None if stats is None else stats.sample[: int(stats.filled)]))
@@ -262,6 +328,7 @@ def _quantize_kernel(
         snr_db=signal_to_noise(error),
         damping=damping,
         bits_per_weight=weight.bits() / (n * k),
+        level_clip=weight.level_clip,
     )
 
 

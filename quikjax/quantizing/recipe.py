@@ -11,6 +11,8 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from quikjax.errors import QuikError, did_you_mean
+from quikjax.pallas_kernels.reference import checked_level_clip
+from quikjax.quantizing.outliers import Order, Score, count_outliers
 
 Count = Annotated[int, Field(strict=True, ge=0)]
 Fraction = Annotated[float, Field(strict=True, ge=0.0, le=1.0)]
@@ -29,9 +31,13 @@ class Rule(BaseModel):
     method: Literal["gptq", "rtn"] = "gptq"
     outliers: Count | Fraction | Literal["auto"] = "auto"
     """Columns kept in 16 bits, for a layer as wide as the hidden state: a count, a fraction of it, or the paper's choice."""
-    outlier_score: Literal["maximum", "mean_square"] = "maximum"
+    outlier_score: Score = "maximum"
     """Which columns are outliers: those of the largest activation, as in the paper, which bounds the range that activations are
-    quantized over; or of the largest mean square, which is what a rounded weight's error in the column is multiplied by."""
+    quantized over; of the largest mean square, which is what a rounded weight's error in the column is multiplied by; or those
+    that widen the range of the most tokens, weighted by what the range costs ("range", `outliers.range_outliers`)."""
+    level_clip: Literal["search"] | tuple[int, int] | None = None
+    """4-bit activations: into how many steps a token's range is divided, and the first that has a code: `(17, 1)`; or what costs
+    the group of layers least on calibration samples. Left out: 15 steps, all with a code."""
     scale_outliers: bool = False
     """Grow the number of outliers in proportion to the layer's input width (LLaMA's down_proj, Falcon's dense_4h_to_h)."""
     zero_threshold: float = Field(0.0, ge=0)
@@ -41,7 +47,7 @@ class Rule(BaseModel):
     """Search each row's scale instead of taking its maximum."""
     damping: float = Field(0.01, gt=0)
     """GPTQ: added to the Hessian's diagonal, relative to its mean."""
-    order: Literal["hessian", "activation"] = "hessian"
+    order: Order = "hessian"
     """GPTQ: round base columns by falling diagonal of the Hessian, so that what matters most is rounded while all others can
     still make up for it (GPTQ's own "act order"), or by rising largest activation, as QUIK's code does."""
     column_block: int = Field(128, gt=0, multiple_of=16)
@@ -66,25 +72,26 @@ class Rule(BaseModel):
             raise ValueError(f'sweeps go over the codes of method "gptq"; method "{self.method}" takes none')
         return self
 
+    @model_validator(mode="after")
+    def _level_clips_are_of_four_bits(self) -> "Rule":
+        if self.level_clip is not None and self.activation_bits != 4:
+            raise ValueError(f"level_clip is of 4-bit activations; these have {self.activation_bits} bits")
+        if isinstance(self.level_clip, tuple):
+            checked_level_clip(4, self.level_clip)
+        return self
+
     def needs_data(self) -> bool:
-        """Tell whether the rule wants statistics of activations: for GPTQ, or to choose outliers."""
-        return self.method == "gptq" or self.outliers != 0
+        """Tell whether the rule wants statistics of activations: for GPTQ, to choose outliers, or a level clip."""
+        return self.method == "gptq" or self.outliers != 0 or self.level_clip == "search"
 
     def outlier_count(self, inputs: int, hidden_size: int | None) -> int:
-        """Count the outliers among `inputs` columns in a model of width `hidden_size` (left out: the layer's own width).
+        """Count the outliers among `inputs` columns in a model of width `hidden_size` (`outliers.count_outliers`)."""
+        return count_outliers(self.outliers, inputs, hidden_size, scaled=self.scale_outliers)
 
-        "auto" is the paper's 256 from a width of 4096 on, and 1/16 of the width below.
-        """
-        hidden = hidden_size or inputs
-        if self.outliers == "auto":
-            count = 256 if hidden >= 4096 else round(hidden / 16)
-        elif isinstance(self.outliers, float):
-            count = round(self.outliers * hidden)
-        else:
-            count = int(self.outliers)
-        if self.scale_outliers:
-            count = round(count * inputs / hidden)
-        return min(count, inputs)
+    def packed_bits(self, outputs: int, inputs: int, hidden_size: int | None) -> int:
+        """Count the bits of a packed layer: codes, outliers in 16 bits, scale and reduced, columns."""
+        outliers = self.outlier_count(inputs, hidden_size)
+        return outputs * ((inputs - outliers) * self.weight_bits + outliers * 16 + 64) + inputs * 32
 
 
 class Recipe(BaseModel):
@@ -135,11 +142,15 @@ def _uniform(name: str, rule: Rule) -> Recipe:
 
 _W4A4 = Rule(match="", weight_bits=4, activation_bits=4)
 _W8A8 = Rule(match="", weight_bits=8, activation_bits=8)
+# What pays without training (benchmarks/notes-accuracy.md): finer steps, outliers that many tokens share, better codes.
+_W4A4_PLUS = _W4A4.model_copy(update={"level_clip": (17, 1), "outlier_score": "range", "sweeps": 2})
 
 RECIPES: dict[str, Recipe] = {
     recipe.name: recipe
     for recipe in (
         Recipe(name="quik-4b", rules=_rules(wide=_W8A8, other=_W4A4)),
+        # The same size and speed as the paper's, nearer the original.
+        Recipe(name="quik-4b+", rules=_rules(wide=_W8A8, other=_W4A4_PLUS)),
         _uniform("quik-8b", _W8A8),
         # Eight bits bear a wide range of activations; what is lost is lost in the weights, for whose sake outliers are kept here.
         _uniform("w4a8", Rule(match="", weight_bits=4, activation_bits=8, outlier_score="mean_square", sweeps=8)),

@@ -23,7 +23,8 @@ class LayerKind:
 
     `bytes` are those of all of them as stored. Errors are relative, `||y - y_hat|| / ||y||` of the layer's output: the root of
     the mean square over the layers, and the largest, with its layer. They are `None` where the artifact has no report or the
-    error is not finite, and so are, without a report, `method` and `damping` (the largest that GPTQ took).
+    error is not finite, and so are, without a report, `method` and `damping` (the largest that GPTQ took). `level_clips` are
+    those that occur, `None` for activations without one.
     """
 
     pattern: str
@@ -39,6 +40,7 @@ class LayerKind:
     worst_error: float | None
     worst_layer: str | None
     damping: float | None
+    level_clips: tuple[tuple[int, int] | None, ...] = (None,)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -172,6 +174,7 @@ def _kind(pattern: str, method: str | None, members: list[tuple[str, Any]], rows
         worst_error=None if worst is None else worst["relative_error"],
         worst_layer=None if worst is None else worst["path"],
         damping=max((row["damping"] for row in found if row["damping"] is not None), default=None),
+        level_clips=tuple(sorted({weight.level_clip for _, weight in members}, key=lambda clip: clip or (0, 0))),
     )
 
 

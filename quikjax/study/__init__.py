@@ -1,1 +1,1 @@
-"""Grids of runs: ablations, scaling laws. Resumable at any kill; each ends in a table, a plot and JSON."""
+"""Studies of what decides a quantized model's accuracy: grids of runs, resumable, each a table, a plot and JSON."""

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from quikjax.algorithms.numerics import (
     clipped_scales,
     codes,
-    outlier_columns,
     reduced_rows,
     relative_error,
     row_scales,
@@ -88,20 +87,6 @@ def test_clipping_helps_a_row_with_a_lonely_maximum() -> None:
     assert clipped[0] < full[0]
     errors = [np.linalg.norm(W - np.asarray(codes(jnp.asarray(W), s, 4)) * np.asarray(s)[:, None]) for s in (full, clipped)]
     assert errors[1] < errors[0]
-
-
-@given(hnp.arrays(np.float32, st.integers(1, 40), elements=st.floats(0, 1e6, width=32, allow_subnormal=False)), st.data())
-@settings(deadline=None)
-def test_outlier_columns_are_a_permutation_with_the_largest_last(a: np.ndarray, data: st.DataObject) -> None:
-    count = data.draw(st.integers(0, len(a)))
-    columns = np.asarray(outlier_columns(jnp.asarray(a), count))
-    np.testing.assert_array_equal(np.sort(columns), np.arange(len(a)))
-    if count == 0:
-        np.testing.assert_array_equal(columns, np.arange(len(a)))
-    else:
-        base, outliers = a[columns[: len(a) - count]], a[columns[len(a) - count :]]
-        assert base.size == 0 or base.max() <= outliers.min()
-        np.testing.assert_array_equal(columns, np.argsort(a, kind="stable"))
 
 
 def test_reduced_and_errors() -> None:

@@ -34,7 +34,7 @@ def artifact(quikjax_command: Run, tiny_checkpoint: Path, tmp_path_factory: pyte
 def test_generate_prints_only_the_continuation(quikjax_command: Run, artifact: Path) -> None:
     done = quikjax_command("generate", artifact, "hello", "--max-new-tokens", "5", "--greedy")
     assert done.returncode == 0, done.stderr
-    from_stdin = quikjax_command("generate", artifact, "-", "--max-new-tokens", "5", "--json", stdin="hello")
+    from_stdin = quikjax_command("generate", artifact, "-", "--max-new-tokens", "5", "--json", stdin="hello\n")
     figures = json.loads(from_stdin.stdout)
     assert done.stdout == figures["text"] + "\n"
     assert figures["prompt_tokens"] == 5

@@ -1,6 +1,5 @@
 """Tokenizers rebuilt from GGUF metadata, and those of Hugging Face directories."""
 
-import importlib.util
 import itertools
 import os
 import subprocess
@@ -16,7 +15,8 @@ from loading_ggufs import write_gguf
 
 from quikjax.errors import QuikError
 from quikjax.loading import open_source
-from quikjax.loading.gguf_tokenizer import merges_from_scores, rebuild_tokenizer
+from quikjax.loading.gguf_tokenizer import rebuild_tokenizer
+from quikjax.loading.sentencepiece_tokenizer import merges_from_scores
 
 NORMAL, UNKNOWN, CONTROL, ADDED, BYTE = 1, 2, 3, 4, 6
 
@@ -60,9 +60,18 @@ def test_how_each_rule_cuts_numbers() -> None:
     assert _pieces(_byte_level("default"), "51234") == ["5", "12", "3", "4"]
 
 
-def test_a_missing_rule_is_llama_cpps_default() -> None:
-    text = "he's 51234!?\n\n  x"
-    assert _pieces(_byte_level(None), text) == _pieces(_byte_level("default"), text)
+def test_a_missing_rule_is_said_and_not_guessed() -> None:
+    with pytest.raises(QuikError, match=r"by which rule text is split \(tokenizer\.ggml\.pre\).*gguf-new-metadata.*llama-bpe"):
+        _byte_level(None)
+
+
+@pytest.mark.parametrize("alias", ["llama3", "llama-v3", "falcon3"])
+def test_other_names_of_llama3s_rule(alias: str) -> None:
+    text = "he's 51234!?\n\n  xyz"
+    tokenizer, expected = _byte_level(alias, words=["xyz"]), _byte_level("llama-bpe", words=["xyz"])
+    assert tokenizer.encode(text) == expected.encode(text)
+    assert _pieces(tokenizer, "xyz") == ["xyz"]
+    assert tokenizer.encode("he")[0] == tokenizer.bos_token_id
 
 
 def test_llama3_takes_a_whole_word_before_any_merge() -> None:
@@ -210,14 +219,6 @@ def test_a_damaged_tokenizer_file(tmp_path: Path, content: str) -> None:
     with pytest.raises(QuikError, match=r"the tokenizer in .* cannot be read") as caught:
         open_source(directory).tokenizer()
     assert "\n" not in str(caught.value)
-
-
-def test_a_sentencepiece_file_without_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    directory = write_single(tmp_path, CONFIG, llama_weights())
-    (directory / "tokenizer.model").write_bytes(b"\x0a")
-    monkeypatch.setattr(importlib.util, "find_spec", lambda _name: None)
-    with pytest.raises(QuikError, match="run: pip install sentencepiece"):
-        open_source(directory).tokenizer()
 
 
 def test_nothing_is_printed_and_no_setting_is_left_behind() -> None:

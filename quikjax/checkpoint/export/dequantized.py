@@ -2,7 +2,8 @@
 
     DIR/config.json, DIR/model.safetensors            or, above SHARD_BYTES,
     DIR/model-00001-of-0000N.safetensors, DIR/model.safetensors.index.json
-    DIR/tokenizer.json, ...                           the artifact's tokenizer, if it has one
+    DIR/tokenizer.json, ...                           the artifact's tokenizer, if it has one: the source's own files
+    DIR/generation_config.json                        which tokens end a text, if the artifact says
 
 One part (a transformer block) is in memory at a time: a file's header, which the format wants first, follows from shapes alone.
 """
@@ -20,10 +21,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from quikjax.checkpoint import REST, Reader, atomic
-from quikjax.checkpoint.manifest import Part
+from quikjax.checkpoint import REST, Reader, atomic, tokenizers
+from quikjax.checkpoint.manifest import Part, canonical
 from quikjax.checkpoint.writer import TOKENIZER, remove, stored_shapes
 from quikjax.errors import QuikError
+from quikjax.loading.source import GENERATION_CONFIG
 from quikjax.models.registry import abstract_model
 from quikjax.weights.quik import QuikWeight, dequantize
 
@@ -93,11 +95,13 @@ def export_safetensors(
             for left in partial.iterdir():  # by an export that was killed
                 remove(left)
             files = _write_weights(partial, reader, shapes, shards, dtype, family.published_names, progress)
-            config = {"architectures": [family.__name__], **reader.manifest.config, "torch_dtype": dtype}
-            config.pop("dtype", None)  # the newer name of the same field
+            config = {"architectures": [family.__name__], **_for_any_version(reader.manifest.config), "torch_dtype": dtype}
             atomic.write_text(partial / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
+            generation_config = reader.generation_config()
+            if generation_config is not None:
+                atomic.write_text(partial / GENERATION_CONFIG, canonical(generation_config))
             if tokenizer.is_dir():
-                shutil.copytree(tokenizer, partial, dirs_exist_ok=True)
+                tokenizers.export(tokenizer, partial)
             atomic.sync_tree(partial)
             if os.path.lexists(target):
                 raise QuikError(f"{target} appeared while it was written; choose another directory")
@@ -110,11 +114,31 @@ def export_safetensors(
     return Exported(tuple(files), total, dtype)
 
 
+def _for_any_version(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration that transformers 4 reads as transformers 5 does, which gave some fields new names.
+
+    Version 4 passes over what it does not know, and would rotate positions by its own default base.
+
+    >>> _for_any_version({"dtype": "float32", "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}})
+    {'rope_parameters': {'rope_type': 'default', 'rope_theta': 500000.0}, 'rope_theta': 500000.0}
+    """
+    fields = {name: value for name, value in config.items() if name != "dtype"}  # of the source's files
+    rope = fields.get("rope_parameters")
+    if isinstance(rope, Mapping):
+        scaling = {name: value for name, value in rope.items() if name != "rope_theta"}
+        older = {"rope_theta": rope.get("rope_theta"), "rope_scaling": None}
+        if scaling.get("rope_type", "default") != "default":
+            older["rope_scaling"] = scaling
+        fields |= {name: value for name, value in older.items() if value is not None and fields.get(name) is None}
+    return fields
+
+
 def _refuse_strangers(partial: Path, tokenizer: Path) -> None:
     """Remove what a killed export left; refuse anything else, which is somebody's."""
     beside = {entry.name for entry in tokenizer.iterdir()} if tokenizer.is_dir() else set()
+    ours = r"(model[\w.-]*\.(safetensors|json)|(generation_)?config\.json)(\.tmp)?"
     for entry in sorted(os.listdir(partial)):
-        if entry not in beside and not re.fullmatch(r"model[\w.-]*\.(safetensors|json)(\.tmp)?|config\.json(\.tmp)?", entry):
+        if entry not in beside and not re.fullmatch(ours, entry):
             raise QuikError(f"{partial} is needed to write the export but holds {entry}; move it away")
 
 
