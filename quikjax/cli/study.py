@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from quikjax.cli.options import Json
-from quikjax.cli.printing import duration, print_json, say
+from quikjax.cli.printing import duration, print_json, say, show
 
 if TYPE_CHECKING:
     from quikjax.study.grid import Cell, Row
@@ -70,7 +70,7 @@ def carry_out(study: "Study", out: Path, *, dry_run: bool, as_json: bool) -> Non
     if as_json:
         print_json(result.as_json())
     else:
-        print(result.markdown(), end="")
+        show(result.markdown().rstrip())
 
 
 # Names and first lines of the ablations; the cells are in `quikjax.study.ablations`, which is heavy to import.
