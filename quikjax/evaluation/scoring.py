@@ -5,6 +5,7 @@ few programs are compiled. Padding stands behind a row's tokens, where causal at
 quantized token by token: a request's result does not depend on its neighbours but for the order of float sums.
 """
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -17,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from quikjax.errors import QuikError
 from quikjax.evaluation.forward import CHUNK, by_chunks, hidden_states
-from quikjax.generation import generate
+from quikjax.generation import Generator
 from quikjax.models.base import CausalLM
 from quikjax.models.registry import pure_params
 
@@ -131,35 +132,36 @@ class Scorer:
     def continuations(self, requests: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]:
         """For each (prompt, options) the greedy continuation, ending before the first of the texts `until`.
 
-        Options are the harness': `until`, a text or several; `max_gen_toks`, by default 256. Prompts of one length go through
-        the model together; one that leaves no room for new tokens loses its beginning.
+        Options are the harness': `until`, a text or several; `max_gen_toks`, by default 256. One generator answers all: prompts
+        with the same options are decoded together, and programs are compiled once per bucket of lengths. A prompt that leaves
+        no room for new tokens loses its beginning.
 
         Raises:
             QuikError: options ask for sampling, or for more tokens than the context has.
         """
         prompts = [self._prompt(*request) for request in requests]
-        groups: dict[tuple[int, int], list[int]] = {}
-        for index, (tokens, count, _) in enumerate(prompts):
-            groups.setdefault((len(tokens), count), []).append(index)
+        groups: dict[tuple[int, tuple[str, ...]], list[int]] = {}
+        for index, (_, count, until) in enumerate(prompts):
+            groups.setdefault((count, tuple(until)), []).append(index)
         results = [""] * len(requests)
         done = 0
-        for (length, count), members in sorted(groups.items(), reverse=True):
-            size = max(1, BATCH_TOKENS // length)
-            for first in range(0, len(members), size):
-                part = members[first : first + size]
-                made = generate(
-                    self._graphdef,
-                    self._params,
-                    np.asarray([prompts[index][0] for index in part], np.int32),
-                    max_new_tokens=count,
-                    stop=self.tokenizer.eos_token_id,
+        for (count, ends), members in groups.items():
+            members.sort(key=lambda index: len(prompts[index][0]))
+            for first in range(0, len(members), self._generator.batch_size):
+                part = members[first : first + self._generator.batch_size]
+                made = self._generator.generate(
+                    [prompts[index][0] for index in part], max_new_tokens=count, stop_strings=[text for text in ends if text]
                 )
-                for row, index in enumerate(part):
-                    text = self.tokenizer.decode(made.tokens[row, : made.lengths[row]].tolist(), skip_special_tokens=True)
-                    results[index] = cut_before(text, prompts[index][2])
+                assert made.texts is not None  # it has a tokenizer
+                for index, text in zip(part, made.texts, strict=True):
+                    results[index] = text
                 done += len(part)
                 self._told(done, len(requests))
         return results
+
+    @functools.cached_property
+    def _generator(self) -> Generator:
+        return Generator(self.model, tokenizer=self.tokenizer)
 
     def _prompt(self, text: str, options: Mapping[str, Any]) -> tuple[list[int], int, list[str]]:
         if options.get("do_sample") and options.get("temperature", 1.0) > 0:
@@ -202,16 +204,6 @@ def batches(lengths: Sequence[int]) -> Iterator[tuple[list[int], int]]:
         members = [index for index in order[at : at + size] if lengths[index] > padded - step]
         yield members, padded
         at += len(members)
-
-
-def cut_before(text: str, until: Sequence[str]) -> str:
-    """The text up to the first of `until` in it.
-
-    >>> cut_before("Paris. Next", [".", "Next"]), cut_before("Paris", ["."])
-    ('Paris', 'Paris')
-    """
-    ends = [text.find(end) for end in until if end and end in text]
-    return text[: min(ends)] if ends else text
 
 
 @partial(jax.jit, static_argnums=0)
