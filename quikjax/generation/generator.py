@@ -4,7 +4,7 @@ import dataclasses
 import operator
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, SupportsIndex
 
 import jax
 import numpy as np
@@ -212,7 +212,7 @@ class Generator:
         sampling: Sampling | None = None,
         seed: int | Sequence[int] = 0,
         samples: int = 1,
-        stop: int | Iterable[int] | None = None,
+        stop: SupportsIndex | Iterable[Any] | None = None,
         stop_strings: Sequence[str] = (),
         logprobs: bool = False,
         on_text: Callable[[int, str], None] | None = None,
@@ -323,7 +323,7 @@ class Generator:
                 "shorten one of them"
             )
 
-    def stops(self, stop: int | Iterable[int] | None) -> np.ndarray:
+    def stops(self, stop: SupportsIndex | Iterable[Any] | None) -> np.ndarray:
         """Stop tokens as a program's argument, checked; `None` stands for the model's own."""
         several = self.model_stops if stop is None else stop if isinstance(stop, Iterable) else [stop]
         try:
@@ -476,7 +476,7 @@ def generate(
     ids: Prompts,
     *,
     max_new_tokens: int = 64,
-    stop: int | Iterable[int] | None = None,
+    stop: SupportsIndex | Iterable[Any] | None = None,
     **settings: Any,
 ) -> Generation:
     """Continue prompts: `Generator(model).generate(ids, ...)`, made for this call.
