@@ -13,7 +13,9 @@ from quikjax.files import read_text, user_path
 
 # Of pydoc's topics every fourth, in alphabetical order, is kept for evaluation.
 _EVERY = 4
-NAMES = ("pydoc", "wikitext2")
+NAMES = ("pydoc", "wikitext2", "ptb", "c4")
+# C4 is evaluated on the first documents of its first validation file, and calibrated on those of its first training file.
+_C4_DOCUMENTS = 1100
 
 
 class Text(NamedTuple):
@@ -24,7 +26,9 @@ class Text(NamedTuple):
 
 
 def calibration_text(name: str | Path) -> Text:
-    """A text to calibrate on: a file, "pydoc" (three of four topics of `pydoc_data.topics`), or "wikitext2" (its training set).
+    """A text to calibrate on: a file, "pydoc" (three of four topics of `pydoc_data.topics`), or a training set by name.
+
+    Names are "wikitext2", "ptb" and "c4" (the first 1100 documents), through `datasets`, prepared as the papers do.
 
     Raises:
         QuikError: no such file or name, the file is empty or not UTF-8, or the data set cannot be had.
@@ -33,7 +37,9 @@ def calibration_text(name: str | Path) -> Text:
 
 
 def evaluation_text(name: str | Path) -> Text:
-    """A text to evaluate on: a file, "pydoc" (the quarter that calibration never sees), or "wikitext2" (its test set).
+    """A text to evaluate on: a file, "pydoc" (the quarter that calibration never sees), or a test set by name.
+
+    Names are "wikitext2", "ptb" and "c4" (the first 1100 documents of its validation set).
 
     Raises:
         QuikError: as `calibration_text`.
@@ -47,8 +53,8 @@ def _text(name: str | Path, *, evaluation: bool) -> Text:
         return Text(path.name, _read(path))
     if str(name) == "pydoc":
         return _pydoc(evaluation=evaluation)
-    if str(name) == "wikitext2":
-        return _wikitext2("test" if evaluation else "train")
+    if str(name) in NAMES:
+        return _published(str(name), "test" if evaluation else "train")
     if path.is_dir():
         raise QuikError(f"{path} is a directory; give a text file, or one of: {', '.join(NAMES)}")
     raise QuikError(f'there is no text file "{name}"; {did_you_mean(str(name), NAMES)}')
@@ -75,18 +81,29 @@ def _pydoc(*, evaluation: bool) -> Text:
     return Text(f"pydoc_data.topics ({part})", "\n\n".join(chosen))
 
 
-def _wikitext2(split: str) -> Text:
+def _published(name: str, split: str) -> Text:
+    """A data set through `datasets`, its rows joined as GPTQ's code does, which the later papers took over."""
     try:
         from datasets import load_dataset
     except ImportError:
         raise QuikError(
-            "wikitext2 comes through the package `datasets`; run: pip install 'quikjax[datasets]', or give a text file"
+            f"{name} comes through the package `datasets`; run: pip install 'quikjax[datasets]', or give a text file"
         ) from None
     try:
-        rows = load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split=split)
+        if name == "wikitext2":
+            rows = load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split=split)
+            return Text(f"wikitext-2-raw-v1 ({split})", "\n\n".join(rows["text"]))
+        if name == "ptb":
+            # The branch that the hub made of what was published as a script.
+            rows = load_dataset("ptb-text-only/ptb_text_only", "penn_treebank", revision="refs/convert/parquet", split=split)
+            return Text(f"Penn Treebank ({split})", " ".join(rows["sentence"]))
+        split = "train" if split == "train" else "validation"
+        file = f"en/c4-{split}.00000-of-{'01024' if split == 'train' else '00008'}.json.gz"
+        rows = load_dataset("allenai/c4", data_files={split: file}, split=split)
+        return Text(f"C4 ({split}, first {_C4_DOCUMENTS} documents)", " ".join(rows[:_C4_DOCUMENTS]["text"]))
     except Exception as error:  # whatever the network and the hub raise
-        raise QuikError(f"wikitext2 could not be loaded ({str(error).splitlines()[0]}); give a text file instead") from None
-    return Text(f"wikitext-2-raw-v1 ({split})", "\n\n".join(rows["text"]))
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise QuikError(f"{name} could not be loaded ({reason}); give a text file instead") from None
 
 
 def tokenize(tokenizer: Any, text: str) -> Int32[np.ndarray, " tokens"]:

@@ -71,6 +71,44 @@ def test_tokens_and_their_fingerprint() -> None:
     assert tokens_fingerprint(tokens) != tokens_fingerprint(tokens[None])
 
 
+@pytest.mark.parametrize(
+    ("name", "evaluation", "content", "asked"),
+    [
+        ("wikitext2", True, "a\n\nb", ("Salesforce/wikitext", "test")),
+        ("ptb", True, "a b", ("ptb-text-only/ptb_text_only", "test")),
+        ("ptb", False, "a b", ("ptb-text-only/ptb_text_only", "train")),
+        ("c4", True, "a b", ("allenai/c4", "validation")),
+        ("c4", False, "a b", ("allenai/c4", "train")),
+    ],
+)
+def test_published_sets_are_joined_as_the_papers_do(
+    monkeypatch: pytest.MonkeyPatch, name: str, evaluation: bool, content: str, asked: tuple[str, str]
+) -> None:
+    class Rows:
+        def __getitem__(self, key: object) -> Any:
+            return self if isinstance(key, slice) else ["a", "b"]
+
+    seen = []
+
+    def load_dataset(path: str, *_: str, split: str, **__: object) -> Rows:
+        seen.append((path, split))
+        return Rows()
+
+    monkeypatch.setitem(__import__("sys").modules, "datasets", type("datasets", (), {"load_dataset": staticmethod(load_dataset)}))
+    text = (evaluation_text if evaluation else calibration_text)(name)
+    assert text.content == content
+    assert seen == [asked]
+
+
+def test_a_set_that_cannot_be_had_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load_dataset(*_: str, **__: object) -> None:
+        raise ConnectionError("no network\nat all")
+
+    monkeypatch.setitem(__import__("sys").modules, "datasets", type("datasets", (), {"load_dataset": staticmethod(load_dataset)}))
+    with pytest.raises(QuikError, match=r"c4 could not be loaded \(no network\); give a text file instead"):
+        evaluation_text("c4")
+
+
 BOS, EOS = 256, 257
 
 

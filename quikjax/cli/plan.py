@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 def plan(
     model: Annotated[str, typer.Argument(help="A model as `quantize` takes it, or just its config.json. No weight is fetched.")],
     recipe: Annotated[
-        str, typer.Option(help="quik-4b, quik-4b+, quik-8b, w4a8, rtn-w4a4, gptq-w4a16, fp or a .json.")
+        str, typer.Option(help="quik-4b, quik-4b+, quik-8b, w4a8, rtn-w4a4, rtn-w8a8, gptq-w4a16, fp or a .json.")
     ] = "quik-4b",
     outliers: Annotated[str | None, typer.Option(help="Columns in FP16: a count, or a fraction such as 0.0625 or 1/16.")] = None,
     batch: Annotated[int, typer.Option(help="Texts at once when the result runs.")] = 1,

@@ -11,9 +11,24 @@ from typing import TYPE_CHECKING, Any
 
 from quikjax.errors import QuikError
 from quikjax.files import finite
+from quikjax.reports.tables import markdown_table as table
 
 if TYPE_CHECKING:
     from quikjax.quantizing.params import LayerResult
+
+__all__ = [
+    "ProgressLines",
+    "RecoveryLines",
+    "bits",
+    "decibels",
+    "duration",
+    "megabytes",
+    "print_json",
+    "say",
+    "show",
+    "size",
+    "table",
+]
 
 
 def say(line: str = "") -> None:
@@ -142,21 +157,6 @@ class RecoveryLines:
     def _clear(self) -> None:
         if self._live:
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A markdown table, columns aligned for a terminal: the first to the left, numbers to the right."""
-    cells = [list(head), *[list(row) for row in rows]]
-    widths = [max(len(row[column]) for row in cells) for column in range(len(head))]
-
-    def line(row: Sequence[str]) -> str:
-        fitted = [
-            text.ljust(width) if i == 0 else text.rjust(width) for i, (text, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        return "| " + " | ".join(fitted) + " |"
-
-    rule = "|" + "|".join("-" * (width + 1) + (":" if i else "-") for i, width in enumerate(widths)) + "|"
-    return "\n".join([line(cells[0]), rule, *[line(row) for row in cells[1:]]])
 
 
 def print_json(value: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ def quantize(
     model: Model,
     out: Annotated[Path, typer.Option(help="Directory to write; it must not exist, or be empty.")],
     recipe: Annotated[
-        str, typer.Option(help="quik-4b, quik-4b+, quik-8b, w4a8, rtn-w4a4, gptq-w4a16, fp or a .json.")
+        str, typer.Option(help="quik-4b, quik-4b+, quik-8b, w4a8, rtn-w4a4, rtn-w8a8, gptq-w4a16, fp or a .json.")
     ] = "quik-4b",
     outliers: Annotated[str | None, typer.Option(help="Columns in FP16: a count, or a fraction such as 0.0625 or 1/16.")] = None,
     calibration: Annotated[str, typer.Option(help="A UTF-8 text file, pydoc, or wikitext2.")] = "pydoc",

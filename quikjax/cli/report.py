@@ -1,11 +1,12 @@
-"""`quikjax report`: what was done to a model, and how well. Reads no weight."""
+"""`quikjax report`: what was done to a model, and how well; as text, as JSON, or as a page."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from quikjax.cli.options import Artifact, Json
-from quikjax.cli.printing import bits, decibels, print_json, show, size, table
+from quikjax.cli.printing import bits, decibels, print_json, say, show, size, table
 
 if TYPE_CHECKING:
     from quikjax.reports.artifact import ArtifactReport
@@ -14,9 +15,22 @@ if TYPE_CHECKING:
 def report(
     artifact: Artifact,
     layers: Annotated[bool, typer.Option("--layers", help="One row per layer, not one per kind of layer.")] = False,
+    html: Annotated[
+        Path | None, typer.Option(help="Write a page to FILE.html and its JSON to FILE.json; reads every weight once.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Show what was quantized and how well, what was not and why, and where it all came from. Reads no weight."""
+    """Show what was quantized and how well, what was not and why, and where it all came from."""
+    if html is not None:
+        from quikjax.reports.page import check_page, json_beside, read_page, write_page
+
+        check_page(html)
+        page = read_page(artifact)
+        write_page(page, html)
+        say(f"wrote {html} and {json_beside(html)}")
+        if as_json:
+            print_json(page.as_json())
+        return
     from quikjax.reports.artifact import read_report
 
     found = read_report(artifact)

@@ -1,12 +1,14 @@
-"""Perplexity over non-overlapping windows, and how far a model is from another one on the same tokens.
+"""Perplexity over windows of a text, and how far a model is from another one on the same tokens.
 
 The protocol of the quantization papers: the text as one row of tokens, cut into windows that do not overlap, each read from an
-empty context; all tokens of a window but the first are predicted, and `perplexity = exp(mean cross-entropy)`.
+empty context; all tokens of a window but the first are predicted, and `perplexity = exp(mean cross-entropy)`. With a stride,
+windows overlap, and of each but the first only the last `stride` tokens count: no token twice, each with more context.
 """
 
 import dataclasses
+import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -17,22 +19,27 @@ from flax import nnx
 from jaxtyping import Array, Float, Float32, Int, Int32
 
 from quikjax.errors import QuikError
+from quikjax.evaluation.distance import Distance, TokenDistances, exponential, standard_error, summarize, token_distances
+from quikjax.evaluation.forward import by_chunks, checked_windows, hidden_states, on_device
+from quikjax.evaluation.positions import PositionRow, by_position
 from quikjax.files import described
-from quikjax.models.base import Block, CausalLM, Positions, default_positions
+from quikjax.models.base import CausalLM
 from quikjax.models.registry import pure_params
-from quikjax.models.tokens import checked_model, checked_tokens
-from quikjax.weights.tiled import put_on_device
+from quikjax.models.tokens import checked_model
 
-# Logits are made for this many tokens at a time: a vocabulary of 50 000 makes 100 MB of them.
-_CHUNK = 512
+# Short windows go through a model together, up to this many tokens.
+BATCH_TOKENS = 4096
+
+# Told after every batch: windows done, windows in all, the perplexity so far.
+OnBatch = Callable[[int, int, float], None]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Evaluation:
     """One model's figures on some windows. `stderr` is the perplexity's standard error over tokens.
 
-    Against another model: `kl` is the mean of `KL(other || this)` per token in nats, with its standard error, and
-    `top1_agreement` the share of tokens to which both give the same most likely successor.
+    `positions` is its perplexity by position in the window. `distance` is there if it was held against another model, whose
+    `kl`, `kl_stderr` and `top1_agreement` can be read here too.
     """
 
     perplexity: float
@@ -40,15 +47,34 @@ class Evaluation:
     tokens: int
     windows: int
     window: int
+    stride: int
     seconds: float
     tokens_per_second: float
-    kl: float | None = None
-    kl_stderr: float | None = None
-    top1_agreement: float | None = None
+    positions: tuple[PositionRow, ...]
+    distance: Distance | None = None
+
+    @property
+    def kl(self) -> float | None:
+        """The mean KL divergence per token in nats."""
+        return None if self.distance is None else self.distance.kl
+
+    @property
+    def kl_stderr(self) -> float | None:
+        """Its standard error."""
+        return None if self.distance is None else self.distance.kl_stderr
+
+    @property
+    def top1_agreement(self) -> float | None:
+        """The share of tokens with the same most likely successor."""
+        return None if self.distance is None else self.distance.top1_agreement
 
     def as_json(self) -> dict[str, Any]:
-        """A JSON object; figures against another model only where there was one."""
-        return {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
+        """A JSON object; figures against another model only where there was one, and none that is not a number."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        del fields["distance"]
+        fields["positions"] = [row.as_json() for row in self.positions]
+        fields |= {} if self.distance is None else dataclasses.asdict(self.distance)
+        return {name: value for name, value in fields.items() if not (isinstance(value, float) and math.isnan(value))}
 
 
 class Reference(NamedTuple):
@@ -58,11 +84,15 @@ class Reference(NamedTuple):
     hidden: list[np.ndarray]
 
 
-def windows(tokens: Any, length: int, count: int | None = None) -> Int32[np.ndarray, "count length"]:
-    """The first `count` (all, if `None`) non-overlapping windows of `length` tokens of one row; a shorter rest is left out.
+def windows(tokens: Any, length: int, count: int | None = None, stride: int | None = None) -> Int32[np.ndarray, "count length"]:
+    """The first `count` (all, if `None`) windows of `length` tokens, each `stride` behind the one before; a rest is left out.
+
+    Left out, `stride` is `length`: windows do not overlap.
 
     Raises:
-        QuikError: `tokens` is not one row of whole numbers, or shorter than one window, or than `count` of them.
+        QuikError: `tokens` is not one row of whole numbers, or shorter than one window, or than `count` of them; the stride is
+        not
+            between 1 and `length`.
     """
     try:
         row = np.asarray(tokens)
@@ -72,153 +102,160 @@ def windows(tokens: Any, length: int, count: int | None = None) -> Int32[np.ndar
         raise QuikError(f"windows are cut from one row of token ids, not from {described(tokens)} of shape {row.shape}")
     if length < 2:
         raise QuikError(f"a window needs at least 2 tokens to predict one, not {length}")
-    available = len(row) // length
-    if available == 0:
+    if stride is not None and not 1 <= stride <= length:
+        raise QuikError(f"the stride must be between 1 and the window's {length} tokens, not {stride}")
+    step = stride or length
+    available = (len(row) - length) // step + 1
+    if available < 1:
         raise QuikError(f"the text has {len(row)} tokens, fewer than one window of {length}; use more text or a smaller window")
     if count is not None and count < 1:
         raise QuikError(f"the number of windows must be positive, not {count}")
     if count is not None and count > available:
         raise QuikError(f"the text has {available} windows of {length} tokens, {count} were asked for")
     used = count or available
-    return row[: used * length].astype(np.int32).reshape(used, length)
+    whole = row[: (used - 1) * step + length].astype(np.int32)
+    return np.lib.stride_tricks.sliding_window_view(whole, length)[::step].copy()
 
 
 def reference(model: CausalLM, ids: Any) -> Reference:
-    """Run a model over windows `[count, length]` once, to hold others against it.
+    """Run a model over windows `[count, length]` once, to hold others against it. Its hidden states stay in host memory.
 
     Raises:
         QuikError: as `evaluate`.
     """
-    model = _on_device(checked_model(model))
-    return Reference(model, [np.asarray(_hidden(model, row[None])) for row in _checked(model, ids)])
+    model = on_device(checked_model(model))
+    return Reference(model, [np.asarray(hidden_states(model, row[None])[0]) for row in checked_windows(model, ids)])
 
 
-def evaluate(model: CausalLM, ids: Any, against: Reference | None = None) -> Evaluation:
-    """Perplexity of a model on windows of tokens `[count, length]`, and its distance to `against`.
+def evaluate(
+    model: CausalLM,
+    ids: Any,
+    against: Reference | CausalLM | None = None,
+    *,
+    stride: int | None = None,
+    batch: int | None = None,
+    on_batch: OnBatch | None = None,
+) -> Evaluation:
+    """Perplexity of a model on windows of tokens, and its distance to `against`.
+
+    Args:
+        model: dense or with packed weights.
+        ids: `windows` of a text, `[count, length]`.
+        against: the original. As a model it runs beside this one, and only a batch is held; as a `Reference` it has run already.
+        stride: what `windows` was given; of every window but the first, only the last `stride` tokens count.
+        batch: windows that go through the model together; left out, as many as make `BATCH_TOKENS` tokens.
+        on_batch: told of the progress.
 
     `seconds` and `tokens_per_second` are of the model's own forward passes, compilation not counted.
 
     Raises:
-        QuikError: a window is longer than the model's context, a token outside its vocabulary, or a logit not finite.
+        QuikError: a window is longer than the model's context, a token outside its vocabulary, the other model has another
+            vocabulary or has run over other windows, or a logit is not finite.
     """
-    model = _on_device(checked_model(model))
-    ids = _checked(model, ids)
-    if against is not None and len(against.hidden) != len(ids):
+    model = on_device(checked_model(model))
+    ids = checked_windows(model, ids)
+    if isinstance(against, Reference) and len(against.hidden) != len(ids):
         raise QuikError(f"the reference was made from {len(against.hidden)} windows, not from these {len(ids)}")
+    count, length = ids.shape
     graphdef, params = nnx.split(model)[0], pure_params(model)
-    other = None if against is None else (nnx.split(against.model)[0], pure_params(against.model))
-    losses, divergences, agreements, seconds = [], [], [], 0.0
-    for index, row in enumerate(ids):
-        start = time.perf_counter()
-        hidden = _hidden(model, row[None])
-        loss = jax.block_until_ready(_loss(graphdef, params, hidden, row[None]))
-        if index:
-            seconds += time.perf_counter() - start
-        elif len(ids) == 1:
-            # Everything is compiled in the first pass, so a single window is passed over twice for its time.
+    if against is not None and not isinstance(against, Reference):
+        against = on_device(checked_model(against))
+    other = against.model if isinstance(against, Reference) else against
+    if other is not None:
+        checked_windows(other, ids)
+        if other.config.vocab_size != model.config.vocab_size:
+            raise QuikError(
+                f"the models have vocabularies of {model.config.vocab_size} and {other.config.vocab_size} tokens; "
+                "they cannot be compared token by token"
+            )
+    original = None if other is None else (nnx.split(other)[0], pure_params(other))
+    size = min(count, batch or max(1, BATCH_TOKENS // length))
+    losses: list[np.ndarray] = []
+    distances: list[TokenDistances] = []
+    seconds, timed = 0.0, 0
+    for first in range(0, count, size):
+        # The last batch is filled up, so that one compilation serves all; what the filling gave is dropped.
+        rows = np.resize(ids[first : first + size], (size, length))
+        real = min(size, count - first)
+        targets = _targets(rows)
+        for again in (False, True):
             start = time.perf_counter()
-            jax.block_until_ready(_loss(graphdef, params, _hidden(model, row[None]), row[None]))
-            seconds = time.perf_counter() - start
-        losses.append(np.asarray(loss, np.float64))
+            hidden = hidden_states(model, rows)
+            loss = jax.block_until_ready(token_losses(graphdef, params, _predicting(hidden), targets))
+            # Everything is compiled in the first pass, so a single batch is passed over twice for its time.
+            if first or again:
+                seconds += time.perf_counter() - start
+                timed += rows.size
+            if first or size < count or again:
+                break
+        losses.append(np.asarray(loss, np.float64).reshape(size, -1)[:real])
         if not np.isfinite(losses[-1]).all():  # at once, not after hours
             raise QuikError("the model's logits are not finite; a weight or an activation overflowed, try dtype float32")
-        if other is not None and against is not None:
-            kl, same = _distance(graphdef, params, hidden, *other, against.hidden[index])
-            divergences.append(np.asarray(kl, np.float64))
-            agreements.append(np.asarray(same, np.float64))
-    loss = np.concatenate(losses)
-    with np.errstate(over="ignore"):  # infinite then, which is what it is
-        perplexity = float(np.exp(np.mean(loss)))
-    timed = max(1, len(ids) - 1) * ids.shape[1]
-    kl = np.concatenate(divergences) if divergences else None
+        if original is not None and against is not None:
+            theirs = _original_hidden(against, rows, first)
+            found = token_distances(graphdef, params, _predicting(hidden), *original, _predicting(theirs), targets)
+            distances.append(TokenDistances(*(np.asarray(values, np.float64).reshape(size, -1)[:real] for values in found)))
+        if on_batch is not None:
+            on_batch(first + real, count, exponential(float(np.mean(np.concatenate(losses)))))
+    position = np.broadcast_to(np.arange(1, length), (count, length - 1))
+    counts = _counted(count, length, stride or length)
+    loss = np.concatenate(losses)[counts]
+    joined = TokenDistances(*(np.concatenate(parts)[counts] for parts in zip(*distances, strict=True))) if distances else None
+    perplexity = exponential(float(np.mean(loss)))
     return Evaluation(
         perplexity=perplexity,
-        stderr=perplexity * float(np.std(loss, ddof=1) / np.sqrt(loss.size)) if loss.size > 1 else float("nan"),
+        stderr=perplexity * standard_error(loss),
         tokens=int(loss.size),
-        windows=ids.shape[0],
-        window=ids.shape[1],
+        windows=count,
+        window=length,
+        stride=stride or length,
         seconds=seconds,
         tokens_per_second=timed / seconds,
-        kl=None if kl is None else float(np.mean(kl)),
-        kl_stderr=None if kl is None or kl.size < 2 else float(np.std(kl, ddof=1) / np.sqrt(kl.size)),
-        top1_agreement=None if kl is None else float(np.mean(np.concatenate(agreements))),
+        positions=tuple(by_position(loss, position[counts], None if joined is None else joined.original_loss)),
+        distance=None if joined is None else summarize(loss, joined),
     )
 
 
-def _on_device(model: CausalLM) -> CausalLM:
-    """The model with its weights in the form that this device's kernels read."""
-    params = pure_params(model)
-    placed = put_on_device(params)
-    return model if placed is params else nnx.merge(nnx.split(model)[0], placed)
+def _targets(ids: Int[np.ndarray, "batch length"]) -> Int32[Array, " predicted"]:
+    """All tokens of all windows but their first."""
+    return jnp.asarray(ids[:, 1:].reshape(-1), jnp.int32)
 
 
-def _checked(model: CausalLM, ids: Any) -> Int32[np.ndarray, "count length"]:
-    checked = checked_tokens(ids, model.config, "a set of windows")
-    if checked.shape[1] < 2:
-        raise QuikError("a window needs at least 2 tokens to predict one, not 1")
-    return checked
+def _predicting(hidden: Float[Array, "batch length hidden"]) -> Float[Array, "predicted hidden"]:
+    """The hidden states that predict `_targets`: those of all tokens but the windows' last."""
+    return hidden[:, :-1].reshape(-1, hidden.shape[2])
 
 
-def _hidden(model: CausalLM, ids: Int[np.ndarray, "batch length"]) -> Float[Array, "batch length hidden"]:
-    """Compute the last block's output. One function is compiled per kind of block; the whole model would take a minute."""
-    tokens = jnp.asarray(ids)
-    hidden = model.embed(tokens, default_positions(tokens))
-    for block in model.blocks.values():
-        blockdef, params = nnx.split(block)
-        hidden = _through_block(blockdef, nnx.to_pure_dict(params), hidden)
-    return jax.block_until_ready(hidden)
-
-
-@partial(jax.jit, static_argnums=0)
-def _through_block(
-    blockdef: nnx.GraphDef[Block], params: Mapping[str, Any], hidden: Float[Array, "batch length hidden"]
+def _original_hidden(
+    against: Reference | CausalLM, rows: Int[np.ndarray, "batch length"], first: int
 ) -> Float[Array, "batch length hidden"]:
-    positions = jnp.broadcast_to(jnp.arange(hidden.shape[1], dtype=jnp.int32), hidden.shape[:2])
-    return nnx.merge(blockdef, params)(hidden, Positions(positions))[0]
+    if not isinstance(against, Reference):
+        return hidden_states(against, rows)
+    kept = against.hidden[first : first + len(rows)]
+    return jnp.asarray(np.stack([*kept, *[kept[0]] * (len(rows) - len(kept))]))
 
 
-def _chunks(hidden: Float[Array, "1 length hidden"]) -> Float[Array, "chunks chunk hidden"]:
-    rows = hidden[0]
-    return jnp.pad(rows, ((0, -rows.shape[0] % _CHUNK), (0, 0))).reshape(-1, _CHUNK, rows.shape[1])
+def _counted(count: int, length: int, stride: int) -> np.ndarray:
+    """Which predictions count, `[count, length - 1]`: all of the first window, and the last `stride` of the others."""
+    fresh = np.zeros((count, length - 1), bool)
+    fresh[:, -stride:] = True
+    fresh[0] = True
+    return fresh
 
 
 @partial(jax.jit, static_argnums=0)
-def _loss(
+def token_losses(
     graphdef: nnx.GraphDef[CausalLM],
     params: Mapping[str, Any],
-    hidden: Float[Array, "1 length hidden"],
-    ids: Int[Array, "1 length"],
-) -> Float32[Array, " predicted"]:
-    """Cross-entropy of every token but the first."""
+    hidden: Float[Array, "tokens hidden"],
+    targets: Int32[Array, " tokens"],
+) -> Float32[Array, " tokens"]:
+    """Cross-entropy of each target, predicted from the hidden state that left the last block before it."""
     model = nnx.merge(graphdef, params)
-    length = ids.shape[1]
-    targets = jnp.pad(ids[0, 1:], (0, 1 + -length % _CHUNK)).reshape(-1, _CHUNK)
 
-    def chunk(parts: tuple[Array, Array]) -> Array:
-        logits = model.head(parts[0][None])[0]
-        chosen = jnp.take_along_axis(logits, parts[1][:, None], axis=1)[:, 0]
-        return jax.nn.logsumexp(logits, axis=1) - chosen
+    def chunk(hidden: Array, targets: Array) -> Array:
+        logits = model.head(hidden[None])[0]
+        return jax.nn.logsumexp(logits, axis=1) - jnp.take_along_axis(logits, targets[:, None], axis=1)[:, 0]
 
-    return jax.lax.map(chunk, (_chunks(hidden), targets)).reshape(-1)[: length - 1]
-
-
-@partial(jax.jit, static_argnums=(0, 3))
-def _distance(
-    graphdef: nnx.GraphDef[CausalLM],
-    params: Mapping[str, Any],
-    hidden: Float[Array, "1 length hidden"],
-    other_graphdef: nnx.GraphDef[CausalLM],
-    other_params: Mapping[str, Any],
-    other_hidden: Float[Array, "1 length other"],
-) -> tuple[Float32[Array, " length"], Float32[Array, " length"]]:
-    """Per token `KL(other || this)` in nats, and 1 where both have the same most likely successor."""
-    model, other = nnx.merge(graphdef, params), nnx.merge(other_graphdef, other_params)
-
-    def chunk(parts: tuple[Array, Array]) -> tuple[Array, Array]:
-        mine = jax.nn.log_softmax(model.head(parts[0][None])[0])
-        theirs = jax.nn.log_softmax(other.head(parts[1][None])[0])
-        kl = jnp.sum(jnp.exp(theirs) * (theirs - mine), axis=1)
-        return kl, (jnp.argmax(mine, axis=1) == jnp.argmax(theirs, axis=1)).astype(jnp.float32)
-
-    kl, same = jax.lax.map(chunk, (_chunks(hidden), _chunks(other_hidden)))
-    return kl.reshape(-1)[: hidden.shape[1]], same.reshape(-1)[: hidden.shape[1]]
+    losses: Array = by_chunks(chunk, hidden, targets)
+    return losses

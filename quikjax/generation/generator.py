@@ -244,7 +244,8 @@ class Generator:
         ended = frozenset(stops.tolist()) - {NOTHING}
         order = sorted(range(len(rows)), key=lambda i: len(rows[i].prompt))
         groups = [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
-        self.check_memory(max(len(row.prompt) for row in rows) + max_new_tokens, min(len(rows), self.batch_size))
+        longest = max(len(row.prompt) for row in rows)
+        self.check_memory(max(longest + max_new_tokens, bucket(longest)), min(len(rows), self.batch_size))
         compiling, prefill, decoding, decoded = self.programs.seconds, 0.0, 0.0, 0
         for group in groups:
             members = [rows[i] for i in group]

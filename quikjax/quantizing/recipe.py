@@ -161,6 +161,7 @@ RECIPES: dict[str, Recipe] = {
         # Eight bits bear a wide range of activations; what is lost is lost in the weights, for whose sake outliers are kept here.
         _uniform("w4a8", Rule(match="", weight_bits=4, activation_bits=8, outlier_score="mean_square", sweeps=8)),
         _uniform("rtn-w4a4", Rule(match="", weight_bits=4, activation_bits=4, method="rtn", outliers=0, clip=False)),
+        _uniform("rtn-w8a8", Rule(match="", weight_bits=8, activation_bits=8, method="rtn", outliers=0, clip=False)),
         _uniform("gptq-w4a16", Rule(match="", weight_bits=4, activation_bits=16, outliers=0, clip=False)),
         Recipe(name="fp", rules=()),
     )

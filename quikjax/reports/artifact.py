@@ -124,10 +124,10 @@ def read_report(path: str | os.PathLike[str]) -> ArtifactReport:
             weight = rebuild(static, data, owner)
             method = by_path.get(owner, {}).get("method")
             bits = (weight.weight_bits, weight.activation_bits)
-            packed[_pattern(name, owner), weight.shape, weight.base, bits, method].append((owner, weight))
+            packed[pattern_of(name, owner), weight.shape, weight.base, bits, method].append((owner, weight))
         for array, row in part.arrays.items():
             if array.rpartition(".")[0] not in part.packed:
-                dense[_pattern(name, array), row.shape, row.dtype, _reason(manifest.recipe, name, array)].append(array)
+                dense[pattern_of(name, array), row.shape, row.dtype, _reason(manifest.recipe, name, array)].append(array)
     return ArtifactReport(
         path=str(reader.path),
         fingerprint=manifest.fingerprint,
@@ -183,10 +183,10 @@ def _error(row: Mapping[str, Any]) -> float:
     return math.inf if row["relative_error"] is None else float(row["relative_error"])
 
 
-def _pattern(part: str, path: str) -> str:
+def pattern_of(part: str, path: str) -> str:
     """`path` with `*` for the number of the block that its part is.
 
-    >>> _pattern("model.layers.3", "model.layers.3.mlp.up_proj.weight"), _pattern("rest", "model.norm.weight")
+    >>> pattern_of("model.layers.3", "model.layers.3.mlp.up_proj.weight"), pattern_of("rest", "model.norm.weight")
     ('model.layers.*.mlp.up_proj.weight', 'model.norm.weight')
     """
     return path if part == REST else f"{part.rpartition('.')[0]}.*.{path.removeprefix(part + '.')}"

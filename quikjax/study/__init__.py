@@ -1,1 +1,1 @@
-"""Studies: what decides the accuracy of a quantized model, measured."""
+"""Studies of what decides a quantized model's accuracy: grids of runs, resumable, each a table, a plot and JSON."""

@@ -2,13 +2,19 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from quikjax.cli import bench, chat, generate
+from quikjax.errors import QuikError
+from quikjax.generation import executables, speed
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 TEMPLATE = "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}\n{% endfor %}a:"
@@ -67,61 +73,41 @@ def test_a_chat_from_standard_input(
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("command", "options", "message"),
     [
-        (["generate", "MODEL"], "give one of a prompt and --prompt-file"),
-        (["generate", "MODEL", "x", "--temperature", "-1"], "the temperature is 0"),
-        (["generate", "MODEL", "x", "--system", "y"], "give --chat as well"),
-        (["generate", "MODEL", "x", "--logprobs"], "give --json as well"),
-        (["generate", "MODEL", "x", "--kv-cache", "int3"], 'no KV cache of kind "int3"'),
-        (["generate", "MODEL", "x", "--context", "5000"], "the context may be 2 to 256"),
-        (["generate", "MODEL", "x", "--stop", ""], "a stop string is empty"),
-        (["generate", "MODEL", "--prompt-file", "none"], "cannot read none"),
-        (["generate", "MODEL", "x", "--chat"], "no chat template, so it is a base model"),
-        (["chat", "MODEL"], "no chat template, so it is a base model"),
-        (["chat", "MODEL", "--template", "none"], "cannot read the template none"),
-        (["generate", "MODEL", "x", "--cache-dir", "/proc/none"], "name another folder with --cache-dir"),
+        (generate.generate, {}, "give one of a prompt and --prompt-file"),
+        (generate.generate, {"prompt": "x", "temperature": -1.0}, "the temperature is 0"),
+        (generate.generate, {"prompt": "x", "system": "y"}, "give --chat as well"),
+        (generate.generate, {"prompt": "x", "logprobs": True}, "give --json as well"),
+        (generate.generate, {"prompt": "x", "kv_cache": "int3"}, 'no KV cache of kind "int3"'),
+        (generate.generate, {"prompt": "x", "stop": [""]}, "a stop string is empty"),
+        (generate.generate, {"prompt": "x" * 250}, "exceed the model's context of 256"),
+        (generate.generate, {"prompt": "x", "context": 20}, "exceed the model's context of 20"),
+        (generate.generate, {"prompt_file": Path("none")}, "cannot read none: No such file"),
+        (generate.generate, {"prompt": "x", "chat": True}, "no chat template, so it is a base model"),
+        (chat.chat, {}, "no chat template, so it is a base model"),
+        (chat.chat, {"template": Path("none")}, "cannot read the template none: No such file"),
+        (bench.bench, {"test": ["xx"]}, 'there is no test "xx"'),
+        (bench.bench, {"test": ["pp512"]}, "pp512 exceeds the context of 256"),
+        (bench.bench, {"output": "xml"}, 'there is no output "xml"'),
+        (bench.bench, {"test": ["tg4"], "rounds": 0}, "at least 1 round"),
     ],
 )
 def test_a_mistake_is_one_sentence(
-    in_process: Callable[[list[str]], str], tiny_checkpoint: Path, arguments: list[str], message: str
+    monkeypatch: pytest.MonkeyPatch, tiny_checkpoint: Path, command: Callable[..., None], options: dict[str, Any], message: str
 ) -> None:
-    said = in_process([str(tiny_checkpoint) if argument == "MODEL" else argument for argument in arguments])
-    assert message in said
-    assert len(said.strip().splitlines()) == 1
+    # A command sets up the compilation cache of its process, which is not this one's.
+    monkeypatch.setattr(executables, "keep_executables", lambda named=None: Path())
+    monkeypatch.setattr(speed, "bandwidth", lambda: 1e9)
+    with pytest.raises(QuikError, match=re.escape(message)) as error:
+        command(str(tiny_checkpoint), **options)
+    assert len(str(error.value).splitlines()) == 1
 
 
-@pytest.fixture
-def in_process(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], environment: dict[str, str], tmp_path: Path
-) -> Callable[[list[str]], str]:
-    """Run a command that fails in this process (a new one would take seconds to import JAX), and return what it says."""
-    import jax
-
-    from quikjax.cli import main
-
-    monkeypatch.chdir(tmp_path)
-    # The command sets up a compilation cache, which must not outlive the test.
-    names = (
-        "jax_compilation_cache_dir",
-        "jax_persistent_cache_min_compile_time_secs",
-        "jax_persistent_cache_min_entry_size_bytes",
-    )
-    before = {name: getattr(jax.config, name) for name in names}
-    monkeypatch.setenv("QUIKJAX_CACHE", environment["QUIKJAX_CACHE"])
-
-    def run(arguments: list[str]) -> str:
-        monkeypatch.setattr(sys, "argv", ["quikjax", *arguments])
-        try:
-            with pytest.raises(SystemExit) as ended:
-                main()
-        finally:
-            for name, value in before.items():
-                jax.config.update(name, value)
-        assert ended.value.code == 1
-        return capsys.readouterr().err
-
-    return run
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(QuikError, match="name another folder with --cache-dir or QUIKJAX_CACHE"):
+        executables.keep_executables(tmp_path / "file")
 
 
 def test_bench_measures_what_it_names(quikjax_command: Run, tiny_checkpoint: Path, environment: dict[str, str]) -> None:
@@ -152,13 +138,3 @@ def test_bench_measures_what_it_names(quikjax_command: Run, tiny_checkpoint: Pat
     # float32 blocks (q, o: 64 x 64; k, v: 32 x 64; three of 112 x 64; two norms), tied table, final norm; nothing in the cache.
     blocks = 3 * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 112 * 64 + 2 * 64)
     assert rows[1]["bytes_per_step"] == 4 * (blocks + 257 * 64 + 64)
-
-
-def test_bench_refuses_what_it_cannot_measure(in_process: Callable[[list[str]], str], tiny_checkpoint: Path) -> None:
-    for arguments, message in (
-        (["-t", "xx"], 'there is no test "xx"'),
-        (["-t", "pp512"], "pp512 exceeds the context of 256"),
-        (["-o", "xml"], 'there is no output "xml"'),
-        (["-t", "tg4", "-r", "0"], "at least 1 round"),
-    ):
-        assert message in in_process(["bench", str(tiny_checkpoint), *arguments]).splitlines()[-1]

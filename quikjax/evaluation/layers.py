@@ -1,0 +1,225 @@
+"""Relative errors layer by layer: a quantized model beside its original on the same tokens.
+
+*Teacher-forced*, every layer and block reads what it reads in the original: the errors are its own. *Free-running*, it reads what
+the quantized model has made so far: errors of all layers before it come in. All errors are
+`||original - quantized|| / ||original||` over the tokens of all windows.
+"""
+
+import dataclasses
+import math
+from collections import defaultdict
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Float32
+
+from quikjax.errors import QuikError
+from quikjax.evaluation.forward import checked_windows
+from quikjax.models.base import Block, CausalLM, Positions, default_positions
+from quikjax.models.registry import dotted
+from quikjax.weights.linear import linear
+from quikjax.weights.quik import QuikWeight, dequantize
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LayerErrors:
+    """One quantized layer.
+
+    - `weights`: of its weights.
+    - `rounding`: of the activations it reads in the original, by rounding them to its own bits; 0 for 16-bit activations.
+    - `inputs`: of the activations it reads, free-running, before it rounds them.
+    - `output_forced`, `output_free`: of what it gives.
+    """
+
+    path: str
+    weights: float
+    rounding: float
+    inputs: float
+    output_forced: float
+    output_free: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BlockErrors:
+    """The hidden states that leave one transformer block."""
+
+    path: str
+    hidden_forced: float
+    hidden_free: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ColumnRanges:
+    """The tensor that some layers read in the original: the largest `|x|` of each of its columns, over all tokens."""
+
+    layers: tuple[str, ...]
+    absmax: tuple[float, ...]
+
+
+class ErrorsByDepth(NamedTuple):
+    """All quantized layers, all blocks, and all tensors that quantized layers read, in order of execution."""
+
+    layers: list[LayerErrors]
+    blocks: list[BlockErrors]
+    ranges: list[ColumnRanges]
+
+    def as_json(self) -> dict[str, Any]:
+        """A JSON object."""
+        return {
+            "layers": [dataclasses.asdict(layer) for layer in self.layers],
+            "blocks": [dataclasses.asdict(block) for block in self.blocks],
+            # Four digits: it is a picture, not a calibration.
+            "ranges": [
+                {"layers": list(read.layers), "absmax": [float(f"{value:.4g}") for value in read.absmax]} for read in self.ranges
+            ],
+        }
+
+
+# Sums of squares: of the difference, and of the original.
+Sums = tuple[Array, Array]
+
+
+def errors_by_depth(quantized: CausalLM, original: CausalLM, ids: Any) -> ErrorsByDepth:
+    """Run both models over windows, block after block, and compare every quantized layer.
+
+    Hidden states of all windows are held in host memory, for both models.
+
+    Raises:
+        QuikError: the models do not have the same blocks, or cannot read the windows.
+    """
+    ids = checked_windows(original, checked_windows(quantized, ids))
+    if list(quantized.blocks) != list(original.blocks):
+        raise QuikError(
+            f"the models have {len(quantized.blocks)} and {len(original.blocks)} blocks; only a model and its original can be "
+            "compared layer by layer"
+        )
+    rows = [jnp.asarray(row[None]) for row in ids]
+    teacher = [np.asarray(original.embed(row, default_positions(row))) for row in rows]
+    free = [np.asarray(quantized.embed(row, default_positions(row))) for row in rows]
+    layers, blocks, ranges = [], [], []
+    for key, block in original.blocks.items():
+        prefix = ".".join((*original.block_path, key))
+        blockdef, dense = _parts(block)
+        packdef, packed = _parts(quantized.blocks[key])
+        groups = tuple((group, tuple(members)) for group, members in block.groups.items())
+        sums: dict[str, list[Sums]] = defaultdict(list)
+        absmax: dict[str, np.ndarray] = {}
+        for index in range(len(rows)):
+            try:
+                after, found, read = _both(blockdef, dense, packdef, packed, teacher[index], free[index], groups)
+            except TypeError as error:
+                raise QuikError(f"{prefix} differs in shape between the two models; are they the same model? ({error})") from None
+            teacher[index], free[index] = np.asarray(after[0]), np.asarray(after[1])
+            for name, pair in found.items():
+                sums[name].append(pair)
+            for group, largest in read.items():
+                absmax[group] = np.maximum(absmax.get(group, 0.0), np.asarray(largest))
+        errors = {name: _relative(pairs) for name, pairs in sums.items()}
+        for name in sorted({name.split("|")[0] for name in errors if "|" in name}, key=_order(groups)):
+            fields = {field: errors[f"{name}|{field}"] for field in _FIELDS}
+            layers.append(LayerErrors(path=f"{prefix}.{name}.weight", **fields))
+        for group, members in groups:
+            quantized_ones = tuple(f"{prefix}.{layer}.weight" for layer in members if f"{layer}|weights" in errors)
+            if quantized_ones:
+                ranges.append(ColumnRanges(layers=quantized_ones, absmax=tuple(absmax[group].tolist())))
+        blocks.append(BlockErrors(path=prefix, hidden_forced=errors["forced"], hidden_free=errors["free"]))
+    return ErrorsByDepth(layers, blocks, ranges)
+
+
+_FIELDS = ("weights", "rounding", "inputs", "output_forced", "output_free")
+
+
+def _order(groups: tuple[tuple[str, tuple[str, ...]], ...]) -> Any:
+    return [layer for _, members in groups for layer in members].index
+
+
+def _parts(block: Block) -> tuple[Any, dict[str, Any]]:
+    blockdef, params = nnx.split(block)
+    return blockdef, nnx.to_pure_dict(params)
+
+
+def _relative(pairs: list[Sums]) -> float:
+    gap, size = (math.fsum(float(pair[i]) for pair in pairs) for i in (0, 1))
+    return math.sqrt(gap / size) if size else (0.0 if gap == 0 else math.inf)
+
+
+def _run(
+    blockdef: Any, params: Mapping[str, Any], hidden: Float[Array, "batch length hidden"]
+) -> tuple[Float[Array, "batch length hidden"], dict[str, Array]]:
+    """A block's output, and the tensor that each group of its layers reads."""
+    seen: dict[str, Array] = {}
+
+    def see(group: str, x: Array) -> Array:
+        seen[group] = x
+        return x
+
+    positions = jnp.broadcast_to(jnp.arange(hidden.shape[1], dtype=jnp.int32), hidden.shape[:2])
+    return nnx.merge(blockdef, params)(hidden, Positions(positions), observe=see)[0], seen
+
+
+@partial(jax.jit, static_argnames=("blockdef", "packdef", "groups"))
+def _both(
+    blockdef: Any,
+    dense: Mapping[str, Any],
+    packdef: Any,
+    packed: Mapping[str, Any],
+    teacher: Float[Array, "batch length hidden"],
+    free: Float[Array, "batch length hidden"],
+    groups: tuple[tuple[str, tuple[str, ...]], ...],
+) -> tuple[tuple[Array, Array], dict[str, Sums], dict[str, Array]]:
+    """Hidden states that leave a block in the original and free-running, every error's sums of squares by name, and ranges.
+
+    Ranges are the largest `|x|` per column of what each group of layers reads in the original.
+    """
+    right, reads = _run(blockdef, dense, teacher)
+    forced, _ = _run(packdef, packed, teacher)
+    own, own_reads = _run(packdef, packed, free)
+    sums = {"forced": _sums(right, forced), "free": _sums(right, own)}
+    kernels, weights = dotted(dense), dotted(packed)
+    for group, members in groups:
+        for layer in members:
+            weight = weights[f"{layer}.weight"]
+            if not isinstance(weight, QuikWeight):
+                continue
+            W, x, own_x = kernels[f"{layer}.weight"].astype(jnp.float32), reads[group], own_reads[group]
+            y = linear(x, W)
+            sums |= {
+                f"{layer}|weights": _sums(W, dequantize(weight)),
+                f"{layer}|rounding": _sums(x, rounded_activations(x, weight)),
+                f"{layer}|inputs": _sums(x, own_x),
+                f"{layer}|output_forced": _sums(y, linear(x, weight)),
+                f"{layer}|output_free": _sums(y, linear(own_x, weight)),
+            }
+    ranges = {group: jnp.max(jnp.abs(x.astype(jnp.float32)), axis=(0, 1)) for group, x in reads.items()}
+    return (right, own), sums, ranges
+
+
+def rounded_activations(x: Float[Array, "*batch k"], weight: QuikWeight) -> Float32[Array, "*batch k"]:
+    """The activations that a packed layer multiplies by: base columns rounded to its bits, outliers as they are.
+
+    Read off the layer itself, with the identity in place of its codes, so that no second account of its rounding is kept here.
+    """
+    base, x = weight.base, x.astype(jnp.float32)
+    if weight.activation_bits == 16 or base == 0:
+        return x
+    identity = dataclasses.replace(
+        weight,
+        qweight=jnp.eye(base, dtype=jnp.int8),
+        scale=jnp.ones(base, jnp.float32),
+        reduced=jnp.ones(base, jnp.float32),
+        outliers=jnp.zeros((base, weight.inputs - base), weight.outliers.dtype),
+        weight_bits=8,
+        shape=(base, weight.inputs),
+        in_axes=(1,),
+    )
+    return x.at[..., weight.columns[:base]].set(linear(x, identity))
+
+
+def _sums(right: Float[Array, "..."], other: Float[Array, "..."]) -> Sums:
+    right, other = right.astype(jnp.float32), other.astype(jnp.float32)
+    return jnp.sum((right - other) ** 2), jnp.sum(right**2)
