@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int, Int32
 from quikjax.models.base import PADDING, Block, CausalLM, Config, Positions
 from quikjax.models.cache import Fresh, LayerCache, StackedCache, formed
 from quikjax.weights.quik import QuikWeight
-from quikjax.weights.tiled import put_on_device
+from quikjax.weights.tiled import TiledWeight, put_on_device
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +91,7 @@ def stack(model: CausalLM, *, release: bool = False, widen: bool = False) -> tup
 
 
 def _is_packed(leaf: Any) -> bool:
-    return isinstance(leaf, QuikWeight)
+    return isinstance(leaf, QuikWeight | TiledWeight)
 
 
 def _widened(leaf: Any) -> Any:

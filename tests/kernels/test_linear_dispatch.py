@@ -9,9 +9,15 @@ import jax.numpy as jnp
 import kernel_cases
 import numpy as np
 import pytest
+from flax import nnx
 
+from quikjax.models import stacked
+from quikjax.models.registry import pure_params
 from quikjax.pallas_kernels import api
-from quikjax.pallas_kernels.devices import A100, H100
+from quikjax.pallas_kernels.devices import A100, H100, tracing_for
+from quikjax.quantizing.params import quantize_params
+from quikjax.quantizing.recipe import Recipe, Rule
+from quikjax.testing import tiny_model
 from quikjax.weights.linear import Produced, explain, linear, linears
 from quikjax.weights.quik import QuikWeight
 from quikjax.weights.tiled import TiledWeight, put_on_device
@@ -120,3 +126,26 @@ def test_named_backend_and_explanation() -> None:
     assert explain(shapes, 2, jnp.float32, device=H100).backend == "xla"
     odd = dataclasses.replace(shapes, activation_bits=16)
     assert explain(odd, 2, jnp.bfloat16, device=H100).backend == "mosaic"
+
+
+def test_a_stacked_model_in_tile_form_gives_the_same_bits() -> None:
+    """As it is put on a Hopper GPU; here XLA multiplies in either form."""
+    model = tiny_model()
+    recipe = Recipe(name="test", rules=(Rule(match=r"proj\.weight", method="rtn", outliers=0),))
+    quantized = nnx.merge(nnx.split(model)[0], quantize_params(pure_params(model), recipe))
+    plain, params = stacked.stack(quantized)
+    with tracing_for(H100):
+        layout, tiled = stacked.stack(quantized)
+    weights = [leaf for leaf in jax.tree.leaves(tiled, is_leaf=_is_tiled) if _is_tiled(leaf)]
+    assert weights
+    assert not any(_is_tiled(leaf) for leaf in jax.tree.leaves(params, is_leaf=_is_tiled))
+    ids, lengths = jnp.arange(12, dtype=jnp.int32).reshape(2, 6), jnp.array([6, 4], jnp.int32)
+    want, got = (
+        jax.jit(stacked.read, static_argnums=0)(which, tree, ids, lengths)[0]
+        for which, tree in ((plain, params), (layout, tiled))
+    )
+    np.testing.assert_array_equal(np.asarray(got), np.asarray(want))
+
+
+def _is_tiled(leaf: Any) -> bool:
+    return isinstance(leaf, TiledWeight)
