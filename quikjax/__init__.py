@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from quikjax.checkpoint.load import load
     from quikjax.errors import QuikError
     from quikjax.evaluation import evaluate, reference, windows
-    from quikjax.generation.decode import generate
+    from quikjax.generation import Generation, Generator, Sampling, generate
     from quikjax.quantizing.checkpoint import quantize_checkpoint
     from quikjax.quantizing.model import calibrate, quantize_model
     from quikjax.quantizing.params import quantize_block, quantize_params
@@ -39,6 +39,9 @@ _HOME = {
     "dequantize": "weights.quik",
     "dequantize_params": "weights.quik",
     "evaluate": "evaluation",
+    "Generation": "generation",
+    "Generator": "generation",
+    "Sampling": "generation",
     "generate": "generation",
     "load": "checkpoint.load",
     "quantize_block": "quantizing.params",
@@ -54,11 +57,14 @@ _HOME = {
 
 __all__ = [
     "RECIPES",
+    "Generation",
+    "Generator",
     "QuikError",
     "QuikWeight",
     "Recipe",
     "RecoverySettings",
     "Rule",
+    "Sampling",
     "__version__",
     "calibrate",
     "dequantize",

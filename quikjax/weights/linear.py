@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Float32
 
 from quikjax.pallas_kernels import api
 from quikjax.weights.quik import QuikWeight, Weight
@@ -114,10 +114,17 @@ def explain(
 
 
 def _dense(x: Float[Array, "..."], weight: Array, bias: Float[Array, "..."] | None) -> Float[Array, "..."]:
-    y = jax.lax.dot_general(x, weight.astype(x.dtype), (((x.ndim - 1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+    y = dense_product(x, weight)
     if bias is not None:
         y = y + bias.astype(jnp.float32)
     return y.astype(x.dtype)
+
+
+def dense_product(x: Float[Array, "*batch k"], weight: Float[Array, "n k"]) -> Float32[Array, "*batch n"]:
+    """`x W^T`, accumulated in float32: in the dtype of `x`, or in float32 where `x` is of 16 bits and the weight was widened."""
+    dtype = jnp.promote_types(x.dtype, weight.dtype) if weight.dtype == jnp.float32 else x.dtype
+    x, weight = x.astype(dtype), weight.astype(dtype)
+    return jax.lax.dot_general(x, weight, (((x.ndim - 1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
 
 
 def _quik(
