@@ -53,4 +53,4 @@ def test_models_that_read_a_text_as_other_tokens() -> None:
     check_tokenizers(tokenizer, tokenizer, "text", "a", "b")
     check_tokenizers(tokenizer, None, "text", "a", "b")
     with pytest.raises(QuikError, match="b reads this text as other tokens than a"):
-        check_tokenizers(tokenizer, lambda text, verbose: {"input_ids": [1, 2]}, "text", "a", "b")
+        check_tokenizers(tokenizer, lambda text, **_: {"input_ids": [1, 2]}, "text", "a", "b")
