@@ -2,7 +2,7 @@
 
 A model is three steps, so that the pipeline can hold one block at a time: `embed`, then each of `blocks`, then `head`. Parameter
 names are the published ones, so loading is little more than a lookup by path. Weights are read with `get_value()`: each may be
-a dense `[N, K]` array or a `QuikWeight`, and `linear` tells them apart.
+a dense `[N, K]` array or a packed weight, and `linear` tells them apart.
 """
 
 import dataclasses
@@ -15,8 +15,8 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Int32
 
 from quikjax.pallas_kernels import api
+from quikjax.weights.formats import is_packed
 from quikjax.weights.linear import Produced, linears
-from quikjax.weights.quik import QuikWeight
 
 # Called by a block with the name of a group of layers and the tensor they all read; the block goes on with what it returns.
 # This is how calibration sees a block's inside, and spares what led to a tensor that it has kept from an earlier pass.
@@ -236,5 +236,5 @@ def unembed(hidden: Float[Array, "*batch width"], weight: Float[Array, "vocab wi
 
 def count_parameters(params: Any) -> int:
     """Count the parameters of a tree, packed weights by the kernels that they replaced."""
-    leaves = jax.tree.leaves(params, is_leaf=lambda leaf: isinstance(leaf, QuikWeight))
-    return sum(leaf.outputs * leaf.inputs if isinstance(leaf, QuikWeight) else leaf.size for leaf in leaves)
+    leaves = jax.tree.leaves(params, is_leaf=is_packed)
+    return sum(leaf.outputs * leaf.inputs if is_packed(leaf) else leaf.size for leaf in leaves)

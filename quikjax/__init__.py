@@ -20,12 +20,17 @@ if TYPE_CHECKING:
     from quikjax.evaluation import evaluate, reference, windows
     from quikjax.generation.decode import generate
     from quikjax.quantizing.checkpoint import quantize_checkpoint
+    from quikjax.quantizing.codebook_rule import CodebookRule
     from quikjax.quantizing.model import calibrate, quantize_model
     from quikjax.quantizing.params import quantize_block, quantize_params
     from quikjax.quantizing.recipe import RECIPES, Recipe, Rule
-    from quikjax.weights.quik import QuikWeight, dequantize, dequantize_params
+    from quikjax.weights.codebook import CodebookWeight
+    from quikjax.weights.formats import dequantize, dequantize_params
+    from quikjax.weights.quik import QuikWeight
 
 _HOME = {
+    "CodebookRule": "quantizing.codebook_rule",
+    "CodebookWeight": "weights.codebook",
     "QuikError": "errors",
     "QuikWeight": "weights.quik",
     "RECIPES": "quantizing.recipe",
@@ -33,8 +38,8 @@ _HOME = {
     "Rule": "quantizing.recipe",
     "calibrate": "quantizing.model",
     "quantize_checkpoint": "quantizing.checkpoint",
-    "dequantize": "weights.quik",
-    "dequantize_params": "weights.quik",
+    "dequantize": "weights.formats",
+    "dequantize_params": "weights.formats",
     "evaluate": "evaluation",
     "generate": "generation",
     "load": "checkpoint.load",
@@ -50,6 +55,8 @@ _HOME = {
 
 __all__ = [
     "RECIPES",
+    "CodebookRule",
+    "CodebookWeight",
     "QuikError",
     "QuikWeight",
     "Recipe",

@@ -11,7 +11,7 @@ from quikjax.reports.tables import markdown_table as table
 if TYPE_CHECKING:
     from quikjax.quantizing.params import LayerResult
 
-__all__ = ["ProgressLines", "bits", "duration", "megabytes", "print_json", "say", "size", "table"]
+__all__ = ["ProgressLines", "duration", "megabytes", "print_json", "say", "size", "table", "with_clip"]
 
 
 def say(line: str = "") -> None:
@@ -58,7 +58,7 @@ class ProgressLines:
 
     def layer(self, layer: "LayerResult", seconds: float) -> None:
         if self._layers:
-            width = bits(layer.weight_bits, layer.activation_bits, layer.level_clip)
+            width = with_clip(layer.format, layer.level_clip)
             damping = "" if layer.damping is None or layer.damping in (0.01, 0.5) else f"  damping {layer.damping:g}"
             say(
                 f"{layer.path.removesuffix('.weight'):<44} {width:<10} {layer.outliers:>8} {layer.relative_error:>10.4f} "
@@ -73,14 +73,14 @@ class ProgressLines:
             say(f"  block {done} of {total} saved, about {duration(seconds_left)} left")
 
 
-def bits(weights: int, activations: int, level_clip: Sequence[int] | str | None = None) -> str:
-    """Write the widths of weights and activations, and the level clip of the latter if they have one.
+def with_clip(label: str, level_clip: Sequence[int] | str | None = None) -> str:
+    """Write a packed format's word, and the level clip of its activations if they have one.
 
-    >>> bits(4, 8), bits(4, 4, (17, 1)), bits(4, 4, "search")
+    >>> with_clip("W4A8"), with_clip("W4A4", (17, 1)), with_clip("W4A4", "search")
     ('W4A8', 'W4A4/17,1', 'W4A4/search')
     """
     clip = "" if level_clip is None else f"/{level_clip if isinstance(level_clip, str) else ','.join(map(str, level_clip))}"
-    return f"W{weights}A{activations}{clip}"
+    return label + clip
 
 
 def print_json(value: dict[str, Any]) -> None:

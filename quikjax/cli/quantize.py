@@ -5,17 +5,29 @@ from typing import Annotated, Any
 
 import typer
 
-from quikjax.cli.options import Json, Model, parse_activation_memory, parse_dtype, parse_outliers
+from quikjax.cli.options import (
+    BlockSize,
+    Json,
+    Method,
+    Model,
+    Outliers,
+    Proxy,
+    RecipeName,
+    choose_recipe,
+    parse_activation_memory,
+    parse_dtype,
+)
 from quikjax.errors import QuikError
 
 
 def quantize(
     model: Model,
     out: Annotated[Path, typer.Option(help="Directory to write; it must not exist.")],
-    recipe: Annotated[
-        str, typer.Option(help="quik-4b, quik-4b+, quik-8b, w4a8, rtn-w4a4, rtn-w8a8, gptq-w4a16, fp or a .json.")
-    ] = "quik-4b",
-    outliers: Annotated[str | None, typer.Option(help="Columns in FP16: a count, or a fraction such as 0.0625 or 1/16.")] = None,
+    recipe: RecipeName = "quik-4b",
+    outliers: Outliers = None,
+    block: BlockSize = None,
+    proxy: Proxy = None,
+    method: Method = None,
     calibration: Annotated[str, typer.Option(help="A UTF-8 text file, pydoc, or wikitext2.")] = "pydoc",
     samples: Annotated[int, typer.Option(help="Calibration sequences.")] = 16,
     seqlen: Annotated[int, typer.Option(help="Tokens per calibration sequence.")] = 2048,
@@ -38,20 +50,18 @@ def quantize(
     from quikjax.cli.printing import ProgressLines, duration, megabytes, print_json, say
     from quikjax.quantizing.checkpoint import quantize_checkpoint, refuse_existing
     from quikjax.quantizing.memory import default_activation_bytes
-    from quikjax.quantizing.recipe import find_recipe
     from quikjax.reports.sizes import size_of_artifact, sizes_of_layers
     from quikjax.texts import calibration_text, calibration_windows, tokenize
 
     # Everything that can be wrong is looked at before anything is loaded.
-    chosen = find_recipe(recipe)
-    if outliers is not None:
-        chosen = chosen.with_outliers(parse_outliers(outliers))
+    chosen = choose_recipe(recipe, outliers, block, proxy, method)
     activation_bytes = parse_activation_memory(activation_memory)
     floating = parse_dtype(dtype)
     refuse_existing(out, force=force)
     text = calibration_text(calibration) if chosen.needs_data() else None
     say(f"model        {model}, activations and unquantized weights in {dtype}")
-    say(f"recipe       {chosen.name}" + (f", outliers {outliers}" if outliers is not None else ""))
+    given = {"outliers": outliers, "blocks of": block, "proxy outliers": proxy, "method": method}
+    say("recipe       " + ", ".join([chosen.name, *(f"{name} {value}" for name, value in given.items() if value is not None)]))
     if text is not None:
         say(f"calibration  {samples} x {seqlen} tokens of {text.origin}")
         budget = default_activation_bytes() if activation_bytes is None else activation_bytes
@@ -83,6 +93,9 @@ def quantize(
             f"{layers.layers} layers quantized: {layers.bits_per_weight:.2f} bits per weight, "
             f"{layers.relative_to_fp16:.3f} of their size in FP16"
         )
+    if proxy is not None:
+        with_outliers = sum(row["outliers"] > 0 for row in done.layers)
+        say(f"proxy outliers in {with_outliers} of {layers.layers} layers; quikjax plan says why there are none in the others")
     if as_json:
         print_json(
             {
