@@ -29,6 +29,7 @@ from quikjax.testing import END, tiny_config, tiny_tokenizer
 
 # Millions of parameters: width, MLP width, blocks, heads, peak learning rate.
 SIZES: dict[str, tuple[int, int, int, int, float]] = {
+    "0.1": (48, 144, 3, 4, 6e-3),
     "0.4": (96, 288, 3, 4, 4e-3),
     "1": (144, 384, 4, 4, 3e-3),
     "3": (192, 512, 7, 6, 2e-3),

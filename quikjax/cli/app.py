@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from quikjax.cli import demo, evaluate, export, generate, plan, quantize, report, study
+from quikjax.cli import demo, evaluate, export, generate, plan, quantize, report, scaling, study
 from quikjax.version import __version__
 
 app = typer.Typer(
@@ -38,4 +38,5 @@ app.command("eval")(evaluate.eval_)
 app.command("report")(report.report)
 app.command("export")(export.export)
 app.command("demo")(demo.demo)
+study.app.command("scaling")(scaling.scaling)
 app.add_typer(study.app, name="study")

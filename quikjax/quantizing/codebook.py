@@ -63,6 +63,8 @@ def quantize_matrix(
 ) -> CodebookWeight:
     """Write the first `empty.base` of `columns` with the rule's codebook, the others in 16 bits, into the fields of `empty`.
 
+    `columns` are all of the matrix, base ones ascending, then outliers ascending.
+
     With `order`, GPTQ rounds, and the outliers absorb error; without, each weight takes the nearest value.
 
     Raises:
@@ -99,7 +101,7 @@ def quantize_matrix(
         codebook=codebook,
         mean=mean if rule.centered else nothing,
         outliers=exact,
-        columns=columns if base < W.shape[1] else jnp.zeros(0, jnp.int32),
+        columns=columns[base:],
     )
 
 

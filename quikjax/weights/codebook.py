@@ -29,19 +29,20 @@ _STATIC = {"static": True}
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CodebookWeight(Kernel):
-    """A kernel in a data type of k bits. With `W` its matrix view `[N, K]` (outputs, inputs) and `B = base` of the `K` columns
-    written with the codebook, these as one row of `N B` weights cut into blocks of `block` (the last may be short):
+    """A kernel in a data type of k bits. With `W` its matrix view `[N, K]` (outputs, inputs), `columns` its outlier columns and
+    `others` the `B = base` other ones in their order, these as one row of `N B` weights cut into blocks of `block` (the last may
+    be short):
 
-        W[:, columns[:B]].flatten()[i] ~ F[code_i] absmax_(i // block) + mean
-        W[:, columns[B:]]              = outliers                       (16-bit floats, exact once rounded)
+        W[:, others].flatten()[i] ~ F[code_i] absmax_(i // block) + mean
+        W[:, columns]             = outliers                            (16-bit floats, exact once rounded)
 
     `F` is the codebook of `data_type` with `k` bits (`algorithms.codebooks`), which its name tells; a "quantile" one is stored.
 
     Data: `codes` uint8 `[k, ceil(N B / 8)]`, as bit planes (`codebooks.pack`); `absmax` float16 or float32 `[blocks]`, or, in
     `absmax_format` "double", its uint8 codes with `absmax_scale` float32 `[ceil(blocks / 256)]` and `absmax_mean` float32 `[1]`
     (`codebooks.undo_double`); `codebook` float16 `[2^k]` for "quantile", padded with its last value, else `[0]`; `mean`
-    float32 `[1]` where the weights were centered, else `[0]`; `outliers` float16 or bfloat16 `[N, K - B]`; `columns` int32 `[K]`,
-    a permutation, base columns first, or `[0]` without outliers (the identity).
+    float32 `[1]` where the weights were centered, else `[0]`; `outliers` float16 or bfloat16 `[N, K - B]`; `columns` int32
+    `[K - B]`, ascending.
 
     Static: `data_type`, `bits_per_code` (`k`, 3 to 8), `exponent_bits` (of "float", else 0), `block`, `absmax_format`,
     `centered`; `shape` and `in_axes` of the array this replaces; `base`; `group`, a name shared by layers that read the same
@@ -105,7 +106,7 @@ class CodebookWeight(Kernel):
             "codebook": ((2**self.bits_per_code if self.data_type == "quantile" else 0,), ("float16",)),
             "mean": ((1 if self.centered else 0,), ("float32",)),
             "outliers": ((self.outputs, outliers), ("float16", "bfloat16")),
-            "columns": ((self.inputs if outliers else 0,), ("int32",)),
+            "columns": ((outliers,), ("int32",)),
         }
 
     def bits(self) -> int:
@@ -133,8 +134,9 @@ class CodebookWeight(Kernel):
                 raise QuikError(f"{name}.{field} has values that are not finite")
         if self.absmax_format != "double" and (np.asarray(self.absmax) < 0).any():
             raise QuikError(f"{name}.absmax has negative values")
-        if self.inputs > self.base and not np.array_equal(np.sort(np.asarray(self.columns)), np.arange(self.inputs)):
-            raise QuikError(f"{name}.columns is not a permutation of the {self.inputs} input columns")
+        columns = np.asarray(self.columns)
+        if (np.diff(columns) <= 0).any() or (columns < 0).any() or (columns >= self.inputs).any():
+            raise QuikError(f"{name}.columns are not ascending columns of {self.inputs}")
         table = np.asarray(self.table())
         if (np.diff(table) < 0).any() or np.abs(table).max(initial=0.0) > 1:
             raise QuikError(f"{name}.codebook is not ascending within [-1, 1]")
@@ -163,8 +165,13 @@ class CodebookWeight(Kernel):
         base = flat.reshape(self.outputs, self.base)
         if self.base == self.inputs:
             return base
-        permuted = jnp.concatenate([base, jnp.asarray(self.outliers).astype(jnp.float32)], axis=1)
-        return jnp.zeros_like(permuted).at[:, self.columns].set(permuted, unique_indices=True)
+        columns = jnp.asarray(self.columns)
+        exact = jnp.zeros(self.inputs, jnp.int32).at[columns].set(1)
+        # Where each column is in `base` and `outliers` side by side.
+        place = jnp.arange(self.inputs) - jnp.cumsum(exact)
+        place = place.at[columns].set(self.base + jnp.arange(self.inputs - self.base))
+        both = jnp.concatenate([base, jnp.asarray(self.outliers).astype(jnp.float32)], axis=1)
+        return jnp.take(both, place, axis=1, mode="clip")
 
 
 def dequantize(weight: CodebookWeight) -> Float32[Array, "..."]:

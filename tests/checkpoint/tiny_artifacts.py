@@ -83,9 +83,9 @@ def pack_codebook(
         else:
             data[field] = rng.uniform(0.01, 1, extent).astype(jnp.dtype(dtypes[0]))
     data["codebook"] = np.sort(data["codebook"])
-    if outliers:
-        data["columns"] = rng.permutation(shape[1]).astype(np.int32)
-    return dataclasses.replace(empty, **{field: jnp.asarray(array) for field, array in data.items()})
+    data["columns"] = np.sort(rng.choice(shape[1], outliers, replace=False)).astype(np.int32)
+    fields: Any = {field: jnp.asarray(array) for field, array in data.items()}
+    return dataclasses.replace(empty, **fields)
 
 
 def random_params(
