@@ -74,7 +74,7 @@ def winners(
     for budget in at:
         losses, drawn = {}, {}
         for name, points in curves.items():
-            whole = interpolate([(point.bits, min(float(np.mean(point.losses)), CAP)) for point in points], budget)
+            whole = interpolate([(float(point.bits), min(float(np.mean(point.losses)), CAP)) for point in points], budget)
             if whole is not None:
                 losses[name] = whole
                 drawn[name] = _interpolated([(point.bits, _resampled(point.losses, draws)) for point in points], budget)
