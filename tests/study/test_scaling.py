@@ -116,7 +116,7 @@ def test_curves_and_winners_by_hand() -> None:
     assert budgets({"a": four}) == []
     x, y = np.random.default_rng(0).normal(size=(2, 20))
     assert pearson(x.tolist(), y.tolist()) == pytest.approx(np.corrcoef(x, y)[0, 1])
-    assert pearson([1, 1, 1], [1, 2, 3]) is None
+    assert pearson([1.0, 1.0, 1.0], [1.0, 2.0, 3.0]) is None
 
 
 def test_models_that_are_not_comparable_are_said(models: list[str], tmp_path: Path) -> None:
