@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int8, Int32
 
 from quikjax.algorithms.descent import curvature, descend
 from quikjax.algorithms.gptq import gptq, inverse_factor, revive_dead_columns
-from quikjax.algorithms.numerics import outlier_columns, reduced_rows, relative_error, signal_to_noise
+from quikjax.algorithms.numerics import reduced_rows, relative_error, signal_to_noise
 from quikjax.algorithms.rtn import rtn
 from quikjax.errors import QuikError
 from quikjax.quantizing import outliers as choosing
@@ -376,7 +376,7 @@ def _codebook_weight(
     count = 0 if scores is None else rule.outlier_count(k)
     columns = jnp.arange(k, dtype=jnp.int32)
     if scores is not None:
-        chosen = outlier_columns(scores, count)
+        chosen = choosing.largest_last(scores, count)
         columns = jnp.concatenate([jnp.sort(chosen[: k - count]), jnp.sort(chosen[k - count :])])
     empty = abstract_codebook(rule, shape, in_axes, k - count, None if stats is None else stats.group)
     if rule.method == "rtn":

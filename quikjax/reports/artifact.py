@@ -175,7 +175,9 @@ def _kind(pattern: str, method: str | None, members: list[tuple[str, Any]], rows
         worst_error=None if worst is None else worst["relative_error"],
         worst_layer=None if worst is None else worst["path"],
         damping=max((row["damping"] for row in found if row["damping"] is not None), default=None),
-        level_clips=tuple(sorted({getattr(weight, "level_clip", None) for _, weight in members}, key=lambda clip: clip or (0, 0))),
+        level_clips=tuple(
+            sorted({getattr(weight, "level_clip", None) for _, weight in members}, key=lambda clip: clip or (0, 0))
+        ),
     )
 
 
