@@ -123,7 +123,7 @@ def main() -> None:
     from safetensors.numpy import save_file
 
     tokens, held_out = (as_tokens(path.read_text(encoding="utf-8")) for path in (args.text, args.held_out))
-    ids = windows(held_out, 512, 20)
+    ids = windows(held_out, args.length, 20)
     for size in args.sizes:
         model, figures = train(size, tokens, args)
         figures["held_out_perplexity"] = evaluate(model, ids).perplexity
