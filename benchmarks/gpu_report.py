@@ -77,7 +77,7 @@ def write(head: Row, rows: list[Row], out: Path, stem: str) -> Path:
 
 
 def last_line(written: Path | None, rows: list[Row], wrong: list[str]) -> str:
-    """What the benchmark prints last, as JSON."""
+    """The line that the benchmark prints last, as JSON."""
     return json.dumps({"written": str(written), "rows": len(rows), "wrong": wrong})
 
 

@@ -1,4 +1,4 @@
-"""What the benchmark measures, section by section, in a process that holds the GPU: cases by name, each giving rows."""
+"""The benchmark's measurements, section by section, in a process that holds the GPU: cases by name, each giving rows."""
 
 import functools
 import platform
@@ -12,7 +12,7 @@ import gpu_timing
 import jax
 import jax.numpy as jnp
 from gpu_report import OPS_TARGETS, size_name
-from isolated import Row, first_line
+from isolated import Row, first_line, progress
 
 from quikjax.models.attention import attend
 from quikjax.models.base import Positions
@@ -24,7 +24,7 @@ FORMATS = ((4, 4), (8, 8), (4, 8), (4, 16))
 
 
 class Run:
-    """What every case needs: the device, the clock, the ceilings measured before, and where its rows go."""
+    """The things every case needs: the device, the clock, the ceilings measured before, and where its rows go."""
 
     def __init__(self, given: Mapping[str, Any]):
         self.dry, self.backend = bool(given["dry"]), str(given["backend"])
@@ -55,7 +55,9 @@ class Run:
 
     def time_all(self, section: str, jobs: Mapping[str, tuple[Callable[..., Any], gpu_timing.Sets, Row]]) -> dict[str, float]:
         """Compile all jobs side by side, time one after the other, a row for each. Returns the medians of what ran."""
-        programs = gpu_timing.compile_all([(function, sets[0], ()) for function, sets, _ in jobs.values()], self.threads)
+        programs = gpu_timing.compile_all(
+            [(function, sets[0], ()) for function, sets, _ in jobs.values()], self.threads, progress
+        )
         medians = {}
         for (name, (_, sets, details)), program in zip(jobs.items(), programs, strict=True):
             try:
@@ -261,7 +263,7 @@ def blocks(run: Run, case: str) -> None:
 
 
 def model(run: Run, case: str) -> None:
-    """LLaMA-2-7B's shape with random weights, QUIK-4B or bf16 under the same jit: memory, prefill, decode, shares."""
+    """LLaMA-2-7B's shape, random weights, QUIK-4B or bf16 under the same jit: memory; prefill and decode by the host's clock."""
     fields = gpu_model.TINY if run.dry else gpu_model.LLAMA_2_7B
     length, contexts = (16, (8, 32)) if run.dry else (2048, (128, 2048))
     built = gpu_model.build(fields, case == "QUIK-4B", run.dtype)
@@ -271,7 +273,7 @@ def model(run: Run, case: str) -> None:
     steps = {shape: gpu_model.decode(built, *shape) for shape in shapes}
     read, arguments = gpu_model.prefill(built, length)
     jobs = [(read, arguments, ()), *((function, inputs, (3,)) for function, inputs in steps.values())]
-    reading, *decoding = gpu_timing.compile_all(jobs, run.threads)
+    reading, *decoding = gpu_timing.compile_all(jobs, run.threads, progress)
     programs = dict(zip(shapes, decoding, strict=True))
     needed = [program.peak_bytes for program in (reading, programs[1, contexts[-1]]) if isinstance(program, gpu_timing.Program)]
     name = "peak memory, batch 1, context 2048"
@@ -288,14 +290,22 @@ def model(run: Run, case: str) -> None:
         if (batch, context) == (1, contexts[-1]):
             peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
             run.add("model", f"{case} allocator's peak so far, batch 1", bytes=peak, of="bf16 allocator's peak so far, batch 1")
-    # CUPTI last: it slows launches down, and host times are done.
-    if isinstance(reading, gpu_timing.Program):
-        timing = run.clock.time_program(reading, [arguments])
-        run.add(
-            "model", f"{prompt}, device alone", timing, of=f"bf16 prefill of {length}, device alone", ideal_milliseconds=ideal
-        )
-        if case == "QUIK-4B":
-            _shares(run, fields, timing.median, length)
+
+
+def shares(run: Run, case: str) -> None:
+    """The prefill of the same model by the device's clock, and where its time goes."""
+    fields = gpu_model.TINY if run.dry else gpu_model.LLAMA_2_7B
+    length = 16 if run.dry else 2048
+    built = gpu_model.build(fields, case == "QUIK-4B", run.dtype)
+    read, arguments = gpu_model.prefill(built, length)
+    (reading,) = gpu_timing.compile_all([(read, arguments, ())], run.threads, progress)
+    if isinstance(reading, Exception):
+        raise reading
+    timing, ideal = run.clock.time_program(reading, [arguments]), _ideal_prefill(run, built, length)
+    name = f"prefill of {length}, device alone"
+    run.add("model", f"{case} {name}", timing, of=f"bf16 {name}", ideal_milliseconds=ideal)
+    if case == "QUIK-4B":
+        _shares(run, fields, timing.median, length)
 
 
 def _time_wall(run: Run, program: Any, sets: gpu_timing.Sets, name: str, **details: Any) -> None:
@@ -331,7 +341,7 @@ def _ideal_prefill(run: Run, built: gpu_model.Model, rows: int) -> float | None:
 
 
 def _shares(run: Run, fields: Mapping[str, Any], whole: float, rows: int) -> None:
-    """Where prefill's time goes: each part timed alone at its shape, times the number of layers; the rest is what is left."""
+    """Split prefill's time: each part timed alone at its shape, times the number of layers; the rest is what is left."""
     hidden, layers = fields["hidden_size"], fields["num_hidden_layers"]
     parts = {"split": 0.0, "integer product": 0.0, "outlier product": 0.0}
     for spec in MODELS["llama-2-7b"]:
@@ -385,6 +395,7 @@ SECTIONS: dict[str, tuple[Callable[[Run, str], None], Callable[[bool], Sequence[
     "correctness": (correctness, lambda every: list(gpu_checks.cases(every))),
     "ops": (ops, lambda every: list(_targets())),
     "model": (model, lambda every: ["QUIK-4B", "bf16"]),
+    "shares": (shares, lambda every: ["QUIK-4B", "bf16"]),
     "split": (split, lambda every: list(_SPLITS)),
     "stages": (stages, lambda every: list(_STAGES)),
     "outliers": (outliers, lambda every: ["outliers"]),
@@ -392,11 +403,13 @@ SECTIONS: dict[str, tuple[Callable[[Run, str], None], Callable[[bool], Sequence[
     "blocks": (blocks, lambda every: list(gpu_model.BLOCKS)),
 }
 # Each case in a process of its own: a peak of memory is the process's.
-ALONE = ("model",)
+ALONE = ("model", "shares")
+# These are timed by the host's clock only, and as they would run: launched as CUDA graphs.
+WITH_GRAPHS = ("model", "torch")
 
 
 def runner(section: str, given: Mapping[str, Any]) -> Callable[[str, Callable[[Row], None]], None]:
-    """What runs one case of a section in this process."""
+    """The function that runs one case of a section in this process."""
     run, function = Run(given), SECTIONS[section][0]
 
     def case(name: str, emit: Callable[[Row], None]) -> None:

@@ -53,11 +53,30 @@ class Program:
         return int(kept + memory.temp_size_in_bytes)
 
 
-def compile_all(jobs: Sequence[tuple[Callable[..., Any], tuple[Any, ...], tuple[int, ...]]], threads: int = 8) -> list[Any]:
+def without_graphs(flags: str) -> dict[str, str]:
+    """Environment for processes that read the device clock: XLA's flags, and no CUDA graphs.
+
+    XLA's own sources say that launching a graph while CUPTI traces corrupts memory.
+    """
+    return {"XLA_FLAGS": f"{flags} --xla_gpu_enable_command_buffer=".strip()}
+
+
+def compile_all(
+    jobs: Sequence[tuple[Callable[..., Any], tuple[Any, ...], tuple[int, ...]]],
+    threads: int = 8,
+    report: Callable[[str], None] = lambda text: None,
+) -> list[Any]:
     """A `Program` for each `(function, arguments, donated)`, or the exception that it ended with; compiled side by side.
 
-    One set's program, called for every set: with all sets in one program XLA would fuse across them.
+    One set's program, called for every set: with all sets in one program XLA would fuse across them. `report` is told of each
+    program lowered and compiled: a whole model's take minutes.
     """
+    started = time.perf_counter()
+
+    def told(step: str, result: Any) -> Any:
+        outcome = f"failed: {type(result).__name__}" if isinstance(result, Exception) else "done"
+        report(f"{step} of a program {outcome}, {time.perf_counter() - started:.0f} s")
+        return result
 
     def lower(job: Any) -> Any:
         function, arguments, donated = job
@@ -77,9 +96,9 @@ def compile_all(jobs: Sequence[tuple[Callable[..., Any], tuple[Any, ...], tuple[
             return failure
 
     # Lowering is Python and gains nothing from threads.
-    lowered = [guarded(lower, job) for job in jobs]
+    lowered = [told("lowering", guarded(lower, job)) for job in jobs]
     with concurrent.futures.ThreadPoolExecutor(max(1, threads)) as pool:
-        return list(pool.map(lambda job: guarded(finish, job), lowered))
+        return list(pool.map(lambda job: told("compilation", guarded(finish, job)), lowered))
 
 
 @dataclasses.dataclass(frozen=True)

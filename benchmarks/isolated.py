@@ -9,6 +9,7 @@ says nothing for too long, names the case that was running as failed and starts 
 """
 
 import json
+import os
 import queue
 import signal
 import subprocess
@@ -31,15 +32,17 @@ def run(
     *,
     patience: float,
     deadline: float,
+    environment: Mapping[str, str] | None = None,
 ) -> None:
     """Run `cases` in children started by `command`, handing every row to `on_row` as it comes.
 
     A case that fails gives one row `{"failed": reason, "name": case}`; one that `deadline` (of `time.monotonic`) left no time for
-    gives one too. `patience`: seconds without a word after which a child is taken to hang.
+    gives one too. `patience`: seconds without a word after which a child is taken to hang. `environment`: of the children, beside
+    this process's own.
     """
     left = list(cases)
     while left and time.monotonic() < deadline:
-        reason, case = _one_child(command, left, given, on_row, patience, deadline)
+        reason, case = _one_child(command, left, given, on_row, patience, deadline, environment or {})
         if reason is None:
             return
         if case is None:
@@ -59,9 +62,11 @@ def _one_child(
     on_row: Callable[[Row], None],
     patience: float,
     deadline: float,
+    environment: Mapping[str, str],
 ) -> tuple[str | None, str | None]:
     """Run a child until it ends; cases that began leave `left`. Returns why it ended early (None: all done) and in which."""
-    child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    inherited = {**os.environ, **environment}
+    child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=inherited)
     assert child.stdin is not None
     assert child.stdout is not None
     lines: queue.Queue[str | None] = queue.Queue()
@@ -127,6 +132,11 @@ def serve(prepare: Callable[[Mapping[str, Any]], Callable[[str, Callable[[Row], 
             _say({"row": {"name": case, "failed": first_line(failure)}})
         _say({"case": case, "end": True})
     return 0
+
+
+def progress(text: str) -> None:
+    """A word from a child that is busy, so that it is not taken to hang; the parent shows it."""
+    print(text, flush=True)
 
 
 def first_line(failure: Exception) -> str:

@@ -55,7 +55,7 @@ TARGETS = [
 
 
 def split_candidates(rows: int, inputs: int, outliers: int, producer: Producer) -> list[SplitTiles]:
-    """Every tiling that the kernel takes: one to four rows a block, one to eight warpgroups."""
+    """Every tiling that the kernel takes: one to four rows a thread block, one to eight warpgroups."""
     base, padded = layout.round_up(inputs - outliers, layout.COLUMN_TILE), layout.round_up(outliers, layout.COLUMN_TILE)
     tilings = [SplitTiles(r, w) for r, w in itertools.product((1, 2, 4), range(1, 9)) if r <= rows]
     return [t for t in tilings if split_kernel.why_not(inputs, base, padded, jnp.bfloat16, producer, t) is None]
@@ -154,20 +154,7 @@ def tune_matmul(spec: LinearSpec, rows: int, clock: gpu_timing.Clock, device: ap
 
     def run(tiles: MatmulTiles) -> Callable[..., Any]:
         return lambda split, packed: matmul_kernel.quik_matmul(
-            split.tokens,
-            split.scale,
-            split.zero,
-            split.outliers,
-            packed.qweight,
-            packed.scale,
-            packed.reduced if spec.bits < 16 else None,
-            packed.outliers if spec.outliers else None,
-            None,
-            spec.bits,
-            spec.outputs,
-            jnp.bfloat16,
-            tiles,
-            device.cores,
+            split, packed, None, bits=spec.bits, out_dtype=jnp.bfloat16, tiles=tiles, cores=device.cores
         )
 
     sets = gpu_timing.make_sets(make, 1, False)
@@ -188,8 +175,8 @@ def tune_matmul(spec: LinearSpec, rows: int, clock: gpu_timing.Clock, device: ap
     _complain("quik_matmul", spec, rows, refused)
 
 
-def _reference(spec: LinearSpec, rows: int, split: mosaic_layer.TileSplit, packed: api.Packed) -> jax.Array:
-    """What every candidate is held against, from the split that it reads."""
+def _reference(spec: LinearSpec, rows: int, split: layout.TileSplit, packed: api.Tiled) -> jax.Array:
+    """The product that every candidate is held against, from the split that it reads."""
     plain = api.from_tiles(packed)
     if spec.bits == 16:
         outliers = jnp.zeros((rows, 0)) if split.outliers is None else split.outliers[:rows, : spec.outliers]
@@ -314,6 +301,7 @@ def main() -> int:
         table.take,
         patience=arguments.patience,
         deadline=deadline,
+        environment=gpu_timing.without_graphs(os.environ.get("XLA_FLAGS", "")),
     )
     print(f"{len(table.best)} kernels tuned, in {table.path}")
     return 0

@@ -6,9 +6,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int32
 
 from quikjax.models.base import KeyValues, Positions
+from quikjax.weights.linear import KEPT
 
 # Queries are taken this many at a time when all keys come from the same call: keys behind a chunk are never multiplied.
 _CHUNK = 512
@@ -61,7 +63,7 @@ def attend(
                 slopes,
             )
         )
-    return jnp.concatenate(parts, axis=1), written
+    return checkpoint_name(jnp.concatenate(parts, axis=1), KEPT), written
 
 
 def _softmax_attention(
@@ -83,7 +85,8 @@ def _softmax_attention(
     rows = query.reshape(batch, length, kv_heads, group, head).transpose(2, 0, 3, 1, 4)
     by_head = (rows, key.transpose(2, 0, 1, 3), value.transpose(2, 0, 1, 3), slopes)
 
-    one = partial(_heads_of_one_key, scale=scale)
+    # Backwards, scores are computed again: kept, they would be written to memory and read back, which a CPU feels most.
+    one = jax.checkpoint(partial(_heads_of_one_key, scale=scale), prevent_cse=False)
 
     def over_texts(one: Callable[..., Array], over: Any, head: Any) -> Any:
         *shared, slopes = head

@@ -7,16 +7,20 @@ a dense `[N, K]` array or a packed weight, and `linear` tells them apart.
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, Int32
 
+from quikjax.errors import QuikError
+from quikjax.files import described
 from quikjax.pallas_kernels import api
-from quikjax.weights.formats import is_packed
+from quikjax.weights.codebook import CodebookWeight
 from quikjax.weights.linear import Produced, linears
+from quikjax.weights.quik import QuikWeight
+from quikjax.weights.tiled import TiledWeight
 
 # Called by a block with the name of a group of layers and the tensor they all read; the block goes on with what it returns.
 # This is how calibration sees a block's inside, and spares what led to a tensor that it has kept from an earlier pass.
@@ -26,6 +30,9 @@ Observe = Callable[[str, Array], Array]
 Tensor = Array | Produced
 
 PADDING = -1  # the position of a token that is not there
+
+
+_C = TypeVar("_C", bound="Config")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,6 +50,25 @@ class Config:
     kv_heads: int
     head_size: int
     context_length: int
+
+    @property
+    def last_position(self) -> int | None:
+        """How many positions the model can tell apart at all; `None` where they are computed, so that there is no end."""
+        return None
+
+    def with_context(self: _C, length: Any) -> _C:
+        """The same configuration with another `context_length`. The mathematics (stretched positions) stays as published.
+
+        Raises:
+            QuikError: it is no positive number, or the model has learned fewer positions.
+        """
+        if isinstance(length, bool) or not isinstance(length, int) or length < 1:
+            raise QuikError(f"the context is a number of tokens, at least 1, not {described(length)}")
+        if self.last_position is not None and length > self.last_position:
+            raise QuikError(
+                f"a context of {length} tokens is more than the {self.last_position} positions that this model has learned"
+            )
+        return dataclasses.replace(self, context_length=length)
 
 
 class KeyValues(NamedTuple):
@@ -109,8 +135,12 @@ class CausalLM(nnx.Module):
 
     @classmethod
     def published_names(cls, path: str) -> tuple[str, ...]:
-        """The names under which checkpoints publish the parameter at `path`, the usual one first."""
-        return (path,)
+        """The names under which checkpoints publish the parameter at `path`, the usual one first.
+
+        The other is that of a checkpoint saved from the model without its head, which is the module called `block_path[0]`.
+        """
+        base = cls.block_path[0] + "."
+        return (path, path.removeprefix(base)) if path.startswith(base) else (path,)
 
     @property
     def blocks(self) -> dict[str, Block]:
@@ -236,5 +266,6 @@ def unembed(hidden: Float[Array, "*batch width"], weight: Float[Array, "vocab wi
 
 def count_parameters(params: Any) -> int:
     """Count the parameters of a tree, packed weights by the kernels that they replaced."""
-    leaves = jax.tree.leaves(params, is_leaf=is_packed)
-    return sum(leaf.outputs * leaf.inputs if is_packed(leaf) else leaf.size for leaf in leaves)
+    packed = QuikWeight | CodebookWeight | TiledWeight
+    leaves = jax.tree.leaves(params, is_leaf=lambda leaf: isinstance(leaf, packed))
+    return sum(leaf.outputs * leaf.inputs if isinstance(leaf, packed) else leaf.size for leaf in leaves)

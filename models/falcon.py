@@ -71,7 +71,7 @@ class FalconConfig(Config):
             fields = {_FIRST_NAMES.get(name, name): value for name, value in fields.items()}
             fields = {"new_decoder_architecture": "num_kv_heads" in fields, **fields}
         known = Fields(fields, "Falcon")
-        known.only("activation", "gelu")
+        known.only("activation", "gelu", "gelu_python")  # the exact one, under two names
         known.only("apply_residual_connection_post_layernorm", False)
         hidden, heads = known.integer("hidden_size"), known.integer("num_attention_heads")
         if hidden % heads:

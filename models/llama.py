@@ -51,7 +51,7 @@ class LlamaConfig(Config):
             QuikError: a field is missing, or asks for mathematics that this family does not have.
         """
         known = Fields(fields, "LLaMA")
-        known.only("hidden_act", "silu")
+        known.only("hidden_act", "silu", "swish")  # two names of one function
         known.only("rope_interleaved", False)
         hidden, heads = known.integer("hidden_size"), known.integer("num_attention_heads")
         kv_heads = known.integer("num_key_value_heads", heads)

@@ -4,7 +4,8 @@ Published as `OPTForCausalLM`; parameter paths are its names.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, ClassVar
 
 import jax
@@ -37,16 +38,24 @@ _EPS = 1e-5  # not published: PyTorch's default
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OPTConfig(Config):
-    """An OPT configuration. `hidden_size` is the blocks' width, `embedding_size` that of the token table and the head."""
+    """An OPT configuration. `hidden_size` is the blocks' width, `embedding_size` that of the token table and the head.
+
+    `learned_positions` are those that the position table has rows for.
+    """
 
     intermediate_size: int
     embedding_size: int
+    learned_positions: int
     activation: str = "relu"
     norm_first: bool = True
     final_norm: bool = True
     affine_norms: bool = True
     bias: bool = True
     tied: bool = True
+
+    @property
+    def last_position(self) -> int:
+        return self.learned_positions
 
     @classmethod
     def from_published(cls, fields: Mapping[str, Any]) -> "OPTConfig":
@@ -65,6 +74,7 @@ class OPTConfig(Config):
             raise QuikError(f"OPT's hidden_size {hidden} is not a multiple of its num_attention_heads {heads}")
         norm_first = known.flag("do_layer_norm_before", True)
         removed = known.flag("_remove_final_layer_norm", False)
+        positions = known.integer("max_position_embeddings", 2048)
         config = cls(
             vocab_size=known.integer("vocab_size"),
             hidden_size=hidden,
@@ -72,8 +82,9 @@ class OPTConfig(Config):
             heads=heads,
             kv_heads=heads,
             head_size=hidden // heads,
-            context_length=known.integer("max_position_embeddings", 2048),
+            context_length=positions,
             intermediate_size=known.integer("ffn_dim"),
+            learned_positions=positions,
             embedding_size=known.integer("word_embed_proj_dim", hidden),
             activation=known.optional("activation_function", "relu"),
             norm_first=norm_first,
@@ -87,7 +98,8 @@ class OPTConfig(Config):
 
 
 # GELU is Galactica's, which publishes as OPT.
-_ACTIVATIONS = {"relu": jax.nn.relu, "gelu": lambda x: jax.nn.gelu(x, approximate=False)}
+_ACTIVATIONS: dict[str, Callable[[Array], Array]] = {"relu": jax.nn.relu, "gelu": partial(jax.nn.gelu, approximate=False)}
+_ACTIVATIONS["gelu_python"] = _ACTIVATIONS["gelu"]  # transformers' other name of the exact one
 
 
 class OPTAttention(nnx.Module):
@@ -155,7 +167,7 @@ class OPTDecoder(nnx.Module):
     def __init__(self, config: OPTConfig, *, dtype: Any) -> None:
         hidden, narrow = config.hidden_size, config.embedding_size
         self.embed_tokens = Embedding(config.vocab_size, narrow, dtype=dtype)
-        self.embed_positions = Embedding(config.context_length + _OFFSET, hidden, dtype=dtype)
+        self.embed_positions = Embedding(config.learned_positions + _OFFSET, hidden, dtype=dtype)
         projected = narrow != hidden
         self.project_in = Linear(narrow, hidden, bias=False, dtype=dtype) if projected else None
         self.project_out = Linear(hidden, narrow, bias=False, dtype=dtype) if projected else None
@@ -181,11 +193,6 @@ class OPTForCausalLM(CausalLM):
         self.config = config
         self.model = OPTModel(config, dtype=dtype)
         self.lm_head = None if config.tied else Linear(config.embedding_size, config.vocab_size, bias=False, dtype=dtype)
-
-    @classmethod
-    def published_names(cls, path: str) -> tuple[str, ...]:
-        # facebook/opt-* were uploaded from the model without its head: no leading "model.".
-        return (path, path.removeprefix("model.")) if path.startswith("model.") else (path,)
 
     def embed(
         self, ids: Int[Array, "batch length"], positions: Int32[Array, "batch length"]

@@ -11,31 +11,59 @@ from quikjax.errors import QuikError
 
 # Fields of transformers' base configuration and of publishers' tools that do not change what a forward pass computes.
 _HARMLESS = frozenset(
-    # Where it comes from.
+    # Where it comes from, and what publishing tools note.
     ["_name_or_path", "_commit_hash", "name_or_path", "architectures", "auto_map", "custom_pipelines", "model_type"]
     + ["transformers_version", "transformers.js_config", "tokenizer_class", "unsloth_fixed", "unsloth_version", "is_llama_config"]
+    + ["unsloth_pretrained", "model_name", "model_version", "license", "trust_remote_code", "transformers_weights"]
+    + ["original_repo", "_diffusers_version", "quantization_config", "quantization"]  # these two are looked at in `finish`
+    + ["base_model_tp_plan", "base_model_pp_plan", "tp_plan", "pp_plan"]
     # The storage type, and which code of PyTorch's computes it.
     + ["torch_dtype", "dtype", "use_bfloat16", "torchscript", "_attn_implementation", "_attn_implementation_autoset"]
     + ["attn_implementation", "_flash_attn_2_enabled", "use_cache", "cache_implementation", "chunk_size_feed_forward"]
+    + ["_experts_implementation", "fp16", "bf16", "fp32", "use_flash_attn", "use_flash_attention", "flash_attn", "use_sdpa"]
     # The products are only cut differently.
     + ["pretraining_tp"]
     # Special tokens: the tokenizer's and the generator's.
     + [f"{name}_token_id" for name in ("bos", "eos", "pad", "unk", "sep", "cls", "mask", "decoder_start")]
-    + ["prefix"]
+    + [f"{name}_token" for name in ("bos", "eos", "pad", "unk", "sep", "cls", "mask")]
+    + ["prefix", "padding_side", "truncation_side", "ignore_index", "add_bos_token", "add_eos_token", "chat_template"]
+    # How long training sequences were. What positions reach is said by max_position_embeddings and its scaling.
+    + ["model_max_length", "tokenizer_model_max_length", "max_seq_len", "max_seq_length", "seq_length", "seq_len"]
+    + ["max_train_seq_len", "train_seq_len"]
     # Training.
     + ["initializer_range", "init_std", "attention_dropout", "hidden_dropout", "activation_dropout", "dropout", "layerdrop"]
     + ["resid_pdrop", "embd_pdrop", "attn_pdrop", "embedding_dropout", "residual_dropout", "classifier_dropout"]
-    + ["gradient_checkpointing"]
+    + ["gradient_checkpointing", "gradient_checkpointing_kwargs", "neftune_noise_alpha", "attention_probs_dropout_prob"]
+    + ["hidden_dropout_prob", "emb_dropout_prob", "label_smoothing", "z_loss"]
     # What a call returns; heads for other tasks.
     + ["output_attentions", "output_hidden_states", "output_scores", "return_dict", "return_dict_in_generate"]
     + ["id2label", "label2id", "problem_type", "finetuning_task", "task_specific_params", "is_decoder", "tf_legacy_loss"]
+    + ["num_labels", "summary_type", "summary_use_proj"]
     # Decoding defaults, which older versions kept here.
     + ["max_length", "min_length", "do_sample", "early_stopping", "num_beams", "num_beam_groups", "diversity_penalty"]
     + ["temperature", "top_k", "top_p", "typical_p", "repetition_penalty", "length_penalty", "no_repeat_ngram_size"]
     + ["encoder_no_repeat_ngram_size", "bad_words_ids", "num_return_sequences", "forced_bos_token_id"]
     + ["forced_eos_token_id", "remove_invalid_values", "exponential_decay_length_penalty", "suppress_tokens"]
-    + ["begin_suppress_tokens"]
+    + ["begin_suppress_tokens", "max_new_tokens", "min_new_tokens", "max_time", "num_assistant_tokens"]
 )
+
+
+def quantized_by(fields: Mapping[str, Any]) -> str | None:
+    """What a configuration says its weights were quantized with, or `None`: an empty section, or one of zeros, is nothing."""
+    section, short = fields.get("quantization_config"), fields.get("quantization")
+    if short:  # MLX writes this name, and newer versions of it both
+        return "MLX" if isinstance(short, Mapping) else f'quantization: "{short}"'
+    if not section:
+        return None
+    if not isinstance(section, Mapping):
+        return f'quantization_config: "{section}"'
+    method = section.get("quant_method", section.get("quant_algo"))
+    loads = [section[name] for name in ("load_in_4bit", "load_in_8bit") if name in section]
+    if method in (None, "bitsandbytes") and loads and not any(loads):
+        return None
+    if method is None and all(not value for value in section.values()):
+        return None
+    return f'quantization_config: "{method or "unnamed"}"'
 
 
 class Fields:
@@ -102,15 +130,16 @@ class Fields:
             QuikError: naming those fields; or that the checkpoint is already quantized, or no decoder.
         """
         if not self._prefix:
-            quantized = self.optional("quantization_config")
-            if quantized is not None:
-                method = quantized.get("quant_method", "unknown") if isinstance(quantized, Mapping) else "unknown"
-                raise QuikError(f'the checkpoint is already quantized (method "{method}"); give the original, unquantized one')
+            method = quantized_by(self._fields)
+            if method is not None:
+                raise QuikError(f"the checkpoint is already quantized ({method}); give the original, unquantized one")
             self.only("is_encoder_decoder", False)
             self.only("add_cross_attention", False)
             self.only("cross_attention_hidden_size", None)
             self.only("tie_encoder_decoder", False)
             self.only("pruned_heads", {})
+            self.only("is_causal", True)
+            self._refuse_windows()
         unknown = sorted(self._fields.keys() - self._asked - _HARMLESS)
         if unknown:
             names = ", ".join(self._prefix + name for name in unknown)
@@ -118,6 +147,16 @@ class Fields:
                 f"{self.family} does not know the configuration's {names}, which may change its mathematics: remove the field "
                 "if it does not, or use a version of quikjax that knows it"
             )
+
+    def _refuse_windows(self) -> None:
+        """Every block attends to all tokens before: a window that is switched off, or as long as the context, is none."""
+        self.only("use_sliding_window", False)
+        kinds = self.optional("layer_types", [])
+        if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
+            raise QuikError(f"{self.family} with layer_types other than full_attention is not supported")
+        self.optional("max_window_layers")  # where windows would begin
+        if "use_sliding_window" in self._fields:
+            self.optional("sliding_window")  # the window that is switched off
 
     def _wrong(self, name: str, value: Any, expected: str) -> QuikError:
         return QuikError(f"the model's configuration has {self._prefix}{name} = {value!r}, which should be {expected}")

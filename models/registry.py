@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from quikjax.errors import QuikError, did_you_mean
+from quikjax.files import described
 from quikjax.models.base import CausalLM
 from quikjax.models.falcon import FIRST_TYPES, FalconConfig, FalconForCausalLM
 from quikjax.models.llama import LlamaConfig, LlamaForCausalLM
@@ -22,22 +23,52 @@ FAMILIES: dict[str, tuple[type[Any], Callable[..., CausalLM]]] = {
 }
 
 
-def abstract_model(fields: Mapping[str, Any], dtype: Any = jnp.float32) -> CausalLM:
-    """The model that a `config.json` describes, its parameters `ShapeDtypeStruct`s of `dtype`: no memory, no weights.
+_DTYPES = ("float32", "bfloat16", "float16")
+# What other libraries call them.
+_OTHER_NAMES = {"fp32": "float32", "f32": "float32", "bf16": "bfloat16", "fp16": "float16", "f16": "float16", "half": "float16"}
+
+
+def floating_dtype(dtype: Any) -> Any:
+    """The NumPy dtype that parameters are held and computed in, from its name or from a dtype.
 
     Its `stops` are those that this file names; a checkpoint's other files may name more.
 
     Raises:
-        QuikError: `model_type` is missing or unknown, or the family refuses a field.
+        QuikError: it is none of "float32", "bfloat16" and "float16"; the nearest name is offered.
+    """
+    name = dtype
+    if not isinstance(dtype, str):
+        try:
+            name = jnp.dtype(dtype).name
+        except TypeError:
+            raise QuikError(f"a dtype to compute in is expected ({', '.join(_DTYPES)}), not {described(dtype)}") from None
+    if name not in _DTYPES:
+        meant = _OTHER_NAMES.get(name.lower())
+        hint = f'did you mean "{meant}"? (known: {", ".join(_DTYPES)})' if meant else did_you_mean(name, _DTYPES)
+        raise QuikError(f'there is no dtype "{name}" to compute in; {hint}')
+    return jnp.dtype(name)
+
+
+def abstract_model(fields: Mapping[str, Any], dtype: Any = jnp.float32, *, context: int | None = None) -> CausalLM:
+    """The model that a `config.json` describes, its parameters `ShapeDtypeStruct`s of `dtype`: no memory, no weights.
+
+    `context` takes the place of the context length that the configuration declares.
+
+    Raises:
+        QuikError: `model_type` is missing or unknown, the family refuses a field, or the model's positions do not reach as far
+            as `context`.
     """
     kind = fields.get("model_type")
     if kind is None:
         raise QuikError('the configuration has no "model_type"; is it the config.json of a language model?')
     if kind not in FAMILIES:
         raise QuikError(f'models of type "{kind}" are not supported; {did_you_mean(str(kind), FAMILIES)}')
-    config, model = FAMILIES[kind]
-    abstract = nnx.eval_shape(lambda: model(config.from_published(fields), dtype=dtype))
-    abstract.stops = union_of_stops(abstract.config.vocab_size, named_stops(fields, "the configuration"))
+    family, model = FAMILIES[kind]
+    config = family.from_published(fields)
+    if context is not None:
+        config = config.with_context(context)
+    abstract = nnx.eval_shape(lambda: model(config, dtype=dtype))
+    abstract.stops = union_of_stops(config.vocab_size, named_stops(fields, "the configuration"))
     abstract.published = json.dumps(dict(fields), sort_keys=True, default=str)
     return abstract
 

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 from quikjax.pallas_kernels import cpu, reference
 from quikjax.pallas_kernels.choice import BACKENDS, SPLIT, BackendError, Choice, Problem, choose
 from quikjax.pallas_kernels.devices import Device, current_device
-from quikjax.pallas_kernels.layout import Packed, from_tiles, pack, to_tiles
+from quikjax.pallas_kernels.layout import Packed, Tiled, from_tiles, pack, to_tiles
 from quikjax.pallas_kernels.reference import Split
 from quikjax.pallas_kernels.split_quantize.producers import Identity, LayerNorm, Producer, RmsNorm, SiluMul
 
@@ -34,6 +34,7 @@ __all__ = [
     "Producer",
     "RmsNorm",
     "SiluMul",
+    "Tiled",
     "choose",
     "current_device",
     "explain",
@@ -49,7 +50,7 @@ __all__ = [
 
 def explain(
     rows: int,
-    packed: Packed,
+    packed: Packed | Tiled,
     bits: int,
     dtype: Any,
     *,
@@ -65,7 +66,7 @@ def explain(
     return choose(_problem(rows, packed, bits, dtype, producer), device or current_device(), backend)
 
 
-def _problem(rows: int, packed: Packed, bits: int, dtype: Any, producer: Producer) -> Problem:
+def _problem(rows: int, packed: Packed | Tiled, bits: int, dtype: Any, producer: Producer) -> Problem:
     return Problem(
         rows=rows,
         inputs=packed.inputs,
@@ -123,7 +124,7 @@ def split_quantize(
 
 def quik_matmul(
     split: Split,
-    packed: Packed,
+    packed: Packed | Tiled,
     bias: Float[Array, " n"] | None,
     bits: int,
     out_dtype: Any,
@@ -156,7 +157,7 @@ def quik_matmul(
 
 def weight_only_matmul(
     x: Float[Array, "*batch k"],
-    packed: Packed,
+    packed: Packed | Tiled,
     bias: Float[Array, " n"] | None,
     *,
     backend: str | None = None,
@@ -176,7 +177,7 @@ def _reference_product(split: Split, packed: Packed, bias: Any, bits: int) -> ja
 
 @dataclasses.dataclass(frozen=True)
 class _Call:
-    """What one call of `linears` is specialized to; hashable, so that JAX caches by it."""
+    """The static arguments that one call of `linears` is specialized to; hashable, so that JAX caches by it."""
 
     bits: int
     producer: Producer
@@ -186,7 +187,7 @@ class _Call:
 
 def linears(
     inputs: Sequence[Float[Array, "*batch k"]],
-    weights: Sequence[Packed],
+    weights: Sequence[Packed | Tiled],
     biases: Sequence[Float[Array, " _"] | None],
     bits: int,
     *,
@@ -353,7 +354,9 @@ def _mosaic_split(
 
 
 @functools.partial(jax.jit, static_argnames=("rows", "bits", "out_dtype", "device"))
-def _mosaic_product(tiled: Any, rows: int, packed: Packed, bias: Any, bits: int, out_dtype: Any, device: Device) -> jax.Array:
+def _mosaic_product(
+    tiled: Any, rows: int, packed: Packed | Tiled, bias: Any, bits: int, out_dtype: Any, device: Device
+) -> jax.Array:
     from quikjax.pallas_kernels.quik_linear import mosaic as mosaic_layer
 
     return mosaic_layer.product(tiled, rows, packed, bias, bits, out_dtype, device)

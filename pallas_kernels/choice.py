@@ -67,7 +67,7 @@ def why_not_xla(problem: Problem, device: Device) -> str | None:
 
 
 def _why_no_kernel(problem: Problem) -> str | None:
-    """What both kernel backends ask of a problem, whatever the device."""
+    """The reason why no kernel backend can run a problem, whatever the device, or `None`."""
     if jnp.dtype(problem.weight_dtype) not in (jnp.dtype(jnp.int4), jnp.dtype(jnp.int8)):
         return f"weight codes are {jnp.dtype(problem.weight_dtype)}; the tensor cores would read them as signed integers"
     if problem.bits < 16 and problem.base > MAX_BASE:

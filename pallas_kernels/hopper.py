@@ -1,8 +1,8 @@
-"""What the Mosaic GPU kernels share: sizes, a column gather, a reduction over several warpgroups.
+"""Parts that the Mosaic GPU kernels share: sizes, a column gather, a reduction over several warpgroups.
 
 Mosaic has no gather (`lax.gather`, integer-array indexing and `jnp.take` all stop at lowering, JAX 0.10.2 and 0.11.2), so
 `gather_row` emits the loads itself through `plgpu.inline_mgpu`: one shared-memory load per element, each thread with its own
-index. `jnp.min` and `jnp.max` over a warpgroup exist, but every warpgroup of a block is given the same scratch, so
+index. `jnp.min` and `jnp.max` over a warpgroup exist, but every warpgroup of a thread block has the same scratch, so
 `store_warp_partials` leaves one partial per warp in shared memory instead and the caller puts a barrier behind it.
 
 Everything here is traced inside a kernel body with warpgroup semantics.
@@ -26,7 +26,7 @@ WARPS = 4
 
 # A TMA box has at most this many elements along a dimension.
 LONGEST_BOX = 256
-# Shared memory a block of an H100 or H200 can opt in to, less what Mosaic keeps for barriers and its own scratch.
+# Shared memory a thread block of an H100 or H200 can opt in to, less what Mosaic keeps for barriers and its own scratch.
 SHARED_MEMORY = 232448 - 2048
 
 COMPILER_PARAMS = plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup)

@@ -8,12 +8,12 @@ A weight on disk holds exactly `B` base and `O` outlier columns and `N` rows. Ke
     columns   [B up to 256 | O up to 256]    the first base column again
 
 A padded base column repeats a real one, so it cannot move a token's minimum or maximum, and meets zero codes, so it cannot move
-an accumulator; a padded outlier column meets zeros. The true `B`, `K` and `N` stay beside the arrays. Both directions do nothing
-to arrays that are already in the wanted form, so a weight put in tile form once costs nothing per call.
+an accumulator; a padded outlier column meets zeros. The true `B`, `K` and `N` stay beside the arrays. `Packed` is a weight
+without padding, `Tiled` one in tile form: made once, when a model is put on a GPU, it costs nothing per call.
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,13 +26,12 @@ COLUMN_TILE = 256
 Leaf = Any
 
 
-@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Packed:
-    """A weight's arrays in either form (`quikjax.weights.quik.QuikWeight` without its place in a model).
+class _Weight:
+    """The fields of both forms. Data: `qweight` int4 or int8, `scale` and `reduced` float32, `outliers` 16-bit, `columns` int32.
 
-    Data: `qweight` int4 or int8, `scale` and `reduced` float32, `outliers` 16-bit, `columns` int32. Static: the true numbers of
-    base columns, `inputs` (`K`) and `outputs` (`N`); `level_clip`, the level clip of the activations it is multiplied by.
+    Static: the true numbers of base columns, `inputs` (`K`) and `outputs` (`N`); `level_clip`, the level clip of the activations
+    it is multiplied by.
     """
 
     qweight: Leaf
@@ -52,6 +51,31 @@ class Packed:
     @property
     def outlier_count(self) -> int:
         return self.inputs - self.base
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Packed(_Weight):
+    """A weight's arrays without padding (`quikjax.weights.quik.QuikWeight` without its place in a model)."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tiled(_Weight):
+    """A weight's arrays in tile form: padded as the table above says."""
+
+
+class TileSplit(NamedTuple):
+    """Split activations in tile form: rows up to 8 (scale and zero: up to 256), base and outlier columns up to 256.
+
+    `tokens`: int8 codes `[M, B]` with float32 `scale` and `zero` `[M]`, or 16-bit base columns without; `outliers` 16-bit
+    `[M, O]`, or None where there are none. Padding holds anything: it is never looked at, or meets zeros in the weight.
+    """
+
+    tokens: jax.Array
+    scale: jax.Array | None
+    zero: jax.Array | None
+    outliers: jax.Array | None
 
 
 def pack(
@@ -114,30 +138,40 @@ def exact_columns(columns: Shaped[Array, " _"], base: int, inputs: int) -> Shape
     return jnp.concatenate([columns[:base], columns[padded : padded + inputs - base]])
 
 
-def to_tiles(packed: Packed) -> Packed:
-    """The weight in tile form."""
+def to_tiles(packed: Packed | Tiled) -> Tiled:
+    """The weight in tile form; itself if it is."""
+    if isinstance(packed, Tiled):
+        return packed
     rows = round_up(packed.outputs, WEIGHT_TILE)
     outliers = round_up(packed.outlier_count, OUTLIER_TILE)
-    return dataclasses.replace(
-        packed,
+    return Tiled(
         qweight=pad_to(packed.qweight, (rows, round_up(packed.base, WEIGHT_TILE))),
         scale=pad_to(packed.scale, (rows,), 1),
         reduced=pad_to(packed.reduced, (rows,)),
         outliers=pad_to(packed.outliers, (rows, outliers)),
         columns=tile_columns(packed.columns, packed.base, packed.inputs),
+        base=packed.base,
+        inputs=packed.inputs,
+        outputs=packed.outputs,
+        level_clip=packed.level_clip,
     )
 
 
-def from_tiles(packed: Packed) -> Packed:
-    """The weight without padding."""
+def from_tiles(packed: Packed | Tiled) -> Packed:
+    """The weight without padding; itself if it has none."""
+    if isinstance(packed, Packed):
+        return packed
     n, base, outliers = packed.outputs, packed.base, packed.outlier_count
-    return dataclasses.replace(
-        packed,
+    return Packed(
         qweight=_cut(packed.qweight, (n, base)),
         scale=_cut(packed.scale, (n,)),
         reduced=_cut(packed.reduced, (n,)),
         outliers=_cut(packed.outliers, (n, outliers)),
         columns=exact_columns(packed.columns, base, packed.inputs),
+        base=base,
+        inputs=packed.inputs,
+        outputs=n,
+        level_clip=packed.level_clip,
     )
 
 

@@ -3,6 +3,7 @@
 `choice.why_not_triton` refuses before any of the stand-ins could be used.
 """
 
+import contextlib
 import importlib
 from collections.abc import Callable
 from typing import Any
@@ -20,8 +21,10 @@ def _unchanged(function: Callable[..., Any]) -> Callable[..., Any]:
 
 jit: Callable[..., Any] = _unchanged
 
-try:
+# Apart: Triton alone is enough for its interpreter, which tests run.
+with contextlib.suppress(ImportError):
     jax_triton = importlib.import_module("jax_triton")
+try:
     triton = importlib.import_module("triton")
     tl = importlib.import_module("triton.language")
     libdevice = importlib.import_module("triton.language.extra.libdevice")

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from quikjax.quantizing.model import calibrate, quantize_model
     from quikjax.quantizing.params import quantize_block, quantize_params
     from quikjax.quantizing.recipe import RECIPES, Recipe, Rule
+    from quikjax.training.recover import recover
+    from quikjax.training.settings import RecoverySettings
     from quikjax.weights.codebook import CodebookWeight
     from quikjax.weights.formats import dequantize, dequantize_params
     from quikjax.weights.quik import QuikWeight
@@ -35,6 +37,7 @@ _HOME = {
     "QuikWeight": "weights.quik",
     "RECIPES": "quantizing.recipe",
     "Recipe": "quantizing.recipe",
+    "RecoverySettings": "training.settings",
     "Rule": "quantizing.recipe",
     "calibrate": "quantizing.model",
     "quantize_checkpoint": "quantizing.checkpoint",
@@ -46,6 +49,7 @@ _HOME = {
     "quantize_block": "quantizing.params",
     "quantize_model": "quantizing.model",
     "quantize_params": "quantizing.params",
+    "recover": "training.recover",
     "reference": "evaluation",
     "restore": "checkpoint",
     "restore_params": "checkpoint",
@@ -60,6 +64,7 @@ __all__ = [
     "QuikError",
     "QuikWeight",
     "Recipe",
+    "RecoverySettings",
     "Rule",
     "__version__",
     "calibrate",
@@ -72,6 +77,7 @@ __all__ = [
     "quantize_checkpoint",
     "quantize_model",
     "quantize_params",
+    "recover",
     "reference",
     "restore",
     "restore_params",

@@ -9,6 +9,10 @@ class QuikError(Exception):
     """A mistake in the input or the surroundings, told in one sentence. The command line prints it without a traceback."""
 
 
+class Interrupted(Exception):
+    """Ctrl-C ended a command. The command line says so in one line and exits with 130; a text says what remains to be done."""
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """The tail of an error about an unknown name: the nearest known one, then all of them.
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from quikjax.files import user_path
 from quikjax.models.base import CausalLM
 from quikjax.models.registry import abstract_model, dotted, nested, pure_params
 
@@ -146,8 +147,8 @@ def write_tiny_checkpoint(directory: str | Path, seed: int = 0, *, tokenizer: bo
 def _write_checkpoint(directory: str | Path, config: dict[str, Any], weights: dict[str, np.ndarray]) -> Path:
     from safetensors.numpy import save_file
 
-    directory = Path(directory)
+    directory = user_path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / "config.json").write_text(json.dumps(config, indent=2))
+    (directory / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
     save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
     return directory

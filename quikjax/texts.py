@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Int32
 
 from quikjax.errors import QuikError, did_you_mean
+from quikjax.files import read_text, user_path
 
 # Of pydoc's topics every fourth, in alphabetical order, is kept for evaluation.
 _EVERY = 4
@@ -47,7 +48,7 @@ def evaluation_text(name: str | Path) -> Text:
 
 
 def _text(name: str | Path, *, evaluation: bool) -> Text:
-    path = Path(name)
+    path = user_path(name)
     if path.is_file():
         return Text(path.name, _read(path))
     if str(name) == "pydoc":
@@ -60,12 +61,7 @@ def _text(name: str | Path, *, evaluation: bool) -> Text:
 
 
 def _read(path: Path) -> str:
-    try:
-        content = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise QuikError(f"{path} is not UTF-8 text (byte {error.start}); convert it first") from None
-    except OSError as error:
-        raise QuikError(f"cannot read {path}: {error.strerror}") from None
+    content = read_text(path)
     if not content.strip():
         raise QuikError(f"{path} is empty; give a file with text")
     return content

@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[1]
 NEEDED = {
     "quikjax/__init__.py",
     "quikjax/py.typed",
+    "quikjax/reports/templates/page.html",
     "quikjax/cli/__main__.py",
     "quikjax/checkpoint/store.py",
     "quikjax/models/llama.py",

@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[1] / "quikjax"
 FLOORS = (
     ("version",),
     ("errors",),
+    ("files",),
     ("pallas_kernels",),
     ("texts", "algorithms"),
     ("weights",),

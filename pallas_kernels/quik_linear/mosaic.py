@@ -1,26 +1,17 @@
 """A QUIK layer out of the two Mosaic kernels: padding, tiles, and what travels between them."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from quikjax.pallas_kernels import layout, reference, tuned
 from quikjax.pallas_kernels.devices import Device
-from quikjax.pallas_kernels.layout import Packed
+from quikjax.pallas_kernels.layout import Packed, Tiled, TileSplit
 from quikjax.pallas_kernels.quik_matmul import mosaic as matmul_kernel
 from quikjax.pallas_kernels.reference import Split
 from quikjax.pallas_kernels.split_quantize import mosaic as split_kernel
 from quikjax.pallas_kernels.split_quantize.producers import Identity, Producer
-
-
-class TileSplit(NamedTuple):
-    """A split in tile form: rows up to 8 (scale and zero: up to 256), base and outlier columns up to 256."""
-
-    tokens: jax.Array
-    scale: jax.Array | None
-    zero: jax.Array | None
-    outliers: jax.Array | None
 
 
 def split(
@@ -79,26 +70,12 @@ def exact_split(tiled: TileSplit, rows: int, base: int, outliers: int) -> Split:
 
 
 def product(
-    tiled: TileSplit, rows: int, packed: Packed, bias: jax.Array | None, bits: int, out_dtype: Any, device: Device
+    tiled: TileSplit, rows: int, packed: Packed | Tiled, bias: jax.Array | None, bits: int, out_dtype: Any, device: Device
 ) -> jax.Array:
     """`y [M, N]` of a split in tile form and a weight in either form."""
-    packed = layout.to_tiles(packed)
-    n, base = packed.qweight.shape
-    tiles, _ = tuned.matmul_tiles(rows, n, base, packed.weight_bits, bits, device)
-    y = matmul_kernel.quik_matmul(
-        tiled.tokens,
-        tiled.scale,
-        tiled.zero,
-        tiled.outliers,
-        packed.qweight,
-        packed.scale,
-        packed.reduced if bits < 16 else None,
-        packed.outliers if packed.outlier_count else None,
-        None if bias is None else layout.pad_to(bias.astype(jnp.float32), (n,)),
-        bits,
-        packed.outputs,
-        out_dtype,
-        tiles,
-        device.cores,
-    )
+    weight = layout.to_tiles(packed)
+    n, base = weight.qweight.shape
+    tiles, _ = tuned.matmul_tiles(rows, n, base, weight.weight_bits, bits, device)
+    padded_bias = None if bias is None else layout.pad_to(bias.astype(jnp.float32), (n,))
+    y = matmul_kernel.quik_matmul(tiled, weight, padded_bias, bits=bits, out_dtype=out_dtype, tiles=tiles, cores=device.cores)
     return y[:rows]

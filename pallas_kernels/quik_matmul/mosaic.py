@@ -14,11 +14,11 @@ not drain between the two products nor between tiles: both walk one sequence of 
 the next tile's weights while the epilogue runs. A compute warpgroup widens the weights of its next step while the tensor core
 multiplies those of this one, where the registers hold both; otherwise one warpgroup widens while the other multiplies.
 
-Many rows: a persistent grid, a block per multiprocessor, walks the tiles along `n` within strips of `m`, so that neighbouring
-blocks read the same activations out of L2.
+Many rows: a persistent grid, a thread block per multiprocessor, walks the tiles along `n` within strips of `m`, so that
+neighbouring ones read the same activations out of L2.
 
 Few rows (`m` <= 64): the weights are the traffic, and there are too few tiles along `n` to keep every multiprocessor
-streaming. A cluster of `splits` blocks then shares one tile and takes the steps along K in turns:
+streaming. A cluster of `splits` thread blocks then shares one tile and takes the steps along K in turns:
 
     part 0 (leader)   steps 0, S, 2S, ...   adds the others' int32 sums (exact in any order), epilogue, its outlier steps,
     part p            steps p, p + S, ...   then the others' float32 outlier sums in the order of p: always the same bits
@@ -42,6 +42,7 @@ import numpy as np
 from jax import lax
 
 from quikjax.pallas_kernels import hopper
+from quikjax.pallas_kernels.layout import Tiled, TileSplit
 
 K_STEP = 128  # base columns per step: a swizzle of 128 bytes of int8
 LONGEST_ROWS = 256  # a token's scale and zero are allocated up to a multiple of this, so that every tile reads whole vectors
@@ -52,9 +53,9 @@ _COMPUTE_REGISTERS = 232
 
 @dataclasses.dataclass(frozen=True)
 class MatmulTiles:
-    """A warpgroup's tile is `n x m`; a block holds two of them along `n`, and a ring of `stages` slots.
+    """A warpgroup's tile is `n x m`; a thread block holds two of them along `n`, and a ring of `stages` slots.
 
-    `strip`: how many tiles along `m` are walked together for each tile along `n`. `splits`: blocks that share a tile along K.
+    `strip`: how many tiles along `m` are walked together for each tile along `n`. `splits`: thread blocks that share a tile.
     """
 
     n: int = 128
@@ -71,7 +72,7 @@ def default_tiles(rows: int, outputs: int, base: int, weight_bits: int, bits: in
         blocks = math.ceil(outputs / (COMPUTE * 64))
         # Each part keeps four steps, and the others' sums fit beside the ring.
         possible = [s for s in (1, 2, 3, 4) if s == 1 or (base // K_STEP >= 4 * s and (s - 1) * m <= 64)]
-        # A block has its multiprocessor to itself, so what counts is whole waves of blocks, each 1/s of a tile long.
+        # A thread block has its multiprocessor to itself, so what counts is whole waves of them, each 1/s of a tile long.
         splits = min(possible, key=lambda s: (math.ceil(blocks * s / cores) / s, s))
         tiles = MatmulTiles(64, m, 8, 1, splits)
     else:
@@ -139,7 +140,7 @@ def _swizzled(shape: tuple[int, ...], dtype: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class _Problem:
-    """What a kernel is specialized to."""
+    """The static properties that a kernel is specialized to."""
 
     tiles: MatmulTiles
     bits: int
@@ -150,39 +151,44 @@ class _Problem:
     out_dtype: Any
 
 
+def allocated_outputs(outputs: int) -> int:
+    """Columns that `y` is allocated with: whole pieces of 64, which the copy engine stores, and two at least.
+
+    With one piece JAX drops the axis of pieces from the tensor map, and with it the index that says which one: the store of a
+    thread block's second warpgroup would land on the first piece instead of being clipped.
+    """
+    return max(2, -(-outputs // 64)) * 64
+
+
 def quik_matmul(
-    tokens: jax.Array,
-    x_scale: jax.Array | None,
-    x_zero: jax.Array | None,
-    x_outliers: jax.Array | None,
-    qweight: jax.Array,
-    scale: jax.Array,
-    reduced: jax.Array | None,
-    w_outliers: jax.Array | None,
+    split: TileSplit,
+    weight: Tiled,
     bias: jax.Array | None,
+    *,
     bits: int,
-    outputs: int,
     out_dtype: Any,
     tiles: MatmulTiles,
     cores: int,
 ) -> jax.Array:
-    """`y [M, outputs]` of split activations and a weight, both in tile form (`layout.py`).
+    """`y [M, N]` of split activations and a weight, both in tile form (`layout.py`); `M` is a multiple of 8, `N` the true one.
 
     Args:
-        tokens: int8 codes `[M, at least B]`, or the base columns themselves in 16 bits when `bits` is 16. `M` is a multiple of 8.
-        x_scale, x_zero: float32 `[M rounded up to LONGEST_ROWS]`; None when `bits` is 16.
-        x_outliers: 16-bit `[M, at least O]`, or None when there are none.
-        qweight: int4 or int8 `[N, B]`, `B` a multiple of 128 and `N` of `tiles.n`.
-        scale, reduced: float32 `[N]`; w_outliers: `[N, O]` in the dtype of x_outliers, `O` a multiple of 64; bias: float32 `[N]`.
-        bits: of the activations: 4, 8 or 16. outputs: the true `N`, a multiple of 8. cores: multiprocessors of the device.
+        split: codes and their scale and zero, or the base columns themselves in 16 bits when `bits` is 16.
+        weight: its outliers in the dtype of the activations'.
+        bias: float32, padded like `weight.scale`, or None.
+        bits: of the activations: 4, 8 or 16.
+        cores: multiprocessors of the device.
     """
+    tokens, x_scale, x_zero, x_outliers = split
+    qweight, scale, outputs = weight.qweight, weight.scale, weight.outputs
+    reduced = weight.reduced if bits < 16 else None
+    w_outliers = weight.outliers if weight.outlier_count else None
     m = tokens.shape[0]
     n, base = qweight.shape
-    weight_bits = jnp.iinfo(qweight.dtype).bits
+    weight_bits = weight.weight_bits
     # Tiles are chosen for 16-bit outputs; wider ones take their room from the ring.
     tiles = _shortened(tiles, weight_bits, bits, jnp.dtype(out_dtype).itemsize)
-    # The copy engine stores whole pieces of 64 columns.
-    width = -(-outputs // 64) * 64
+    width = allocated_outputs(outputs)
     block_n = COMPUTE * tiles.n
     grid = (math.ceil(m / tiles.m), math.ceil(n / block_n))
     step = outlier_step(weight_bits)
@@ -264,7 +270,7 @@ class _Operands:
 
 
 class _Walk:
-    """One block's share of a tile: where the tile is, and which steps along K are its own."""
+    """One thread block's share of a tile: the tile's place, and the steps along K that are its own."""
 
     def __init__(self, problem: _Problem, loop: plgpu.NDLoopInfo):
         tiles, splits = problem.tiles, problem.tiles.splits
@@ -454,7 +460,7 @@ def _epilogue(problem: _Problem, operands: _Operands, walk: _Walk, group: Any, s
     """The float32 tile of `y` without its outlier product."""
     tiles = problem.tiles
     shape = (tiles.n, tiles.m)
-    # The last block's second warpgroup may lie past the last row: it reads vectors that exist, its store is clipped.
+    # The last thread block's second warpgroup may lie past the last row: it reads vectors that exist, its store is clipped.
     last = operands.scale.shape[0] - tiles.n
     ours = pl.ds(jnp.minimum(walk.first_n + group * tiles.n, last), tiles.n)
     theirs = pl.ds(walk.first_m, tiles.m)

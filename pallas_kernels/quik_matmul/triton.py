@@ -37,7 +37,8 @@ def _kernel(  # type: ignore[no-untyped-def]
         k = start + tl.arange(0, block_k)
         left = tl.load(codes + m[:, None] * base + k[None, :], mask=in_m[:, None] & (k < base)[None, :], other=0)
         right = tl.load(qweight + n[None, :] * base + k[:, None], mask=in_n[None, :] & (k < base)[:, None], other=0)
-        sums = tl.dot(left, right, sums)
+        # Without the type Triton 3.6 takes the sums of integers for float32, and refuses them.
+        sums = tl.dot(left, right, sums, out_dtype=tl.int32)
     s = tl.load(x_scale + m, mask=in_m, other=0.0)
     z = tl.load(x_zero + m, mask=in_m, other=0.0)
     value = sums.to(tl.float32) * s[:, None] * tl.load(scale + n, mask=in_n, other=0.0)[None, :]
@@ -54,6 +55,27 @@ def _kernel(  # type: ignore[no-untyped-def]
     tl.store(target, value.to(y.dtype.element_ty), mask=in_m[:, None] & in_n[None, :])
 
 
+def blocks(rows: int) -> tuple[int, int]:
+    """Rows and outputs of a program's tile."""
+    return (16, 64) if rows <= 16 else (64, 64) if rows <= 64 else (128, 128)
+
+
+def constants(rows: int, outputs: int, base: int, outliers: int, bits: int) -> dict[str, int]:
+    """The kernel's compile-time arguments."""
+    block_m, block_n = blocks(rows)
+    return {
+        "rows": rows,
+        "outputs": outputs,
+        "base": base,
+        "outliers": outliers,
+        "half": 2 ** (bits - 1),
+        "block_m": block_m,
+        "block_n": block_n,
+        "block_k": 128,
+        "block_o": 32,
+    }
+
+
 def quik_matmul(
     split: Split,
     qweight: jax.Array,
@@ -68,7 +90,7 @@ def quik_matmul(
     """`y [M, N]`: `qweight` int8 `[N, B]`, everything else as in `reference.quik_matmul`."""
     rows, base = split.codes.shape
     outputs, outliers = w_outliers.shape
-    block_m, block_n = (16, 64) if rows <= 16 else (64, 64) if rows <= 64 else (128, 128)
+    block_m, block_n = blocks(rows)
     # Without outliers the kernel reads none: any buffer of the dtype will do.
     empty = jnp.zeros((1, 1), split.outliers.dtype)
     return jax_triton.triton_call(
@@ -88,13 +110,5 @@ def quik_matmul(
         num_stages=3,
         compute_capability=compute_capability,
         backend_options={"ptx_version": 87},
-        rows=rows,
-        outputs=outputs,
-        base=base,
-        outliers=outliers,
-        half=2 ** (bits - 1),
-        block_m=block_m,
-        block_n=block_n,
-        block_k=128,
-        block_o=32,
+        **constants(rows, outputs, base, outliers, bits),
     )

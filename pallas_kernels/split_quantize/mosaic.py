@@ -1,6 +1,6 @@
 """`split_quantize` as one Mosaic GPU kernel for Hopper, with what stands before it (a norm, SiLU(gate) * up) fused in.
 
-Schedule. A block owns `rows` tokens and has `warpgroups` groups of 128 threads:
+Schedule. A thread block owns `rows` tokens and has `warpgroups` groups of 128 threads:
 
     TMA     x[row] ------> shared memory           each byte of x leaves HBM once, in order
     gather  shared memory -> registers             base columns in the weight's order, a chunk per warpgroup in turn
@@ -38,14 +38,14 @@ _REGISTERS, _MOST_REGISTERS, _OTHER_REGISTERS, _NORM_REGISTERS = 65536, 255, 40,
 
 @dataclasses.dataclass(frozen=True)
 class SplitTiles:
-    """`rows` tokens per block, `warpgroups` per block (they share each row). Both small powers of two."""
+    """`rows` tokens and `warpgroups` (which share each row) per thread block. Both small powers of two."""
 
     rows: int = 1
     warpgroups: int = 1
 
 
 def default_tiles(rows: int, columns: int, producer: Producer) -> SplitTiles:
-    """Tiles where nothing was tuned: many threads per token when there are few tokens, several tokens per block otherwise.
+    """Tiles where nothing was tuned: many threads per token when there are few tokens, several tokens per thread block otherwise.
 
     Several tokens share one reading of the column indices, which are twice the bytes of a 16-bit row.
     """
@@ -73,7 +73,7 @@ def _room(tiles: SplitTiles, producer: Producer) -> int:
 
 
 def staged_lines(columns: int, dtype: Any) -> int:
-    """ProgressLines a row takes in shared memory: the copy engine writes to multiples of 128 bytes only."""
+    """Lines that a row takes in shared memory: the copy engine writes to multiples of 128 bytes only."""
     unit = hopper.row_unit(columns)
     assert unit is not None, "why_not refuses such widths"
     per_128_bytes = max(1, 128 // (unit * jnp.dtype(dtype).itemsize))
@@ -93,7 +93,7 @@ def why_not(columns: int, base: int, outliers: int, dtype: Any, producer: Produc
     if needed > hopper.SHARED_MEMORY:
         return f"{needed} bytes of rows do not fit into shared memory"
     if tiles.warpgroups * hopper.WARPGROUP > 1024:
-        return f"{tiles.warpgroups} warpgroups are more than the 1024 threads of a block"
+        return f"{tiles.warpgroups} warpgroups are more than the 1024 threads of a thread block"
     if (values := _values(tiles, base + outliers, producer)) > (room := _room(tiles, producer)):
         return f"{values} values per thread do not fit into {room} registers"
     return None
@@ -191,7 +191,7 @@ def _kernel(
     m, lines, unit = inputs[0].shape
     group = lax.axis_index("warpgroup")
     block = lax.axis_index("rows")
-    # Past the last row the block does the last row again: the same values to the same place.
+    # Past the last row the thread block does the last row again: the same values to the same place.
     rows = [jnp.minimum(block * tiles.rows + i, m - 1) for i in range(tiles.rows)]
 
     @pl.when(group == 0)
@@ -251,7 +251,7 @@ def _kernel(
 
 
 class _Slots:
-    """Places in shared memory for four reductions over all warps of the block, one set per row."""
+    """Places in shared memory for four reductions over all warps of the thread block, one set per row."""
 
     def __init__(self, slots: Any, group: Any, tiles: SplitTiles):
         self._slots, self._group, self._tiles = slots, group, tiles

@@ -1,4 +1,4 @@
-"""What may stand directly before a split and be fused into it, with its definition in plain `jnp`.
+"""Operations that may stand directly before a split and be fused into it, with their definitions in plain `jnp`.
 
 A producer computes in float32 and rounds once, to its input's dtype; the split reads that rounded value.
 """

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from quikjax.pallas_kernels.reference import Split, checked_level_clip
+from quikjax.pallas_kernels.reference import LevelClip, Split, checked_level_clip
 from quikjax.pallas_kernels.triton_support import constexpr, jax_triton, jit, libdevice, tl
 
 _BLOCK = 1024
@@ -56,12 +56,23 @@ def _kernel(  # type: ignore[no-untyped-def]
     tl.store(zeros + row, least + lowest * scale)
 
 
+def constants(inputs: int, base: int, bits: int, clip: LevelClip) -> dict[str, int | float]:
+    """The kernel's compile-time arguments."""
+    return {
+        "inputs": inputs,
+        "base": base,
+        "lowest": float(clip.lowest),
+        "highest": float(clip.lowest + 2**bits - 1),
+        "reciprocal": float(np.float32(1 / clip.levels)),
+        "block": _BLOCK,
+    }
+
+
 def split_quantize(
     x: jax.Array, columns: jax.Array, base: int, bits: int, compute_capability: int | None, clip: tuple[int, int] | None = None
 ) -> Split:
     """Split `x` `[M, K]` and quantize its base columns per token."""
     rows, inputs = x.shape
-    levels, lowest = checked_level_clip(bits, clip)
     # A result without elements is no buffer: give an unused column to it and cut it off.
     kept = inputs - base
     codes, outliers, scale, zero = jax_triton.triton_call(
@@ -78,11 +89,6 @@ def split_quantize(
         num_warps=8,
         compute_capability=compute_capability,
         backend_options={"ptx_version": 87, "enable_fp_fusion": False},
-        inputs=inputs,
-        base=base,
-        lowest=float(lowest),
-        highest=float(lowest + 2**bits - 1),
-        reciprocal=float(np.float32(1 / levels)),
-        block=_BLOCK,
+        **constants(inputs, base, bits, checked_level_clip(bits, clip)),
     )
     return Split(codes, outliers[:, :kept], scale, zero)

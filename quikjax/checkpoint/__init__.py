@@ -6,9 +6,11 @@
     DIR/tokenizer/            the source's own files, or as transformers saves it; absent without one
     DIR/generation_config.json   which tokens end a text, and what else the source's said; absent where it said nothing
     DIR/report.jsonl          one line per layer; absent without one
+    DIR/log.jsonl             what was done when; not in the manifest, because no two runs are equally fast
 
-Saving the same twice gives the same bytes. A killed save leaves the old artifact or none. Restored arrays have the bits that were
-saved, or an error names the file that changed.
+Saving the same twice gives the same bytes, but for that log. What the manifest does not list (`.DS_Store`, a README, `.git`) is
+no damage: it is not read, and stays when the artifact is replaced. A killed save leaves the old artifact or none. Restored arrays
+have the bits that were saved, or an error names the file that changed.
 """
 
 import json
@@ -31,6 +33,7 @@ from quikjax.loading.source import stops_of
 from quikjax.models.base import CausalLM
 from quikjax.models.registry import abstract_model, dotted, nested, pure_params
 from quikjax.models.stops import named_stops
+from quikjax.models.tokens import checked_model
 
 __all__ = [
     "REST",
@@ -78,7 +81,7 @@ def save(
     """Save a model, dense or quantized, as the artifact `path`, and return its fingerprint.
 
     Args:
-        path: a directory that does not exist, or with `force` an artifact, which is replaced once the new one is whole.
+        path: a directory that does not exist or is empty, or with `force` an artifact, replaced once the new one is whole.
         model: one of ours, with its weights.
         config: its published configuration; needed only if the model was not built by `abstract_model`.
         tokenizer, report: see `Writer.finish`.
@@ -89,6 +92,7 @@ def save(
         QuikError: `path` exists, the parameters are not those of the configuration, a weight breaks its invariant, the disk is
             full or refuses. What was at `path` is untouched, and nothing else is left.
     """
+    model = checked_model(model)
     if config is None and model.published is None:
         raise QuikError("the model does not know its published configuration; pass it as config")
     published = json.loads(model.published or "null") if config is None else config
@@ -111,12 +115,13 @@ def _with_stops(generation_config: Mapping[str, Any] | None, stops: tuple[int, .
     return fields or None
 
 
-def restore(path: str | os.PathLike[str], *, verify: bool = True) -> tuple[CausalLM, Any]:
+def restore(path: str | os.PathLike[str], *, verify: bool = True, context: int | None = None) -> tuple[CausalLM, Any]:
     """The model and the tokenizer (or `None`) of an artifact. The bits of every weight are those that were saved.
 
     Args:
-        path: the artifact's directory.
+        path: the artifact's directory, or its hub name "org/name".
         verify: compare the SHA-256 of every file and every array with the manifest; without, names, sizes, dtypes and shapes.
+        context: longest text in tokens, in place of what the configuration declares.
 
     Raises:
         QuikError: there is no artifact, or something in it is not as it was saved, which is named. Nothing is handed out then.
@@ -124,7 +129,7 @@ def restore(path: str | os.PathLike[str], *, verify: bool = True) -> tuple[Causa
     reader = Reader(path, verify=verify)
     if reader.manifest.config is None:
         raise QuikError(f"{reader.path} holds parameters without a model configuration; read it with restore_params")
-    abstract = abstract_model(reader.manifest.config, reader.manifest.dtype)
+    abstract = abstract_model(reader.manifest.config, reader.manifest.dtype, context=context)
     held = {name: shape for part in reader.parts.values() for name, shape in stored_shapes(part).items()}
     check_parameters(shapes_of(abstract), held, whole=True)
     tokenizer = reader.tokenizer()

@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -73,8 +73,10 @@ def discard(directory: Path) -> None:
     shutil.rmtree(directory)
 
 
-def publish(finished: Path, target: Path, *, replace: bool) -> None:
+def publish(finished: Path, target: Path, *, replace: bool, carry: Callable[[Path, Path], None] | None = None) -> None:
     """Give a finished directory its name. At every moment `target` is the old one, whole, or the new one, whole.
+
+    `carry(old, new)` may save something of the old one before it is deleted.
 
     With `replace`, an existing target is exchanged for the new one in one step and deleted afterwards. Where the system or the
     file system has no exchange, the old one steps aside as `TARGET.previous` first: killed between the two renames, nothing has
@@ -90,6 +92,8 @@ def publish(finished: Path, target: Path, *, replace: bool) -> None:
             os.rename(finished, target)
             os.rename(previous, finished)
         sync(target.parent)
+        if carry is not None:
+            carry(finished, target)
         discard(finished)
     else:
         try:
@@ -156,6 +160,11 @@ _CODES = {
     errno.EACCES: "permission denied",
     errno.EPERM: "permission denied",
     errno.EROFS: "the file system is read-only",
+    errno.ENOTDIR: "a file is where a directory is needed",
+    errno.ENAMETOOLONG: "a name is too long",
+    errno.ELOOP: "links lead in a circle",
+    errno.EIO: "the disk has an error",
+    errno.ESTALE: "the network file system lost a file",
 }
 
 

@@ -9,20 +9,24 @@ from quikjax.checkpoint import restore
 from quikjax.loading import load_published, resolve
 from quikjax.loading.formats import ARTIFACT_FILE
 from quikjax.models.base import CausalLM
+from quikjax.models.registry import floating_dtype
 
 
-def load(model: str | Path, *, dtype: Any = jnp.float32) -> tuple[CausalLM, Any | None]:
+def load(model: str | Path, *, dtype: Any = jnp.float32, context: int | None = None) -> tuple[CausalLM, Any | None]:
     """A model with its parameters, and its tokenizer, or None where the checkpoint has none.
 
     Args:
-        model: whatever `open_source` takes, or the directory of an artifact that `quikjax.checkpoint` wrote.
-        dtype: floating dtype of the parameters; an artifact keeps its own.
+        model: whatever `open_source` takes, or an artifact that `quikjax.checkpoint` wrote: its directory, or a hub name.
+        dtype: floating dtype of the parameters, "float32", "bfloat16" or "float16"; an artifact keeps its own.
+        context: longest text in tokens, in place of what the model declares. Positions beyond the declared ones are computed as
+            they are within, for better or worse; learned ones (OPT) have an end.
 
     Raises:
         QuikError: whatever is wrong with the checkpoint, in one sentence; everything that headers can tell is found before
             any tensor is read.
     """
+    dtype = floating_dtype(dtype)
     found = resolve(model)
     if (found.path / ARTIFACT_FILE).is_file():
-        return restore(found.path)
-    return load_published(found, dtype=dtype)
+        return restore(found.path, context=context)
+    return load_published(found, dtype=dtype, context=context)

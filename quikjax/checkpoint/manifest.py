@@ -18,6 +18,7 @@ from typing import Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from quikjax.errors import QuikError
+from quikjax.files import refuse_lfs_pointer
 
 FORMAT = 1
 MANIFEST = "quikjax.json"
@@ -141,6 +142,7 @@ def unseal(path: Path) -> Json:
     Raises:
         QuikError: the file is damaged, or from a newer format.
     """
+    refuse_lfs_pointer(path)
     damaged = QuikError(f"{path} is damaged: its own checksum does not match")
     try:
         text = path.read_bytes().decode()

@@ -21,6 +21,7 @@ import numpy as np
 from quikjax.checkpoint import atomic, store
 from quikjax.checkpoint.manifest import ArrayRow, Json, Part, seal, unseal_part
 from quikjax.errors import QuikError
+from quikjax.files import refuse_lfs_pointer
 from quikjax.models.registry import dotted, nested
 from quikjax.weights.formats import PACKED, is_packed
 
@@ -85,29 +86,28 @@ def read_label(arrays: Path, name: str) -> Part:
 
 
 def check_files(arrays: Path, name: str, part: Part, *, contents: bool) -> None:
-    """Compare the part's files with its JSON: which there are, their sizes, and with `contents` their SHA-256.
+    """Compare the part's files with its JSON: that they are there, their sizes, and with `contents` their SHA-256.
 
     Raises:
         QuikError: naming the first file that differs.
     """
-    directory = arrays / name
-    compare_files(directory, part.files, atomic.files_below(directory), contents=contents)
+    compare_files(arrays / name, part.files, contents=contents)
 
 
-def compare_files(directory: Path, rows: Mapping[str, Any], present: list[str], *, contents: bool) -> None:
-    """Compare files below `directory` with their rows.
+def compare_files(directory: Path, rows: Mapping[str, Any], *, contents: bool) -> None:
+    """Compare files below `directory` with their rows. Files without a row are not looked at.
 
     Raises:
-        QuikError: naming the first file that is missing, not listed, of another size, or (with `contents`) changed.
+        QuikError: naming the first file that is missing, of another size, or (with `contents`) changed.
     """
-    for path in sorted(set(rows) - set(present)):
-        raise QuikError(f"{directory / path} is missing")
-    for path in sorted(set(present) - set(rows)):
-        raise QuikError(f"{directory / path} is no part of this artifact: it was added after saving")
+    for path in sorted(rows):
+        if not (directory / path).is_file():
+            raise QuikError(f"{directory / path} is missing")
     for path, row in sorted(rows.items()):
         file = directory / path
         size = file.stat().st_size
         if size != row.bytes:
+            refuse_lfs_pointer(file)
             raise QuikError(f"{file} is damaged: it has {size} bytes instead of {row.bytes}")
         if contents and atomic.sha256_file(file) != row.sha256:
             raise QuikError(f"{file} is damaged: its SHA-256 is not the one recorded when it was saved")

@@ -1,25 +1,44 @@
 """Reading an artifact, part by part, nothing handed out before it is checked."""
 
+import difflib
 import json
 import os
+import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
 from quikjax.checkpoint import atomic, parts
 from quikjax.checkpoint.manifest import MANIFEST, FileRow, Json, Manifest, Part, checksum, unseal_manifest
-from quikjax.checkpoint.writer import ARRAYS, REPORT, TOKENIZER
+from quikjax.checkpoint.output import ARRAYS, REPORT, TOKENIZER, real_path
 from quikjax.errors import QuikError, did_you_mean
-from quikjax.loading.source import GENERATION_CONFIG, read_json
+from quikjax.files import read_json, user_path
+from quikjax.loading.hub import fetch, is_hub_name
+from quikjax.loading.source import GENERATION_CONFIG
 from quikjax.loading.tokenizer import read_tokenizer
 
 
+def locate(path: str | os.PathLike[str]) -> Path:
+    """The directory of an artifact that is named by a path or, where no such path exists, by its hub name "org/name[@revision]".
+
+    Raises:
+        QuikError: it is a hub name, and the hub and its cache do not have it.
+    """
+    given, text = user_path(path), str(path)
+    absent = is_hub_name(text) and not os.path.lexists(given)
+    # A name that is nearly that of an artifact here is a typing error, not a repository.
+    if absent and not _artifacts_beside(real_path(text), like=True):
+        return fetch(text)[0]
+    return real_path(path)
+
+
 def read_manifest(path: str | os.PathLike[str]) -> Manifest:
-    """The manifest of the artifact in directory `path`, its own checksum and fingerprint verified.
+    """The manifest of the artifact `path` (a directory or a hub name), its own checksum and fingerprint verified.
 
     Raises:
         QuikError: there is no artifact, it is unfinished, from a newer format, or its manifest is damaged.
     """
-    directory = Path(os.path.realpath(path))
+    directory = locate(path)
     _refuse_foreign(directory)
     with atomic.disk_errors(f"cannot read {directory}"):
         manifest = unseal_manifest(directory / MANIFEST)
@@ -36,14 +55,16 @@ def read_manifest(path: str | os.PathLike[str]) -> Manifest:
 class Reader:
     """An artifact, opened: the manifest is read, and every file is there with its recorded size. Parts are read one by one.
 
+    `path` is its directory, or its hub name. Files that the manifest does not list are not looked at.
+
     Raises:
-        QuikError: there is no artifact, it is from a newer format, or a file is missing, truncated, damaged or was added.
+        QuikError: there is no artifact, it is from a newer format, or a file is missing, truncated or damaged.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, verify: bool = True) -> None:
-        self.path = Path(os.path.realpath(path))
+        self.path = locate(path)
         self.verify = verify
-        self.manifest = read_manifest(path)
+        self.manifest = read_manifest(self.path)
         with atomic.disk_errors(f"cannot read {self.path}"):
             self.parts = self._read_labels()
             self._check_listing()
@@ -60,20 +81,18 @@ class Reader:
         return found
 
     def _check_listing(self) -> None:
-        labels = {f"{ARRAYS}/{name}.json" for name in self.parts} | {MANIFEST}
         rows: dict[str, FileRow] = dict(self.manifest.files)
         for name, part in self.parts.items():
             rows.update({f"{ARRAYS}/{name}/{path}": row for path, row in part.files.items()})
-        present = [path for path in atomic.files_below(self.path) if path not in labels]
-        parts.compare_files(self.path, rows, present, contents=False)
+        self.files = (MANIFEST, *(f"{ARRAYS}/{name}.json" for name in self.parts), *rows)
+        parts.compare_files(self.path, rows, contents=False)
         if self.verify:
-            beside = self.manifest.files
-            parts.compare_files(self.path, beside, sorted(beside), contents=True)
+            parts.compare_files(self.path, self.manifest.files, contents=True)
 
     @property
     def disk_bytes(self) -> int:
-        """The size of all files together."""
-        return sum((self.path / path).stat().st_size for path in atomic.files_below(self.path))
+        """The size of all files of the artifact together."""
+        return sum((self.path / path).stat().st_size for path in self.files)
 
     def read_part(self, name: str) -> dict[str, Any]:
         """One part, checked: full parameter names to host arrays and packed weights.
@@ -88,9 +107,18 @@ class Reader:
 
     def tokenizer(self) -> Any:
         """The tokenizer, or `None` if the artifact has none."""
-        if not any(path.startswith(f"{TOKENIZER}/") for path in self.manifest.files):
+        listed = [path for path in self.manifest.files if path.startswith(f"{TOKENIZER}/")]
+        if not listed:
             return None
-        return read_tokenizer(self.path / TOKENIZER, self.manifest.config)
+        if len(listed) == len(atomic.files_below(self.path / TOKENIZER)):
+            return read_tokenizer(self.path / TOKENIZER, self.manifest.config)
+        # A file that was not there at saving must not change what the others say, whatever its name means to transformers.
+        with tempfile.TemporaryDirectory(prefix="quikjax-tokenizer-") as apart:
+            for path in listed:
+                copy = Path(apart) / path
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(self.path / path, copy)
+            return read_tokenizer(Path(apart) / TOKENIZER, self.manifest.config)
 
     def generation_config(self) -> Json | None:
         """The content of the source's `generation_config.json`, or `None` if the artifact has none."""
@@ -117,8 +145,9 @@ def _refuse_foreign(directory: Path) -> None:
         raise QuikError(f"{directory} has no {MANIFEST}: it is not the directory of an artifact{hint}")
 
 
-def _artifacts_beside(directory: Path) -> list[str]:
-    """Names of artifacts in the same place, and what a killed replacement may have left."""
+def _artifacts_beside(directory: Path, *, like: bool = False) -> list[str]:
+    """Names of artifacts in the same place, and what a killed replacement may have left; with `like`, those spelled alike."""
     if not directory.parent.is_dir() or not os.access(directory.parent, os.R_OK | os.X_OK):
         return []
-    return sorted(entry.name for entry in directory.parent.iterdir() if (entry / MANIFEST).is_file())
+    names = sorted(entry.name for entry in directory.parent.iterdir() if (entry / MANIFEST).is_file())
+    return difflib.get_close_matches(directory.name, names, cutoff=0.75) if like else names

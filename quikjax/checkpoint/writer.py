@@ -10,8 +10,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import numpy as np
-
 from quikjax.checkpoint import atomic, parts, tokenizers
 from quikjax.checkpoint.manifest import (
     MANIFEST,
@@ -28,15 +26,26 @@ from quikjax.checkpoint.manifest import (
     to_json,
     unseal_manifest,
 )
+from quikjax.checkpoint.output import (
+    ARRAYS,
+    LOG,
+    OURS,
+    REPORT,
+    SEALED,
+    TOKENIZER,
+    beside,
+    publish,
+    real_path,
+    refuse_existing,
+    refuse_taken,
+    remove,
+)
 from quikjax.checkpoint.shapes import check_parameters, shapes_of
 from quikjax.errors import QuikError
+from quikjax.files import finite
 from quikjax.loading.source import GENERATION_CONFIG
 from quikjax.models.registry import abstract_model
 from quikjax.version import __version__
-
-ARRAYS, TOKENIZER, REPORT = "arrays", "tokenizer", "report.jsonl"
-BESIDE = (TOKENIZER, REPORT, GENERATION_CONFIG)  # what stands beside the arrays, each only where there is something to put in it
-OURS = {MANIFEST, f"{MANIFEST}.tmp", ARRAYS, *BESIDE, f"{REPORT}.tmp", f"{GENERATION_CONFIG}.tmp"}
 
 
 class Writer:
@@ -53,7 +62,8 @@ class Writer:
     it ends in an error. Without, the directory `PATH.partial` is emptied first, and removed when the block ends in an error.
 
     Args:
-        path: the artifact's directory. It may exist only with `force`, and only if it is an artifact; it is replaced at the end.
+        path: the artifact's directory. It may exist if it is empty (`output.beside` says where parts then are) or, with `force`,
+            if it is an artifact, which is replaced at the end.
         config: the published configuration, from which `restore` rebuilds the model; `None` for parameters of another kind.
         recipe: how the parameters came to be, as JSON.
         provenance: what they came from (fingerprints of source and calibration tokens, seeds), as JSON: no time, no path.
@@ -76,8 +86,9 @@ class Writer:
         expected_bytes: int | None = None,
     ) -> None:
         # A link is followed: what it points to is replaced. Orbax wants absolute paths.
-        self.path = Path(os.path.realpath(path))
-        self.partial = self.path.with_name(self.path.name + ".partial")
+        self.path = real_path(path)
+        refuse_existing(self.path, force=force)
+        self.partial = beside(self.path, "partial")
         self._force, self._resume = force, resume
         self._keep = resume  # whether an end without `finish` leaves what there is
         self._inputs = Inputs(
@@ -89,7 +100,6 @@ class Writer:
         config = self._inputs.config
         self._shapes = None if config is None else shapes_of(abstract_model(config))
         self._parts: dict[str, Part] = {}
-        self._refuse_existing()
         with atomic.disk_errors(f"cannot write {self.partial}"):
             self.partial.parent.mkdir(parents=True, exist_ok=True)
             free = shutil.disk_usage(self.partial.parent).free
@@ -106,16 +116,6 @@ class Writer:
             except BaseException as error:
                 self.__exit__(type(error), error, None)
                 raise
-
-    def _refuse_existing(self) -> None:
-        atomic.recover(self.path)
-        if not os.path.lexists(self.path):
-            return
-        foreign = foreign_entry(self.path)
-        if foreign is not None:
-            raise QuikError(f"{self.path} exists and is not an artifact of quikjax ({foreign}); choose another directory")
-        if not self._force:
-            raise QuikError(f"{self.path} exists; choose another directory, or replace it with force")
 
     def _open(self) -> None:
         """Take over what an earlier run left, or empty the directory."""
@@ -143,7 +143,7 @@ class Writer:
         """Keep the parts that are whole, remove everything else: it is written again."""
         arrays = self.partial / ARRAYS
         for entry in os.listdir(self.partial):
-            if entry not in (MANIFEST, ARRAYS):
+            if entry not in (MANIFEST, ARRAYS, LOG):
                 remove(self.partial / entry)
         entries = set(os.listdir(arrays)) if arrays.exists() else set()
         for name in sorted(entry.removesuffix(".json") for entry in entries if entry.endswith(".json")):
@@ -228,23 +228,23 @@ class Writer:
                 atomic.write_text(self.partial / GENERATION_CONFIG, canonical(fields))
             if report is not None:
                 atomic.write_text(self.partial / REPORT, "".join(_report_line(row) for row in report))
-            beside = [path for path in atomic.files_below(self.partial) if path.split("/")[0] in BESIDE]
+            sealed = [path for path in atomic.files_below(self.partial) if path.split("/")[0] in SEALED]
             manifest = Manifest(
                 **self._inputs.model_dump(),
                 dtype=_main_dtype(self._parts.values()),
                 parts={
                     name: PartRow(fingerprint=part.fingerprint, checksum=checksum(part)) for name, part in self._parts.items()
                 },
-                files={path: atomic.file_row(self.partial / path) for path in beside},
+                files={path: atomic.file_row(self.partial / path) for path in sealed},
             ).with_fingerprint()
             atomic.write_text(self.partial / MANIFEST, seal(manifest))
             # From here on it is whole: should its name be taken after all, it stays where it is.
             self._keep = True
             try:
-                self._refuse_existing()
+                refuse_taken(self.path, force=self._force)
             except QuikError as error:
                 raise QuikError(f"{error}; the finished artifact is in {self.partial}") from None
-            atomic.publish(self.partial, self.path, replace=self._force)
+            publish(self.partial, self.path, replace=self._force)
         return manifest.fingerprint
 
     def _consequence(self) -> str:
@@ -262,25 +262,6 @@ class Writer:
                 atomic.discard(self.partial)
         finally:
             os.close(self._lock)
-
-
-def foreign_entry(path: Path) -> str | None:
-    """Say why an existing path is not an artifact that may be replaced, or return `None` if it is one (damaged or not)."""
-    if not path.is_dir():
-        return "it is a file"
-    entries = os.listdir(path)
-    if MANIFEST not in entries:
-        return f"it has no {MANIFEST}" if entries else "it is an empty directory"
-    strangers = sorted(set(entries) - OURS)
-    return f"it holds {strangers[0]}" if strangers else None
-
-
-def remove(path: Path) -> None:
-    """Delete a file or a directory."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink()
 
 
 def stored_shapes(part: Part) -> dict[str, tuple[int, ...]]:
@@ -312,14 +293,4 @@ def _main_dtype(written: Iterable[Part]) -> str:
 
 
 def _report_line(row: Mapping[str, Any]) -> str:
-    return json.dumps(_finite(dict(row)), sort_keys=True, allow_nan=False) + "\n"
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, np.generic):
-        value = value.item()
-    if isinstance(value, Mapping):
-        return {str(key): _finite(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return json.dumps(finite(dict(row)), sort_keys=True, allow_nan=False) + "\n"

@@ -1,13 +1,38 @@
 """The command line's application: every command, one file each, under its name."""
 
-from typing import Annotated
+import functools
+from collections.abc import Callable
+from typing import Annotated, Any
 
 import typer
 
-from quikjax.cli import demo, evaluate, export, generate, plan, quantize, report, scaling, study
+from quikjax.cli import demo, evaluate, export, generate, plan, quantize, recover, report, scaling, study
+from quikjax.errors import Interrupted
 from quikjax.version import __version__
 
-app = typer.Typer(
+
+def interruptible(command: Callable[..., None]) -> Callable[..., None]:
+    """The command, with Ctrl-C in it an `Interrupted`, which `main` knows how to end; the parser would end it in its own ways."""
+
+    @functools.wraps(command)
+    def run(*args: Any, **options: Any) -> None:
+        try:
+            command(*args, **options)
+        except KeyboardInterrupt as error:
+            raise Interrupted(*error.args) from None
+
+    return run
+
+
+class _App(typer.Typer):
+    """Commands that all end the same way on Ctrl-C."""
+
+    def command(self, *args: Any, **options: Any) -> Any:
+        register = super().command(*args, **options)
+        return lambda command: register(interruptible(command))
+
+
+app = _App(
     name="quikjax",
     help="Published language models in QUIK 4-bit format, in JAX.",
     no_args_is_help=True,
@@ -33,6 +58,7 @@ def options(
 
 app.command("plan")(plan.plan)
 app.command("quantize")(quantize.quantize)
+app.command("recover")(recover.recover)
 app.command("generate")(generate.generate)
 app.command("eval")(evaluate.eval_)
 app.command("report")(report.report)

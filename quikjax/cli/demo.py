@@ -10,7 +10,9 @@ from quikjax.cli.printing import print_json
 
 
 def demo(
-    out: Annotated[Path | None, typer.Option(help="Keep the artifacts in this directory (it must not exist).")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Keep the artifacts in this directory (it must not exist, or be empty).")
+    ] = None,
     samples: Annotated[int, typer.Option(help="Calibration sequences.")] = 8,
     seqlen: Annotated[int, typer.Option(help="Tokens per calibration sequence and evaluation window.")] = 512,
     as_json: Json = False,

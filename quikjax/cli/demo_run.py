@@ -11,13 +11,14 @@ import numpy as np
 from flax import nnx
 
 from quikjax.checkpoint.load import load
-from quikjax.cli.printing import ProgressLines, duration, megabytes, say, table
+from quikjax.checkpoint.output import real_path, refuse_existing
+from quikjax.cli.printing import ProgressLines, duration, megabytes, say, show, table
 from quikjax.errors import QuikError
 from quikjax.evaluation import Evaluation, Reference, evaluate, reference, windows
 from quikjax.generation.decode import generate
 from quikjax.loading import open_source
 from quikjax.models.registry import pure_params
-from quikjax.quantizing.checkpoint import QuantizedCheckpoint, quantize_checkpoint, refuse_existing
+from quikjax.quantizing.checkpoint import QuantizedCheckpoint, quantize_checkpoint
 from quikjax.reports.sizes import size_of_artifact, sizes_of_layers
 from quikjax.texts import calibration_text, calibration_windows, continuation, evaluation_text, tokenize
 
@@ -34,7 +35,7 @@ def run(out: Path | None, *, samples: int, seqlen: int, show: bool) -> dict[str,
     """Run the demo; keep its artifacts in `out`, if given. Figures are returned, and printed on stdout with `show`."""
     if out is not None:
         refuse_existing(out, force=False)
-        return _run(out, samples, seqlen, show)
+        return _run(real_path(out), samples, seqlen, show)
     with tempfile.TemporaryDirectory(prefix="quikjax-demo-") as directory:
         return _run(Path(directory), samples, seqlen, show)
 
@@ -99,7 +100,11 @@ Everything is on this machine; nothing is downloaded. Progress is on stderr, res
 def _in_fresh_process(artifact: Path, prompt: str) -> dict[str, Any]:
     command = [sys.executable, "-m", "quikjax.cli", "generate", str(artifact), prompt]
     done = subprocess.run(
-        [*command, "--max-new-tokens", str(NEW_TOKENS), "--json"], stdout=subprocess.PIPE, text=True, check=False
+        [*command, "--max-new-tokens", str(NEW_TOKENS), "--json"],
+        stdout=subprocess.PIPE,
+        text=True,
+        check=False,
+        start_new_session=True,  # Ctrl-C is for this process, which ends that one, and is answered once
     )
     if done.returncode:
         raise QuikError(f"the artifact could not be used in a fresh process (exit {done.returncode}); its error is above")
@@ -134,16 +139,16 @@ def _print(figures: dict[str, Any], source_size: int) -> None:
             f"{row['bytes_on_disk'] / 1e6:.1f}",
         ]
 
-    print(f"question   {QUESTION}")
-    print(f"original   {figures['original_answers'].strip()!r}")
+    show(f"question   {QUESTION}")
+    show(f"original   {figures['original_answers'].strip()!r}")
     for title, name in RECIPES:
         if name in ASKED:
-            print(f"{title:<10} {figures['answers'][name].strip()!r}")
-    print()
+            show(f"{title:<10} {figures['answers'][name].strip()!r}")
+    show("")
     head = ("model", "perplexity", "top-1 agreement", "KL to original", "bits/weight", "size/FP16", "MB on disk")
-    print(table(head, [cells(row) for row in figures["rows"]]))
-    print()
-    print(
+    show(table(head, [cells(row) for row in figures["rows"]]))
+    show("")
+    show(
         "Bits and size are of the transformer blocks' linear layers, everything counted; the original's are those of FP16. "
         f"On disk is the whole model: the original's {megabytes(source_size)} are its source file, itself a 4-bit one (Q4_1, "
         "embeddings in Q8_0); artifacts keep embeddings in float32."

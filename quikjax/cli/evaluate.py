@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from quikjax.cli.options import Json, Model, parse_dtype
-from quikjax.cli.printing import duration, print_json, say, table
+from quikjax.cli.options import Context, Json, Model, parse_dtype
+from quikjax.cli.printing import duration, print_json, say, show, table
 from quikjax.errors import QuikError
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ def eval_(
     perplexity: Annotated[
         str | None, typer.Option(help="Perplexity on this text: a UTF-8 text file, pydoc, wikitext2, ptb or c4.")
     ] = None,
-    window: Annotated[int, typer.Option(help="Tokens per window.")] = 2048,
+    window: Annotated[int | None, typer.Option(help="Tokens per window; left out, 2048 or the model's context.")] = None,
     windows: Annotated[int | None, typer.Option(help="How many windows, from the start of the text; left out, all.")] = None,
     stride: Annotated[int | None, typer.Option(help="Tokens from window to window; left out, windows do not overlap.")] = None,
     against: Annotated[str | None, typer.Option(help="The original: KL divergence, top-1 agreement and more.")] = None,
@@ -45,6 +45,7 @@ def eval_(
         bool, typer.Option("--save", help="Put the figures on record in DIR.evaluations.jsonl, where `report` finds them.")
     ] = False,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16, for models that are not artifacts.")] = "float32",
+    context: Context = None,
     as_json: Json = False,
 ) -> None:
     """Perplexity with its standard error, how far an artifact is from its original, and tasks."""
@@ -79,12 +80,12 @@ def eval_(
     if warning is not None:
         say(f"note: {warning}")
 
-    network, tokenizer = load(model, dtype=floating)
+    network, tokenizer = load(model, dtype=floating, context=context)
     if tokenizer is None:
         raise QuikError(f"{model} has no tokenizer, so it cannot read text; put its tokenizer.json beside it")
     original = None
     if against is not None and text is not None:
-        original, other_tokenizer = load(against, dtype=floating)
+        original, other_tokenizer = load(against, dtype=floating, context=context)
         check_tokenizers(tokenizer, other_tokenizer, text.content, model, against)
 
     printed: dict[str, Any] = {"model": model}
@@ -103,7 +104,7 @@ def _measure(
     network: Any,
     tokenizer: Any,
     text: Any,
-    window: int,
+    window: int | None,
     windows: int | None,
     stride: int | None,
     against: str | None,
@@ -120,6 +121,8 @@ def _measure(
     from quikjax.evaluation.original import is_artifact
     from quikjax.texts import tokenize
 
+    if window is None:
+        window = min(2048, network.config.context_length)
     tokens = tokenize(tokenizer, text.content)
     ids = cut(tokens, window, windows, stride)
     protocol = {
@@ -141,9 +144,9 @@ def _measure(
     if save:
         _save(model, "perplexity", protocol, figures)
     if not as_json:
-        print(_text(result, against))
+        show(_text(result, against))
         if depth is not None:
-            print(_depth_text(depth))
+            show(_depth_text(depth))
     return {**protocol, **figures}
 
 
@@ -189,7 +192,7 @@ def _run_tasks(
             ]
             for score in scores
         ]
-        print(table(("task", "metric", "value", "± stderr", "rows", "examples", "data"), cells))
+        show(table(("task", "metric", "value", "± stderr", "rows", "examples", "data"), cells))
     return {"tasks": rows}
 
 

@@ -5,16 +5,16 @@ from typing import Annotated
 
 import typer
 
-from quikjax.cli.options import Json, parse_dtype
-from quikjax.cli.printing import megabytes, print_json, say
+from quikjax.cli.options import Artifact, Json, parse_dtype
+from quikjax.cli.printing import megabytes, print_json, say, show
 from quikjax.errors import QuikError, did_you_mean
 
 FORMATS = ("safetensors-dequantized",)
 
 
 def export(
-    artifact: Annotated[Path, typer.Argument(help="The directory that `quantize` wrote.")],
-    out: Annotated[Path, typer.Option(help="Directory to write; it must not exist.")],
+    artifact: Artifact,
+    out: Annotated[Path, typer.Option(help="Directory to write; it must not exist, or be empty.")],
     format: Annotated[str, typer.Option(help="safetensors-dequantized: a Hugging Face directory, weights dequantized.")],
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; left out, the artifact's own.")] = None,
     as_json: Json = False,
@@ -34,4 +34,4 @@ def export(
     if as_json:
         print_json({"out": str(out), "files": list(done.files), "bytes": done.bytes, "dtype": done.dtype})
     else:
-        print(f"{out}: {len(done.files)} file{'s' if len(done.files) > 1 else ''}, {megabytes(done.bytes)} in {done.dtype}")
+        show(f"{out}: {len(done.files)} file{'s' if len(done.files) > 1 else ''}, {megabytes(done.bytes)} in {done.dtype}")

@@ -1,11 +1,10 @@
 """`quikjax generate`: continue a text."""
 
-import sys
 from typing import Annotated
 
 import typer
 
-from quikjax.cli.options import Json, Model, parse_dtype
+from quikjax.cli.options import Context, Json, Model, parse_dtype, read_prompt
 from quikjax.errors import QuikError
 
 
@@ -15,24 +14,23 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to add at most.")] = 64,
     greedy: Annotated[bool, typer.Option("--greedy", help="Always take the most likely token (so far the only way).")] = True,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16, for models that are not artifacts.")] = "float32",
+    context: Context = None,
     as_json: Json = False,
 ) -> None:
     """Continue a text. Only the continuation is printed on stdout."""
     floating = parse_dtype(dtype)
-    from quikjax.texts import continuation, tokenize, without_final_newline
+    from quikjax.texts import continuation, tokenize
 
-    text = without_final_newline(sys.stdin.read()) if prompt == "-" else prompt
-    if not text:
-        raise QuikError("the prompt is empty; give some text")
+    text = read_prompt(prompt)
 
     from flax import nnx
 
     from quikjax.checkpoint.load import load
-    from quikjax.cli.printing import print_json, say
+    from quikjax.cli.printing import print_json, say, show
     from quikjax.generation.decode import generate as run
     from quikjax.models.registry import pure_params
 
-    network, tokenizer = load(model, dtype=floating)
+    network, tokenizer = load(model, dtype=floating, context=context)
     if tokenizer is None:
         raise QuikError(f"{model} has no tokenizer, so it cannot read text; put its tokenizer.json beside it")
     ids = tokenize(tokenizer, text)[None]
@@ -48,7 +46,7 @@ def generate(
     if as_json:
         print_json({"text": continued, **figures})
     else:
-        print(continued)
+        show(continued)
     say(
         f"prefill {out.prompt_tokens} tokens at {out.prefill_tokens_per_second:.0f} tokens/s, "
         f"decode {int(out.lengths[0])} at {out.decode_tokens_per_second:.1f} tokens/s, compiled in {out.compile_seconds:.1f} s"

@@ -1,6 +1,7 @@
 """Options that several commands take, and what their text means."""
 
 import math
+import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -11,6 +12,11 @@ if TYPE_CHECKING:
     from quikjax.quantizing.recipe import Recipe
 
 Model = Annotated[str, typer.Argument(help="smollm2-135m, a directory, a .gguf file, or a hub name org/name[@revision].")]
+Artifact = Annotated[str, typer.Argument(help="What `quantize` wrote: its directory, or a hub name org/name[@revision].")]
+Context = Annotated[
+    int | None,
+    typer.Option(help="The longest text in tokens, in place of what the model declares; left out, what it declares."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 
 RecipeName = Annotated[
@@ -98,11 +104,33 @@ def parse_activation_memory(gigabytes: float | None) -> int | None:
     return int(gigabytes * 1e9)
 
 
+def read_prompt(prompt: str) -> str:
+    """The prompt as typed, or what is on standard input for "-". A byte order mark is no part of it.
+
+    Raises:
+        QuikError: it is empty or not UTF-8, or standard input is closed.
+    """
+    if prompt == "-":
+        if sys.stdin is None:
+            raise QuikError("the prompt - is read from standard input, which is closed; pipe a text into it")
+        from quikjax.files import decode
+
+        try:
+            text = decode(sys.stdin.buffer.read(), "the prompt on standard input")
+        except OSError as problem:
+            raise QuikError(f"the prompt on standard input cannot be read ({problem.strerror})") from None
+    else:
+        text = prompt.removeprefix("\ufeff")
+        # Bytes that are not UTF-8 arrive as lone halves of surrogate pairs.
+        if any(0xD800 <= ord(letter) <= 0xDFFF for letter in text):
+            raise QuikError("the prompt is not UTF-8 text; convert it first")
+    if not text:
+        raise QuikError("the prompt is empty; give some text")
+    return text
+
+
 def parse_dtype(name: str) -> Any:
     """A floating dtype by its name."""
-    known = ("float32", "bfloat16", "float16")
-    if name not in known:
-        raise QuikError(f'there is no dtype "{name}" to compute in; {did_you_mean(name, known)}')
-    import jax.numpy as jnp
+    from quikjax.models.registry import floating_dtype
 
-    return jnp.dtype(name)
+    return floating_dtype(name)

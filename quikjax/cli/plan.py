@@ -6,6 +6,7 @@ import typer
 
 from quikjax.cli.options import (
     BlockSize,
+    Context,
     Json,
     Method,
     Outliers,
@@ -15,7 +16,7 @@ from quikjax.cli.options import (
     parse_activation_memory,
     parse_dtype,
 )
-from quikjax.cli.printing import print_json, size, table, with_clip
+from quikjax.cli.printing import print_json, show, size, table, with_clip
 from quikjax.errors import QuikError
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ def plan(
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16: of all that is not quantized.")] = "float32",
     device: Annotated[str, typer.Option(help="here, cpu, h100, h200, a100 or l40s.")] = "here",
     memory: Annotated[float | None, typer.Option(help="GB (10^9 bytes) that one device holds; left out, the device's.")] = None,
+    context: Context = None,
     as_json: Json = False,
 ) -> None:
     """Show what quantizing a model will do, and what the result will take, before any weight is read.
@@ -69,11 +71,12 @@ def plan(
         activation_bytes=activation_bytes,
         device=there,
         memory_bytes=held,
+        context=context,
     )
     if as_json:
         print_json({"model": model, **made.as_json()})
     else:
-        print(_plan_text(model, made))
+        show(_plan_text(model, made))
     if made.problems:
         count = len(made.problems)
         raise QuikError(f"this cannot be quantized so: {count} problem{'s' if count > 1 else ''}, listed with the plan")

@@ -1,22 +1,58 @@
 """Print for people: progress as plain lines on stderr, tables on stdout."""
 
+import contextlib
 import json
+import math
+import os
 import sys
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from quikjax.errors import QuikError
+from quikjax.files import finite
 from quikjax.reports.tables import markdown_table as table
 
 if TYPE_CHECKING:
     from quikjax.quantizing.params import LayerResult
 
-__all__ = ["ProgressLines", "duration", "megabytes", "print_json", "say", "size", "table", "with_clip"]
+__all__ = [
+    "ProgressLines",
+    "RecoveryLines",
+    "decibels",
+    "duration",
+    "megabytes",
+    "print_json",
+    "say",
+    "show",
+    "size",
+    "table",
+    "with_clip",
+]
 
 
 def say(line: str = "") -> None:
-    """One line of progress."""
-    print(line, file=sys.stderr, flush=True)
+    """One line of progress. It is no reason to stop if nobody can read it."""
+    with contextlib.suppress(OSError):
+        print(line, file=sys.stderr, flush=True)
+
+
+def show(text: str) -> None:
+    """Results on stdout. Where it cannot be written (a full disk), they are on stderr, so that the work was not for nothing.
+
+    Raises:
+        QuikError: stdout could not be written.
+        BrokenPipeError: whoever read it has gone.
+    """
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        # What Python still holds for stdout would fail once more at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        say(text)
+        raise QuikError(f"the result could not be written to standard output ({error.strerror}); it is above") from None
 
 
 def duration(seconds: int | float) -> str:
@@ -62,7 +98,7 @@ class ProgressLines:
             damping = "" if layer.damping is None or layer.damping in (0.01, 0.5) else f"  damping {layer.damping:g}"
             say(
                 f"{layer.path.removesuffix('.weight'):<44} {width:<10} {layer.outliers:>8} {layer.relative_error:>10.4f} "
-                f"{layer.snr_db:>5.1f} dB {seconds:>6.1f} s{damping}"
+                f"{decibels(layer.snr_db, layer.relative_error):>8} {seconds:>6.1f} s{damping}"
             )
 
     def block(self, name: str, done: int, total: int, seconds_left: float) -> None:
@@ -83,9 +119,60 @@ def with_clip(label: str, level_clip: Sequence[int] | str | None = None) -> str:
     return label + clip
 
 
+class RecoveryLines:
+    """Progress of a recovery: on a terminal one live line, in a pipe a line now and then, and one for each evaluation."""
+
+    def __init__(self, every: float = 30.0) -> None:
+        self._live = sys.stderr.isatty()
+        self._every = every
+        self._said = time.monotonic()
+        self._losses: list[float] = []
+
+    def start(self, steps: int, finished: int) -> None:
+        if finished:
+            say(f"going on after {finished} of {steps} steps that an earlier run took")
+
+    def step(self, step: int, steps: int, loss: float, seconds_left: float) -> None:
+        self._losses.append(loss)
+        now = time.monotonic()
+        if not self._live and now - self._said < self._every and step < steps:
+            return
+        self._said = now
+        left = "" if math.isnan(seconds_left) else f", about {duration(seconds_left)} left"
+        mean = sum(self._losses[-10:]) / len(self._losses[-10:])
+        line = f"step {step} of {steps}  KL {mean:.4f} on the last {len(self._losses[-10:])} windows trained on{left}"
+        if self._live:
+            print(f"\r\x1b[K{line}", end="", file=sys.stderr, flush=True)
+        else:
+            say(line)
+
+    def evaluated(self, step: int, kl: float, perplexity: float, best: bool) -> None:
+        self._clear()
+        say(f"after {step} steps: KL {kl:.4f}, perplexity {perplexity:.3f} on validation windows{' (the best)' if best else ''}")
+
+    def stopped(self, reason: str) -> None:
+        self._clear()
+        say(f"stopped: {reason}")
+
+    def _clear(self) -> None:
+        if self._live:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+
 def print_json(value: dict[str, Any]) -> None:
-    """One JSON object on stdout."""
-    print(json.dumps(value, allow_nan=False, indent=2))
+    """One JSON object on stdout, in ASCII. Numbers that are not finite are null: JSON has none."""
+    show(json.dumps(finite(value), allow_nan=False, indent=2))
+
+
+def decibels(snr_db: float | None, relative_error: float | None) -> str:
+    """A layer's signal-to-noise for people, wherever it is printed.
+
+    >>> decibels(24.13, 0.06), decibels(float("inf"), 0.0), decibels(None, 0.0), decibels(float("nan"), float("nan"))
+    ('24.1 dB', 'exact', 'exact', '?')
+    """
+    if relative_error == 0:
+        return "exact"
+    return "?" if snr_db is None or not math.isfinite(snr_db) else f"{snr_db:.1f} dB"
 
 
 def size(count: int | float) -> str:

@@ -7,6 +7,7 @@ import typer
 
 from quikjax.cli.options import (
     BlockSize,
+    Context,
     Json,
     Method,
     Model,
@@ -17,12 +18,12 @@ from quikjax.cli.options import (
     parse_activation_memory,
     parse_dtype,
 )
-from quikjax.errors import QuikError
+from quikjax.errors import Interrupted
 
 
 def quantize(
     model: Model,
-    out: Annotated[Path, typer.Option(help="Directory to write; it must not exist.")],
+    out: Annotated[Path, typer.Option(help="Directory to write; it must not exist, or be empty.")],
     recipe: RecipeName = "quik-4b",
     outliers: Outliers = None,
     block: BlockSize = None,
@@ -30,7 +31,9 @@ def quantize(
     method: Method = None,
     calibration: Annotated[str, typer.Option(help="A UTF-8 text file, pydoc, or wikitext2.")] = "pydoc",
     samples: Annotated[int, typer.Option(help="Calibration sequences.")] = 16,
-    seqlen: Annotated[int, typer.Option(help="Tokens per calibration sequence.")] = 2048,
+    seqlen: Annotated[
+        int | None, typer.Option(help="Tokens per calibration sequence; left out, 2048 or the model's context.")
+    ] = None,
     activation_memory: Annotated[
         float | None,
         typer.Option(
@@ -41,14 +44,18 @@ def quantize(
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16: of all that is not quantized.")] = "float32",
     force: Annotated[bool, typer.Option("--force", help="Replace an artifact that exists, once the new one is whole.")] = False,
     restart: Annotated[bool, typer.Option("--restart", help="Forget what a killed run has finished.")] = False,
+    context: Context = None,
     as_json: Json = False,
 ) -> None:
     """Quantize a published model and save it. A killed run goes on where it stopped.
 
-    OUT.log.jsonl, beside the artifact, gets a line for each layer as it is done: follow it with tail -f.
+    log.jsonl in OUT (until it is whole, in OUT.partial) gets a line for each layer as it is done: follow it with tail -f.
     """
+    from quikjax.checkpoint.output import refuse_existing
     from quikjax.cli.printing import ProgressLines, duration, megabytes, print_json, say
-    from quikjax.quantizing.checkpoint import quantize_checkpoint, refuse_existing
+    from quikjax.loading import open_source
+    from quikjax.models.registry import abstract_model
+    from quikjax.quantizing.checkpoint import quantize_checkpoint
     from quikjax.quantizing.memory import default_activation_bytes
     from quikjax.reports.sizes import size_of_artifact, sizes_of_layers
     from quikjax.texts import calibration_text, calibration_windows, tokenize
@@ -59,22 +66,25 @@ def quantize(
     floating = parse_dtype(dtype)
     refuse_existing(out, force=force)
     text = calibration_text(calibration) if chosen.needs_data() else None
+    source = open_source(model)
+    reach = abstract_model(source.config, floating, context=context).config.context_length
+    length = min(2048, reach) if seqlen is None else seqlen
     say(f"model        {model}, activations and unquantized weights in {dtype}")
     given = {"outliers": outliers, "blocks of": block, "proxy outliers": proxy, "method": method}
     say("recipe       " + ", ".join([chosen.name, *(f"{name} {value}" for name, value in given.items() if value is not None)]))
     if text is not None:
-        say(f"calibration  {samples} x {seqlen} tokens of {text.origin}")
+        say(f"calibration  {samples} x {length} tokens of {text.origin}")
         budget = default_activation_bytes() if activation_bytes is None else activation_bytes
         say(f"activations  in memory up to {megabytes(budget)}, beyond that on disk")
     say(f"output       {out}")
 
     def windows(tokenizer: Any) -> Any:
         assert text is not None
-        return calibration_windows(tokenize(tokenizer, text.content), samples, seqlen)
+        return calibration_windows(tokenize(tokenizer, text.content), samples, length)
 
     try:
         done = quantize_checkpoint(
-            model,
+            source,
             out,
             chosen,
             None if text is None else windows,
@@ -83,9 +93,10 @@ def quantize(
             restart=restart,
             activation_bytes=activation_bytes,
             progress=ProgressLines(),
+            context=context,
         )
     except KeyboardInterrupt:
-        raise QuikError("interrupted; finished blocks are kept, run the same command again to go on") from None
+        raise Interrupted("finished blocks are kept, run the same command again to go on") from None
     layers, disk = sizes_of_layers(done.layers), size_of_artifact(out)
     say(f"saved {out} ({megabytes(disk)}) in {duration(done.seconds)}, fingerprint {done.fingerprint[:16]}")
     if layers.layers:

@@ -5,15 +5,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from quikjax.cli.options import Json
-from quikjax.cli.printing import print_json, say, size, table, with_clip
+from quikjax.cli.options import Artifact, Json
+from quikjax.cli.printing import decibels, print_json, say, show, size, table, with_clip
 
 if TYPE_CHECKING:
     from quikjax.reports.artifact import ArtifactReport
 
 
 def report(
-    artifact: Annotated[Path, typer.Argument(help="The directory that `quantize` wrote.")],
+    artifact: Artifact,
     layers: Annotated[bool, typer.Option("--layers", help="One row per layer, not one per kind of layer.")] = False,
     html: Annotated[
         Path | None, typer.Option(help="Write a page to FILE.html and its JSON to FILE.json; reads every weight once.")
@@ -37,7 +37,7 @@ def report(
     if as_json:
         print_json(found.as_json())
     else:
-        print(_report_text(found, layers))
+        show(_report_text(found, layers))
 
 
 def _report_text(report: "ArtifactReport", every_layer: bool) -> str:
@@ -113,8 +113,7 @@ def _error_cells(report: "ArtifactReport", error: float | None) -> list[str]:
     """Relative error and signal-to-noise."""
     if error is None:
         return ["?", "?"]
-    decibels = report.snr_db(error)
-    return [f"{error:.4f}", "exact" if decibels is None else f"{decibels:.1f} dB"]
+    return [f"{error:.4f}", decibels(report.snr_db(error), error)]
 
 
 def _provenance(value: object) -> str:

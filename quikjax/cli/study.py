@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from quikjax.cli.options import Json
-from quikjax.cli.printing import duration, print_json, say
+from quikjax.cli.printing import duration, print_json, say, show
 
 if TYPE_CHECKING:
     from quikjax.study.grid import Cell, Progress, Row
@@ -72,7 +72,7 @@ def carry_out(
     if as_json:
         print_json(result.as_json())
     else:
-        print(result.markdown(), end="")
+        show(result.markdown().rstrip())
     return result
 
 

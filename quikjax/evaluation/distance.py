@@ -95,7 +95,7 @@ def summarize(loss: Float64[np.ndarray, " tokens"], found: TokenDistances) -> Di
     gap = loss - found.original_loss
     agreement = float(np.mean(found.same))
     return Distance(
-        original_perplexity=float(np.exp(np.mean(found.original_loss))),
+        original_perplexity=exponential(float(np.mean(found.original_loss))),
         kl=float(np.mean(kl)),
         kl_stderr=standard_error(kl),
         kl_median=float(np.median(kl)),
@@ -109,6 +109,14 @@ def summarize(loss: Float64[np.ndarray, " tokens"], found: TokenDistances) -> Di
         right_change_stderr=standard_error(change),
         right_rms=float(np.sqrt(np.mean(change**2))),
     )
+
+
+def exponential(loss: float) -> float:
+    """`exp(loss)`, infinite beyond all numbers."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf
 
 
 def standard_error(values: Float[np.ndarray, " count"]) -> float:

@@ -8,25 +8,36 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Int32
 
 from quikjax.errors import QuikError
 from quikjax.models.base import Block, CausalLM, Positions, default_positions
+from quikjax.models.registry import pure_params
+from quikjax.models.tokens import checked_tokens
+from quikjax.weights.tiled import put_on_device
 
 # Logits are made for this many tokens at a time: a vocabulary of 50 000 makes 100 MB of them.
 CHUNK = 512
 
 
-def check_tokens(model: CausalLM, ids: Int[np.ndarray, "count length"]) -> None:
-    """Compare windows with what a model can read.
+def checked_windows(model: CausalLM, ids: Any) -> Int32[np.ndarray, "count length"]:
+    """Windows of tokens as an array, compared with what a model can read.
 
     Raises:
-        QuikError: a window is longer than the model's context, or a token outside its vocabulary.
+        QuikError: they are no rows of whole numbers, shorter than two tokens or longer than the model's context, or a token is
+            outside its vocabulary.
     """
-    if ids.shape[1] > model.config.context_length:
-        raise QuikError(f"a window of {ids.shape[1]} tokens exceeds the model's context of {model.config.context_length}")
-    if ids.size and (ids.min() < 0 or ids.max() >= model.config.vocab_size):
-        raise QuikError(f"a token is outside the model's vocabulary of {model.config.vocab_size}; is this its tokenizer?")
+    checked = checked_tokens(ids, model.config, "a set of windows")
+    if checked.shape[1] < 2:
+        raise QuikError("a window needs at least 2 tokens to predict one, not 1")
+    return checked
+
+
+def on_device(model: CausalLM) -> CausalLM:
+    """The model with its weights in the form that this device's kernels read."""
+    params = pure_params(model)
+    placed = put_on_device(params)
+    return model if placed is params else nnx.merge(nnx.split(model)[0], placed)
 
 
 def hidden_states(model: CausalLM, ids: Int[np.ndarray, "batch length"]) -> Float[Array, "batch length hidden"]:

@@ -16,10 +16,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Float32, Int
+from jaxtyping import Array, Float, Float32
 
 from quikjax.errors import QuikError
-from quikjax.evaluation.forward import check_tokens
+from quikjax.evaluation.forward import checked_windows
 from quikjax.models.base import Block, CausalLM, Positions, default_positions
 from quikjax.models.registry import dotted
 from quikjax.weights.formats import PackedWeight, dequantize, is_packed
@@ -85,7 +85,7 @@ class ErrorsByDepth(NamedTuple):
 Sums = tuple[Array, Array]
 
 
-def errors_by_depth(quantized: CausalLM, original: CausalLM, ids: Int[np.ndarray, "count length"]) -> ErrorsByDepth:
+def errors_by_depth(quantized: CausalLM, original: CausalLM, ids: Any) -> ErrorsByDepth:
     """Run both models over windows, block after block, and compare every quantized layer.
 
     Hidden states of all windows are held in host memory, for both models.
@@ -93,8 +93,7 @@ def errors_by_depth(quantized: CausalLM, original: CausalLM, ids: Int[np.ndarray
     Raises:
         QuikError: the models do not have the same blocks, or cannot read the windows.
     """
-    check_tokens(quantized, ids)
-    check_tokens(original, ids)
+    ids = checked_windows(original, checked_windows(quantized, ids))
     if list(quantized.blocks) != list(original.blocks):
         raise QuikError(
             f"the models have {len(quantized.blocks)} and {len(original.blocks)} blocks; only a model and its original can be "

@@ -8,7 +8,7 @@ windows overlap, and of each but the first only the last `stride` tokens count: 
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -19,11 +19,13 @@ from flax import nnx
 from jaxtyping import Array, Float, Float32, Int, Int32
 
 from quikjax.errors import QuikError
-from quikjax.evaluation.distance import Distance, TokenDistances, standard_error, summarize, token_distances
-from quikjax.evaluation.forward import by_chunks, check_tokens, hidden_states
+from quikjax.evaluation.distance import Distance, TokenDistances, exponential, standard_error, summarize, token_distances
+from quikjax.evaluation.forward import by_chunks, checked_windows, hidden_states, on_device
 from quikjax.evaluation.positions import PositionRow, by_position
+from quikjax.files import described
 from quikjax.models.base import CausalLM
 from quikjax.models.registry import pure_params
+from quikjax.models.tokens import checked_model
 
 # Short windows go through a model together, up to this many tokens.
 BATCH_TOKENS = 4096
@@ -82,44 +84,52 @@ class Reference(NamedTuple):
     hidden: list[np.ndarray]
 
 
-def windows(
-    tokens: Sequence[int] | np.ndarray, length: int, count: int | None = None, stride: int | None = None
-) -> Int32[np.ndarray, "count length"]:
+def windows(tokens: Any, length: int, count: int | None = None, stride: int | None = None) -> Int32[np.ndarray, "count length"]:
     """The first `count` (all, if `None`) windows of `length` tokens, each `stride` behind the one before; a rest is left out.
 
     Left out, `stride` is `length`: windows do not overlap.
 
     Raises:
-        QuikError: the text is shorter than one window, or than `count` of them; the stride is not between 1 and `length`.
+        QuikError: `tokens` is not one row of whole numbers, or shorter than one window, or than `count` of them; the stride is
+        not
+            between 1 and `length`.
     """
+    try:
+        row = np.asarray(tokens)
+    except ValueError:
+        row = np.empty((0, 0))
+    if row.ndim != 1 or (row.dtype.kind not in "iu" and row.size):
+        raise QuikError(f"windows are cut from one row of token ids, not from {described(tokens)} of shape {row.shape}")
     if length < 2:
         raise QuikError(f"a window needs at least 2 tokens to predict one, not {length}")
     if stride is not None and not 1 <= stride <= length:
         raise QuikError(f"the stride must be between 1 and the window's {length} tokens, not {stride}")
     step = stride or length
-    available = (len(tokens) - length) // step + 1
+    available = (len(row) - length) // step + 1
     if available < 1:
-        raise QuikError(
-            f"the text has {len(tokens)} tokens, fewer than one window of {length}; use more text or a smaller window"
-        )
+        raise QuikError(f"the text has {len(row)} tokens, fewer than one window of {length}; use more text or a smaller window")
     if count is not None and count < 1:
         raise QuikError(f"the number of windows must be positive, not {count}")
     if count is not None and count > available:
         raise QuikError(f"the text has {available} windows of {length} tokens, {count} were asked for")
     used = count or available
-    whole = np.asarray(tokens[: (used - 1) * step + length], np.int32)
+    whole = row[: (used - 1) * step + length].astype(np.int32)
     return np.lib.stride_tricks.sliding_window_view(whole, length)[::step].copy()
 
 
-def reference(model: CausalLM, ids: Int[np.ndarray, "count length"]) -> Reference:
-    """Run a model over windows once, to hold others against it. Its hidden states stay in host memory."""
-    check_tokens(model, ids)
-    return Reference(model, [np.asarray(hidden_states(model, row[None])[0]) for row in ids])
+def reference(model: CausalLM, ids: Any) -> Reference:
+    """Run a model over windows `[count, length]` once, to hold others against it. Its hidden states stay in host memory.
+
+    Raises:
+        QuikError: as `evaluate`.
+    """
+    model = on_device(checked_model(model))
+    return Reference(model, [np.asarray(hidden_states(model, row[None])[0]) for row in checked_windows(model, ids)])
 
 
 def evaluate(
     model: CausalLM,
-    ids: Int[np.ndarray, "count length"],
+    ids: Any,
     against: Reference | CausalLM | None = None,
     *,
     stride: int | None = None,
@@ -130,7 +140,7 @@ def evaluate(
 
     Args:
         model: dense or with packed weights.
-        ids: `windows` of a text.
+        ids: `windows` of a text, `[count, length]`.
         against: the original. As a model it runs beside this one, and only a batch is held; as a `Reference` it has run already.
         stride: what `windows` was given; of every window but the first, only the last `stride` tokens count.
         batch: windows that go through the model together; left out, as many as make `BATCH_TOKENS` tokens.
@@ -140,14 +150,19 @@ def evaluate(
 
     Raises:
         QuikError: a window is longer than the model's context, a token outside its vocabulary, the other model has another
-            vocabulary, or a logit is not finite.
+            vocabulary or has run over other windows, or a logit is not finite.
     """
-    check_tokens(model, ids)
+    model = on_device(checked_model(model))
+    ids = checked_windows(model, ids)
+    if isinstance(against, Reference) and len(against.hidden) != len(ids):
+        raise QuikError(f"the reference was made from {len(against.hidden)} windows, not from these {len(ids)}")
     count, length = ids.shape
     graphdef, params = nnx.split(model)[0], pure_params(model)
+    if against is not None and not isinstance(against, Reference):
+        against = on_device(checked_model(against))
     other = against.model if isinstance(against, Reference) else against
     if other is not None:
-        check_tokens(other, ids)
+        checked_windows(other, ids)
         if other.config.vocab_size != model.config.vocab_size:
             raise QuikError(
                 f"the models have vocabularies of {model.config.vocab_size} and {other.config.vocab_size} tokens; "
@@ -174,19 +189,19 @@ def evaluate(
             if first or size < count or again:
                 break
         losses.append(np.asarray(loss, np.float64).reshape(size, -1)[:real])
+        if not np.isfinite(losses[-1]).all():  # at once, not after hours
+            raise QuikError("the model's logits are not finite; a weight or an activation overflowed, try dtype float32")
         if original is not None and against is not None:
             theirs = _original_hidden(against, rows, first)
             found = token_distances(graphdef, params, _predicting(hidden), *original, _predicting(theirs), targets)
             distances.append(TokenDistances(*(np.asarray(values, np.float64).reshape(size, -1)[:real] for values in found)))
         if on_batch is not None:
-            on_batch(first + real, count, float(np.exp(np.mean(np.concatenate(losses)))))
+            on_batch(first + real, count, exponential(float(np.mean(np.concatenate(losses)))))
     position = np.broadcast_to(np.arange(1, length), (count, length - 1))
     counts = _counted(count, length, stride or length)
     loss = np.concatenate(losses)[counts]
-    if not np.isfinite(loss).all():
-        raise QuikError("the model's logits are not finite; a weight or an activation overflowed, try dtype float32")
     joined = TokenDistances(*(np.concatenate(parts)[counts] for parts in zip(*distances, strict=True))) if distances else None
-    perplexity = float(np.exp(np.mean(loss)))
+    perplexity = exponential(float(np.mean(loss)))
     return Evaluation(
         perplexity=perplexity,
         stderr=perplexity * standard_error(loss),

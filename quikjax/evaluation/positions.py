@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float64, Int
 
-from quikjax.evaluation.distance import standard_error
+from quikjax.evaluation.distance import exponential, standard_error
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,7 +47,7 @@ def by_position(
         inside = (position >= first) & (position <= last)
         if inside.any():
             mine = loss[inside]
-            perplexity = math.exp(mine.mean())
+            perplexity = exponential(float(mine.mean()))
             rows.append(
                 PositionRow(
                     first=first,
@@ -55,7 +55,7 @@ def by_position(
                     tokens=int(inside.sum()),
                     perplexity=perplexity,
                     stderr=perplexity * standard_error(mine),
-                    original_perplexity=None if original_loss is None else math.exp(original_loss[inside].mean()),
+                    original_perplexity=None if original_loss is None else exponential(float(original_loss[inside].mean())),
                 )
             )
         first *= 2

@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int, Int32
 
 from quikjax.errors import QuikError
 from quikjax.models.base import Cache, CausalLM
+from quikjax.weights.tiled import put_on_device
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,6 +71,7 @@ def generate(
     Raises:
         QuikError: a prompt is empty, has a token outside the vocabulary, or does not fit the context with what is asked for.
     """
+    params = put_on_device(params)
     model = nnx.merge(graphdef, params)
     prompt = np.asarray(ids, np.int32)
     _check(model, prompt, max_new_tokens)

@@ -11,7 +11,7 @@ from quikjax.loading.params import load_params, match, verify
 from quikjax.loading.resolve import DEMO_MODELS, Found, resolve
 from quikjax.loading.source import Source, TensorInfo
 from quikjax.models.base import CausalLM
-from quikjax.models.registry import abstract_model
+from quikjax.models.registry import abstract_model, floating_dtype
 
 __all__ = [
     "DEMO_MODELS",
@@ -27,7 +27,9 @@ __all__ = [
 ]
 
 
-def load_published(model: str | Path | Found, *, dtype: Any = jnp.float32) -> tuple[CausalLM, Any | None]:
+def load_published(
+    model: str | Path | Found, *, dtype: Any = jnp.float32, context: int | None = None
+) -> tuple[CausalLM, Any | None]:
     """A published model with its parameters, and its tokenizer, or None where the checkpoint has none.
 
     On top of the parameters one tensor is held at a time. `quikjax.load` takes artifacts as well.
@@ -35,13 +37,15 @@ def load_published(model: str | Path | Found, *, dtype: Any = jnp.float32) -> tu
     Args:
         model: whatever `open_source` takes, or what `resolve` found.
         dtype: floating dtype of the parameters.
+        context: longest text, in place of what the checkpoint declares.
 
     Raises:
         QuikError: whatever is wrong with the checkpoint, in one sentence; everything that headers can tell is found before
             any tensor is read.
     """
+    dtype = floating_dtype(dtype)
     source = open_found(model if isinstance(model, Found) else resolve(model))
-    abstract = abstract_model(source.config, dtype)
+    abstract = abstract_model(source.config, dtype, context=context)
     match(source, abstract)
     tokenizer = source.tokenizer()
     abstract.stops = source.stops(tokenizer)

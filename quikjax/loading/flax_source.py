@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from quikjax.errors import QuikError
-from quikjax.loading.directory import DirectorySource, check_shards, read_index
+from quikjax.loading.directory import DirectorySource, read_index
 from quikjax.loading.msgpack_header import Array, read_layout
 from quikjax.loading.source import TensorInfo
 
@@ -32,19 +32,15 @@ class FlaxSource(DirectorySource):
             # Other families' Flax classes named and laid out their parameters each in its own way.
             raise QuikError(f'{self.where}: Flax weights of a "{kind}" model are not supported, only of "opt"; use safetensors')
         single, index = directory / _SINGLE, directory / _INDEX
+        expected: dict[str, list[str]] = {}
         if single.is_file():
-            self.files = (single,)
-            held = {single.name: read_layout(single)}
+            self.believed(single, index)
         else:
-            expected = {shard: [name.replace("/", ".") for name in names] for shard, names in read_index(index).items()}
-            self.files = tuple(directory / shard for shard in expected)
-            held = {path.name: read_layout(path) for path in self.files}
-            check_shards(index, expected, held)
-        self._arrays: dict[str, tuple[Path, Array, bool]] = {}
-        for shard, arrays in held.items():
-            for path, array in arrays.items():
-                name, transposed = published_name(path)
-                self._arrays[name] = (directory / shard, array, transposed and len(array.shape) == 2)
+            listed = read_index(index)
+            expected = {shard: [published_name(name.replace("/", "."))[0] for name in some] for shard, some in listed.items()}
+        self.files = tuple(directory / shard for shard in expected) or (single,)
+        held = {path.relative_to(directory).as_posix(): _layout(path) for path in self.files}
+        self._arrays = self.assemble(held, index, expected, _equal)
         self._tensors = {
             name: TensorInfo(
                 array.shape[::-1] if transposed else array.shape,
@@ -59,17 +55,31 @@ class FlaxSource(DirectorySource):
         return self._tensors
 
     def _read(self, name: str) -> np.ndarray:
-        path, array, transposed = self._arrays[name]
-        flat = np.empty(sum(piece.size for piece in array.pieces), np.uint8)
-        room, at = flat.data, 0
-        with path.open("rb") as stream:
-            for piece in array.pieces:
-                stream.seek(piece.offset)
-                if stream.readinto(room[at : at + piece.size]) != piece.size:
-                    raise OSError("the file became shorter while it was being read")
-                at += piece.size
-        tensor = flat.view(array.dtype).reshape(array.shape)
-        return np.ascontiguousarray(tensor.T) if transposed else tensor
+        return _read(*self._arrays[name])
+
+
+def _read(path: Path, array: Array, transposed: bool) -> np.ndarray:
+    flat = np.empty(sum(piece.size for piece in array.pieces), np.uint8)
+    room, at = flat.data, 0
+    with path.open("rb") as stream:
+        for piece in array.pieces:
+            stream.seek(piece.offset)
+            if stream.readinto(room[at : at + piece.size]) != piece.size:
+                raise OSError("the file became shorter while it was being read")
+            at += piece.size
+    tensor = flat.view(array.dtype).reshape(array.shape)
+    return np.ascontiguousarray(tensor.T) if transposed else tensor
+
+
+def _layout(file: Path) -> dict[str, tuple[Path, Array, bool]]:
+    """Every array of a file by its PyTorch name: the file, the array, and whether its axes change places."""
+    arrays = {published_name(path): array for path, array in read_layout(file).items()}
+    return {name: (file, array, transposed and len(array.shape) == 2) for (name, transposed), array in arrays.items()}
+
+
+def _equal(one: tuple[Path, Array, bool], other: tuple[Path, Array, bool]) -> bool:
+    alike = (one[1].shape, one[1].dtype) == (other[1].shape, other[1].dtype)
+    return alike and _read(*one).tobytes() == _read(*other).tobytes()
 
 
 def published_name(path: str) -> tuple[str, bool]:

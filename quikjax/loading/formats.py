@@ -1,10 +1,13 @@
 """Find the format of a checkpoint on disk and open the source that reads it."""
 
+import re
 from pathlib import Path
 
 from quikjax.errors import QuikError
+from quikjax.files import refuse_lfs_pointer
 from quikjax.loading.directory import SafetensorsSource
 from quikjax.loading.flax_source import FlaxSource
+from quikjax.loading.gguf_header import is_gguf
 from quikjax.loading.gguf_source import GGUFSource
 from quikjax.loading.resolve import Found, resolve
 from quikjax.loading.source import Source
@@ -12,6 +15,8 @@ from quikjax.loading.source import Source
 # What quikjax.checkpoint writes into each artifact of its own.
 ARTIFACT_FILE = "quikjax.json"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+# How llama.cpp names the parts of a model that is split.
+_PART = re.compile(r"-\d{5}-of-\d{5}\.gguf$", re.IGNORECASE)
 
 
 def open_source(model: str | Path) -> Source:
@@ -32,8 +37,9 @@ def open_found(found: Found) -> Source:
     path = found.path
     if path.is_dir():
         return _open_directory(path, found.revision)
-    if path.suffix == ".gguf":
+    if path.suffix == ".gguf" or is_gguf(path):
         return GGUFSource(path)
+    refuse_lfs_pointer(path)
     if path.suffix in (".safetensors", ".msgpack"):
         raise QuikError(f"{path} holds weights without their configuration; give the directory that it is in")
     raise QuikError(f"{path} is not a model: a directory, a .gguf file or a hub name is expected")
@@ -41,23 +47,40 @@ def open_found(found: Found) -> Source:
 
 def _open_directory(path: Path, revision: str | None) -> Source:
     if (path / ARTIFACT_FILE).is_file():
-        raise QuikError(f"{path} is an artifact of quikjax, not a published checkpoint; restore it instead")
+        raise QuikError(f"{path} is an artifact of quikjax and quantized already, not a published checkpoint; restore it instead")
     if any(path.glob("model*.safetensors")) or (path / "model.safetensors.index.json").is_file():
         return SafetensorsSource(path, revision)
     if any(path.glob("flax_model*.msgpack")):
         return FlaxSource(path, revision)
-    ggufs = sorted(path.glob("*.gguf"))
+    # Hidden files are other systems' notes about files (`._model.gguf`).
+    files = sorted(file for file in path.iterdir() if file.is_file() and not file.name.startswith("."))
+    ggufs = [file for file in files if file.suffix == ".gguf"] or [file for file in files if is_gguf(file)]
+    parts = [file for file in ggufs if _PART.search(file.name)]
+    if parts and len(parts) == len(ggufs):
+        raise QuikError(
+            f"{path} holds a model in {len(parts)} GGUF parts ({parts[0].name}, ...); join them with: llama-gguf-split --merge"
+        )
     if len(ggufs) == 1:
         return GGUFSource(ggufs[0])
     if ggufs:
         names = ", ".join(file.name for file in ggufs[:4]) + (", ..." if len(ggufs) > 4 else "")
         raise QuikError(f"{path} holds {len(ggufs)} GGUF files; give the path of one ({names})")
+    raise _nothing_in(path, files)
+
+
+def _nothing_in(path: Path, files: list[Path]) -> QuikError:
+    """Why a directory is no model, from what is in it."""
+    if (path / "adapter_config.json").is_file():
+        return QuikError(f"{path} is an adapter (adapter_config.json), not a model; merge it into its model first")
+    others = [file.name for file in files if file.suffix == ".safetensors"]
+    if others:
+        return QuikError(f"{path} has neither model.safetensors nor its index, but {others[0]}; if that is the model, rename it")
     pickles = sorted(file.name for pattern in _PICKLES for file in path.glob(pattern))
     if pickles:
-        raise QuikError(
+        return QuikError(
             f"{path} holds only pickled weights ({pickles[0]}), which can run code when opened and are not loaded; convert them, "
             "where PyTorch is installed, with transformers: AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW_DIR)"
         )
-    if not any(path.iterdir()):
-        raise QuikError(f"{path} is empty")
-    raise QuikError(f"{path} holds no model: neither model.safetensors, flax_model.msgpack nor a .gguf file is in it")
+    if not files:
+        return QuikError(f"{path} is empty")
+    return QuikError(f"{path} holds no model: neither model.safetensors, flax_model.msgpack nor a GGUF file is in it")

@@ -48,15 +48,16 @@ def published_config(
     Raises:
         QuikError: another architecture, a field that is missing, or one whose mathematics is not supported, by name.
     """
-    architecture = metadata.get("general.architecture")
-    if architecture != "llama":
-        raise QuikError(f'{where}: GGUF files of architecture "{architecture}" are not supported, only "llama"')
+    # Before anything else: all parts but the first have next to no metadata.
     if metadata.get("split.count", 1) > 1:
         raise QuikError(
             f"{where}: this is one of {metadata['split.count']} parts of a model; join them with: llama-gguf-split --merge"
         )
+    architecture = metadata.get("general.architecture")
+    if architecture != "llama":
+        raise QuikError(f'{where}: GGUF files of architecture "{architecture}" are not supported, only "llama"')
     fields = {key.removeprefix("llama."): value for key, value in metadata.items() if key.startswith("llama.")}
-    unknown = sorted(set(fields) - _KNOWN)
+    unknown = sorted(key for key in set(fields) - _KNOWN if key not in _NEUTRAL or fields[key] != _NEUTRAL[key])
     if unknown:
         raise QuikError(f"{where}: its metadata llama.{unknown[0]} is not known and may change the mathematics")
     if fields.get("expert_count"):
@@ -121,6 +122,23 @@ def generation_config(metadata: Mapping[str, Any]) -> dict[str, Any] | None:
     if "padding" in named:
         fields["pad_token_id"] = named["padding"]
     return fields or None
+
+
+# Metadata whose mathematics is not ours, and the value that means that it is switched off.
+_NEUTRAL: dict[str, Any] = {
+    "attention.causal": True,
+    "attention.clamp_kqv": 0.0,
+    "attention.max_alibi_bias": 0.0,
+    "attention.scale": 0.0,
+    "attention.sliding_window": 0,
+    "attn_logit_softcapping": 0.0,
+    "embedding_scale": 1.0,
+    "final_logit_softcapping": 0.0,
+    "logit_scale": 1.0,
+    "pooling_type": 0,
+    "residual_scale": 1.0,
+    "use_parallel_residual": False,
+}
 
 
 def _whole(where: str, fields: Mapping[str, Any], key: str) -> int:

@@ -13,8 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from quikjax.errors import QuikError
+from quikjax.files import beginning, refuse_lfs_pointer
 
 _MAGIC = b"GGUF"
+# What came before it, by the marks as they stand in the file.
+_OLD_MAGICS = (b"lmgg", b"fmgg", b"tjgg", b"algg")
 _VERSIONS = (2, 3)
 _STRING, _ARRAY = 8, 9
 # GGUF's value types that are plain numbers, as struct letters.
@@ -60,15 +63,15 @@ class _Cursor:
     def unpack(self, letters: str) -> tuple[Any, ...]:
         return struct.unpack("<" + letters, self.take(struct.calcsize("<" + letters)))
 
-    def string(self) -> str:
+    def string(self, errors: str = "strict") -> str:
         (length,) = self.unpack("Q")
-        return self.take(length).decode("utf-8")
+        return self.take(length).decode("utf-8", errors)
 
     def value(self, kind: int) -> Any:
         if kind in _SCALARS:
             return self.unpack(_SCALARS[kind])[0]
         if kind == _STRING:
-            return self.string()
+            return self.string("replace")  # a name, a license, a template: read by people, if at all
         if kind != _ARRAY:
             raise ValueError(f"metadata of unknown type {kind}")
         inner, count = self.unpack("IQ")
@@ -90,10 +93,15 @@ class _Cursor:
             at += 8
             if length > end - at:
                 raise _Short
-            found.append(data[at : at + length].decode("utf-8"))
+            found.append(data[at : at + length].decode("utf-8", "surrogateescape"))  # distinct tokens stay distinct
             at += length
         self.at = at
         return found
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether a file begins with GGUF's mark, whatever it is called."""
+    return beginning(path, len(_MAGIC)) == _MAGIC
 
 
 def read_header(path: Path) -> GGUFHeader:
@@ -103,6 +111,7 @@ def read_header(path: Path) -> GGUFHeader:
         QuikError: not a GGUF file, a version or block format that is not known, or shorter than its header says.
     """
     try:
+        refuse_lfs_pointer(path)
         with path.open("rb") as stream:
             size = path.stat().st_size
             if size == 0:
@@ -118,7 +127,10 @@ def read_header(path: Path) -> GGUFHeader:
 
 
 def _parse(cursor: _Cursor, size: int) -> GGUFHeader:
-    if cursor.take(4) != _MAGIC:
+    mark = cursor.take(4)
+    if mark in _OLD_MAGICS:
+        raise ValueError("it is in an older format of llama.cpp (GGML); convert it to GGUF with llama.cpp's own scripts")
+    if mark != _MAGIC:
         raise ValueError("it does not begin with GGUF's mark")
     version, tensor_count, value_count = cursor.unpack("IQQ")
     if version not in _VERSIONS:

@@ -10,6 +10,9 @@ _NAME = re.compile(r"(?P<repository>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<
 # Everything beside the weights, and the weights in the two formats that are read; pickles are never fetched.
 _SMALL = ["*.json", "*.txt", "*.jinja", "tokenizer.model"]
 _SAFETENSORS = ["model.safetensors", "model-*-of-*.safetensors"]
+# What an artifact of ours is made of (`quikjax.checkpoint`), folders included; anything else in its repository stays there.
+_MANIFEST = "quikjax.json"
+_ARTIFACT = [_MANIFEST, "generation_config.json", "report.jsonl", "log.jsonl", "arrays/*", "tokenizer/*"]
 _FLAX = ["flax_model.msgpack", "flax_model-*-of-*.msgpack"]
 
 
@@ -25,7 +28,8 @@ def is_hub_name(text: str) -> bool:
 def fetch(name: str, *, weights: bool = True) -> tuple[Path, str]:
     """The directory in the hub's cache that holds "org/name[@revision]", downloaded if need be, and "org/name@commit".
 
-    Without `weights` only what stands beside them is fetched: configuration, index, tokenizer.
+    A repository that holds an artifact of ours is fetched as one. Without `weights` only what stands beside them is fetched:
+    configuration, index, tokenizer.
 
     Raises:
         QuikError: no such repository or revision, no access, the hub cannot be reached and the cache lacks it, or the repository
@@ -38,10 +42,14 @@ def fetch(name: str, *, weights: bool = True) -> tuple[Path, str]:
     if not weights:
         directory = _snapshot(repository, revision, _SMALL)
         return directory, f"{repository}@{directory.name}"
-    directory = _snapshot(repository, revision, _SMALL + _SAFETENSORS)
+    # Small files first: they tell what else is to be fetched. Then the same commit, should the branch have moved meanwhile.
+    directory = _snapshot(repository, revision, _SMALL)
     commit = directory.name
+    if (directory / _MANIFEST).is_file():
+        return _snapshot(repository, commit, _ARTIFACT, folders=True), f"{repository}@{commit}"
+    directory = _snapshot(repository, commit, _SMALL + _SAFETENSORS)
     if not any(directory.glob("model*.safetensors")):
-        directory = _snapshot(repository, commit, _SMALL + _FLAX)  # the same commit, should the branch have moved meanwhile
+        directory = _snapshot(repository, commit, _SMALL + _FLAX)
         if not any(directory.glob("flax_model*.msgpack")):
             raise QuikError(
                 f"{repository}@{commit} publishes neither safetensors nor Flax weights; convert it with transformers "
@@ -50,13 +58,13 @@ def fetch(name: str, *, weights: bool = True) -> tuple[Path, str]:
     return directory, f"{repository}@{commit}"
 
 
-def _snapshot(repository: str, revision: str, patterns: list[str]) -> Path:
+def _snapshot(repository: str, revision: str, patterns: list[str], *, folders: bool = False) -> Path:
     import huggingface_hub
     from huggingface_hub import constants, errors
 
     try:
         found: Any = huggingface_hub.snapshot_download(
-            repository, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"]
+            repository, revision=revision, allow_patterns=patterns, ignore_patterns=None if folders else ["*/*"]
         )
         return Path(found)
     except errors.GatedRepoError:

@@ -14,6 +14,7 @@ import ml_dtypes  # noqa: F401  (teaches NumPy the name "bfloat16")
 import numpy as np
 
 from quikjax.errors import QuikError
+from quikjax.files import refuse_lfs_pointer
 
 _CHUNKED = "__msgpack_chunked_array__"
 _ARRAY_TYPES = (1, 3)  # Flax's extension types of an array and of a NumPy scalar
@@ -136,6 +137,7 @@ def read_layout(path: Path) -> dict[str, Array]:
         QuikError: truncated, damaged, or something else than nested maps of arrays.
     """
     try:
+        refuse_lfs_pointer(path)
         if path.stat().st_size == 0:
             raise QuikError(f"{path} is empty")
         with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:

@@ -9,13 +9,11 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from quikjax.errors import QuikError
+from quikjax.loading.names import HEAD, is_computed, quantized_with
 from quikjax.loading.source import Source
 from quikjax.models.base import CausalLM
 from quikjax.models.registry import dotted, nested, pure_params
 
-# Published beside the weights, and computed from the configuration by every implementation.
-_COMPUTED = re.compile(r"(^|\.)(rotary_emb\.\w+|masked_bias|position_ids)$")
-_HEAD = "lm_head.weight"
 _EMBEDDING = re.compile(r"(^|\.)(embed_tokens|word_embeddings)\.weight$")
 
 
@@ -36,10 +34,13 @@ def match(source: Source, model: CausalLM) -> dict[str, str]:
         if candidates:
             found[path] = candidates[0]
     missing = [path for path in wanted if path not in found]
-    if missing:
-        raise QuikError(f"{source.where} lacks {_listing(missing)} that its configuration asks for")
     used = set(found.values())
     unexpected = [name for name in tensors if name not in used and not _harmless(name, wanted)]
+    known = quantized_with(unexpected) if unexpected else None
+    if known is not None:
+        raise QuikError(f"{source.where} is already quantized ({known[0]}: it holds {known[1]}); give the original model")
+    if missing:
+        raise QuikError(f"{source.where} lacks {_listing(missing)} that its configuration asks for")
     if unexpected:
         raise QuikError(f"{source.where} holds {_listing(unexpected)} that its configuration has no place for")
     wrong = [
@@ -60,7 +61,7 @@ def match(source: Source, model: CausalLM) -> dict[str, str]:
 
 
 def _harmless(name: str, wanted: Mapping[str, Any]) -> bool:
-    return bool(_COMPUTED.search(name)) or (name == _HEAD and _HEAD not in wanted)
+    return is_computed(name) or (name == HEAD and HEAD not in wanted)
 
 
 def _listing(names: list[str]) -> str:
@@ -108,11 +109,11 @@ def verify(source: Source, model: CausalLM) -> None:
 def _check_tied(source: Source, found: Mapping[str, str]) -> None:
     """A head published beside tied embeddings must equal them: one of the two would be dropped."""
     table = next((name for name in found.values() if _EMBEDDING.search(name)), None)
-    if table is None or _HEAD in found.values() or _HEAD not in source.tensors():
+    if table is None or HEAD in found.values() or HEAD not in source.tensors():
         return
-    if source.shape(_HEAD) != source.shape(table) or not np.array_equal(source.read(_HEAD), source.read(table)):
+    if source.shape(HEAD) != source.shape(table) or not np.array_equal(source.read(HEAD), source.read(table)):
         raise QuikError(
-            f"{source.where}: its configuration ties the head to the embeddings, but {_HEAD} and {table} differ; "
+            f"{source.where}: its configuration ties the head to the embeddings, but {HEAD} and {table} differ; "
             'set "tie_word_embeddings" to false in its config.json'
         )
 

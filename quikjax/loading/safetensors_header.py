@@ -13,6 +13,7 @@ import ml_dtypes
 import numpy as np
 
 from quikjax.errors import QuikError
+from quikjax.files import refuse_lfs_pointer
 
 _DTYPES: dict[str, np.dtype[Any]] = {
     "F64": np.dtype(np.float64),
@@ -52,6 +53,7 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
         size = path.stat().st_size
         with path.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
+            refuse_lfs_pointer(path)
             if size < 8 or length > size - 8:
                 raise QuikError(
                     f"{path} is truncated or not a safetensors file: it has {size} bytes, too few for its header; "

@@ -160,20 +160,3 @@ def _count_non_finite(array: np.ndarray) -> int:
     return sum(
         int(np.count_nonzero(~np.isfinite(flat[at : at + _CHECKED_AT_ONCE]))) for at in range(0, flat.size, _CHECKED_AT_ONCE)
     )
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file that must hold an object.
-
-    Raises:
-        QuikError: it cannot be read, is not JSON, or holds something else.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as problem:
-        raise QuikError(f"{path} cannot be read ({problem.strerror})") from None
-    except ValueError as problem:
-        raise QuikError(f"{path} is not valid JSON ({problem}); copy or download it again") from None
-    if not isinstance(content, dict):
-        raise QuikError(f"{path} holds a JSON {type(content).__name__} where an object is expected")
-    return content

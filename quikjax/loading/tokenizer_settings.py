@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from quikjax.errors import QuikError
-from quikjax.loading.source import read_json
+from quikjax.files import read_json
 
 ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 # Of the other fields, those that a wrapped tokenizer takes and that leave the tokens of a text alone.

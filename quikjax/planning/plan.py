@@ -14,12 +14,12 @@ import jax
 import jax.numpy as jnp
 
 from quikjax.errors import QuikError, did_you_mean
+from quikjax.files import read_json, user_path
 from quikjax.loading import Source, match
 from quikjax.loading.formats import ARTIFACT_FILE, open_found
 from quikjax.loading.resolve import DEMO_MODELS, Found, resolve
-from quikjax.loading.source import read_json
 from quikjax.models.base import CausalLM
-from quikjax.models.registry import abstract_model, dotted, pure_params
+from quikjax.models.registry import abstract_model, dotted, floating_dtype, pure_params
 from quikjax.pallas_kernels import devices
 from quikjax.pallas_kernels.choice import BackendError, Choice, Problem, choose
 from quikjax.pallas_kernels.devices import Device
@@ -199,12 +199,13 @@ def describe(model: str | Path) -> Described:
     Raises:
         QuikError: there is nothing of this name, it is an artifact of ours, or its files are damaged.
     """
-    path = Path(model).expanduser()
+    path = user_path(model)
     if path.suffix == ".json" and path.is_file():
         return Described(read_json(path), None)
     found = Found(path) if path.is_dir() and str(model) not in DEMO_MODELS else resolve(model, weights=False)
     if (found.path / ARTIFACT_FILE).is_file():
-        raise QuikError(f"{found.path} is quantized already; see what was done with: quikjax report {found.path}")
+        name = model if found.revision is not None else found.path
+        raise QuikError(f"{name} is quantized already; see what was done with: quikjax report {name}")
     config = found.path / "config.json"
     if config.is_file() and not any(True for pattern in _WEIGHTS for _ in found.path.glob(pattern)):
         return Described(read_json(config), None)
@@ -239,6 +240,7 @@ def make_plan(
     activation_bytes: int | None = None,
     device: Device = devices.CPU,
     memory_bytes: int,
+    context: int | None = None,
 ) -> Plan:
     """Plan the quantization of the model that `config` describes, and running the result.
 
@@ -251,13 +253,14 @@ def make_plan(
         samples, seqlen: calibration sequences and their length; 2048 or the model's context.
         activation_bytes: of host memory for activations; left out, a quarter of this machine's. What takes more is on disk.
         device, memory_bytes: where it runs, and what one such device holds.
+        context: longest text in tokens, in place of what the configuration declares.
 
     Raises:
         QuikError: the configuration is not one of a known model, or there is no such recipe. Everything else that is wrong is
             in the plan's `problems`, all at once.
     """
-    recipe, dtype = find_recipe(recipe), jnp.dtype(dtype)
-    model = abstract_model(config, dtype)
+    recipe, dtype = find_recipe(recipe), floating_dtype(dtype)
+    model = abstract_model(config, dtype, context=context)
     context = model.config.context_length
     length = min(2048, context) if length is None else length
     seqlen = min(2048, context) if seqlen is None else seqlen

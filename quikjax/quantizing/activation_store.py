@@ -87,7 +87,7 @@ class ActivationStore(Activations):
         for index, batch in enumerate(batches):
             written.append(self._write(target / f"{index}.npy", batch, sync=True))
             sums.append([str(batch.dtype), _digest(batch)])
-        with self._disk_errors(), open(target / "sums.json", "w") as text:
+        with self._disk_errors(), open(target / "sums.json", "w", encoding="utf-8") as text:
             json.dump(sums, text)
             text.flush()
             os.fsync(text.fileno())
@@ -120,7 +120,9 @@ class ActivationStore(Activations):
         """
         directory = self.directory / step
         try:
-            sums = [(np.dtype(dtype), digest) for dtype, digest in json.loads((directory / "sums.json").read_text())]
+            sums = [
+                (np.dtype(dtype), digest) for dtype, digest in json.loads((directory / "sums.json").read_text(encoding="utf-8"))
+            ]
         except (OSError, ValueError, TypeError):
             raise QuikError(f"the activations in {directory} cannot be read; begin again with --restart") from None
         batches: list[Batch] = []

@@ -24,11 +24,14 @@ from jaxtyping import Int32
 
 from quikjax.checkpoint import REST, Writer
 from quikjax.checkpoint.manifest import to_json
+from quikjax.checkpoint.output import LOG, beside, real_path, refuse_existing
 from quikjax.errors import QuikError, resumable
+from quikjax.files import described
 from quikjax.loading import load_params, open_source, verify
 from quikjax.loading.source import Source
 from quikjax.models.base import CausalLM
-from quikjax.models.registry import abstract_model, dotted, nested, pure_params
+from quikjax.models.registry import abstract_model, dotted, floating_dtype, nested, pure_params
+from quikjax.models.tokens import checked_tokens
 from quikjax.quantizing import memory
 from quikjax.quantizing.activation_store import ActivationStore, Batch
 from quikjax.quantizing.layer_log import LayerLog
@@ -78,12 +81,13 @@ def quantize_checkpoint(
     activation_bytes: int | None = None,
     provenance: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
+    context: int | None = None,
 ) -> QuantizedCheckpoint:
     """Quantize a published checkpoint into the artifact `out`.
 
     Args:
         model: what `open_source` takes, or an opened source.
-        out: a directory that does not exist, or an artifact with `force`.
+        out: a directory that does not exist or is empty, or an artifact with `force`.
         recipe: what to do, or a recipe's name.
         calibration: given the model's tokenizer, the calibration tokens; may be `None` for a recipe that needs none.
         dtype: of activations in calibration and of what stays unquantized.
@@ -92,6 +96,7 @@ def quantize_checkpoint(
         activation_bytes: of host memory for activations, as `memory.activation_bytes` counts them; left out, a quarter of the
             machine's. What takes more is on disk. The result is the same to the bit, also when a run with another budget goes on.
         provenance: more to record beside the fingerprints of source and tokens.
+        context: longest calibration sequence, in place of what the model declares, which is what the artifact keeps.
 
     Raises:
         QuikError: anything wrong with the source, the tokens, the recipe, the budget or the disk. Finished blocks stay for
@@ -100,12 +105,12 @@ def quantize_checkpoint(
     started = time.perf_counter()
     recipe = find_recipe(recipe)
     progress = progress or NoProgress()
-    target = Path(os.path.realpath(out))
+    dtype, target = floating_dtype(dtype), real_path(out)
     refuse_existing(target, force=force)
     source = model if isinstance(model, Source) else open_source(model)
-    abstract = abstract_model(source.config, dtype)
-    verify(source, abstract)
+    abstract = abstract_model(source.config, dtype, context=context)
     check_recipe(recipe, abstract)
+    verify(source, abstract)
     tokenizer = source.tokenizer()
     # Needed only at the end, but a damaged file must be said before the work.
     source.stops(tokenizer)
@@ -116,9 +121,10 @@ def quantize_checkpoint(
             raise QuikError(f'recipe "{recipe.name}" needs calibration text')
         if tokenizer is None:
             raise QuikError("this checkpoint has no tokenizer, so no text can calibrate it; put its tokenizer.json beside it")
-        tokens = calibration(tokenizer)
-        _check_tokens(tokens, abstract)
-    work = target.with_name(target.name + ".work")
+        if not callable(calibration):
+            raise QuikError(f"calibration is a function from a tokenizer to tokens, not {described(calibration)}")
+        tokens = checked_tokens(calibration(tokenizer), abstract.config, "the calibration text (--seqlen)")
+    work = beside(target, "work")
     budget = memory.default_activation_bytes() if activation_bytes is None else activation_bytes
     spill = tokens is not None and _spills(abstract, recipe, tokens, dtype, budget)
     known = {
@@ -140,7 +146,7 @@ def quantize_checkpoint(
         if anew:
             shutil.rmtree(work, ignore_errors=True)
         store = ActivationStore(work / "activations", spill=spill)
-        log = LayerLog(target.with_name(target.name + ".log.jsonl"), anew=anew)
+        log = LayerLog(writer.partial / LOG, anew=anew)
         rows = _convert_blocks(source, abstract, recipe, tokens, dtype, writer, work, store, log, progress)
         fingerprint = writer.finish(
             tokenizer=source.tokenizer_files() or tokenizer, generation_config=generation_config, report=rows
@@ -149,25 +155,26 @@ def quantize_checkpoint(
     return QuantizedCheckpoint(fingerprint, rows, time.perf_counter() - started)
 
 
-def refuse_existing(target: Path, *, force: bool) -> None:
-    """Say at once, before anything is read, that an output directory is taken.
-
-    Raises:
-        QuikError: it exists and is not to be replaced.
-    """
-    if target.exists() and not force:
-        raise QuikError(f"{target} exists; choose another directory, or replace it with --force")
-
-
 def check_recipe(recipe: Recipe, model: CausalLM) -> None:
     """Hold every layer against the recipe before any work.
 
     Raises:
-        QuikError: a recipe with rules matches no layer of this model.
+        QuikError: a recipe with rules matches no layer of this model, or wants as many outliers as a layer has columns.
     """
     paths = dotted(pure_params(model))
     if recipe.rules and not any(recipe.rule_for(path) for path in paths):
         raise QuikError(f'recipe "{recipe.name}" matches no layer of this model; its rules name other paths')
+    inside = ".".join(model.block_path) + "."
+    for path, leaf in paths.items():
+        rule = recipe.rule_for(path)
+        if rule is None or len(leaf.shape) != 2 or not path.startswith(inside):
+            continue
+        wanted = rule.wanted_outliers(leaf.shape[1], model.config.hidden_size)
+        if wanted >= leaf.shape[1]:
+            raise QuikError(
+                f'recipe "{recipe.name}" wants {wanted} outlier columns of {path}, which has {leaf.shape[1]}, so that none '
+                "is left to quantize; use fewer outliers"
+            )
 
 
 def expected_bytes(model: CausalLM, recipe: Recipe) -> int:
@@ -181,14 +188,6 @@ def expected_bytes(model: CausalLM, recipe: Recipe) -> int:
         k = leaf.shape[1]
         total += abstract_weight(rule, leaf.shape, k - rule.outlier_count(k, model.config.hidden_size)).bits() // 8
     return total + (8 << 20)
-
-
-def _check_tokens(tokens: Int32[np.ndarray, "samples length"], model: CausalLM) -> None:
-    config = model.config
-    if tokens.shape[1] > config.context_length:
-        raise QuikError(f"--seqlen {tokens.shape[1]} exceeds the model's context of {config.context_length} tokens")
-    if tokens.min() < 0 or tokens.max() >= config.vocab_size:
-        raise QuikError(f"a calibration token is outside the model's vocabulary of {config.vocab_size}; is this its tokenizer?")
 
 
 def _spills(model: CausalLM, recipe: Recipe, tokens: Int32[np.ndarray, "samples length"], dtype: Any, budget: int) -> bool:
@@ -289,7 +288,7 @@ def _write_rows(work: Path, name: str, rows: list[dict[str, Any]]) -> None:
     directory = work / "report"
     with resumable(f"cannot write {work}"):
         directory.mkdir(parents=True, exist_ok=True)
-        with open(directory / f"{name}.json", "w") as file:
+        with open(directory / f"{name}.json", "w", encoding="utf-8") as file:
             json.dump(rows, file)
             file.flush()
             os.fsync(file.fileno())
@@ -297,6 +296,6 @@ def _write_rows(work: Path, name: str, rows: list[dict[str, Any]]) -> None:
 
 def _read_rows(work: Path, name: str) -> list[dict[str, Any]]:
     try:
-        return list(json.loads((work / "report" / f"{name}.json").read_text()))
+        return list(json.loads((work / "report" / f"{name}.json").read_text(encoding="utf-8")))
     except (OSError, ValueError):
         raise QuikError(f"the report of {name} in {work} cannot be read; begin again with --restart") from None

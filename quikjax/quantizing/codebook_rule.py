@@ -87,9 +87,13 @@ class CodebookRule(BaseModel):
 
     def outlier_count(self, inputs: int, hidden_size: int | None = None) -> int:
         """`ceil(proxy * inputs)` columns in 16 bits, of a layer whose producing layer is known."""
+        return min(self.wanted_outliers(inputs, hidden_size), inputs)
+
+    def wanted_outliers(self, inputs: int, hidden_size: int | None = None) -> int:
+        """`outlier_count`: a share of the columns never exceeds them."""
         del hidden_size
         # A product such as 0.1 * 30 lies a little above the whole number that is meant.
-        return min(math.ceil(round(self.proxy * inputs, 6)), inputs)
+        return math.ceil(round(self.proxy * inputs, 6))
 
 
 def wants_proxies(rules: Iterable[Any]) -> bool:

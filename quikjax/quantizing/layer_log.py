@@ -5,18 +5,19 @@ One JSON object per line:
 {"run": "2026-01-31T12:00:00+00:00", "finished_blocks": 2, "blocks": 32}    a run begins, or goes on after so many blocks
 {"path": "model.layers.2.self_attn.q_proj.weight", "bytes": 8454144, "seconds": 1.8, ...}    a layer is quantized
 
-It is no part of the artifact, which has no times in it: the same inputs give the same bytes.
+It lies in the artifact, OUT/log.jsonl (until that is whole, OUT.partial/log.jsonl), but the manifest does not list it: what that
+lists has no times in it, so that the same inputs give the same bytes.
 """
 
 import contextlib
 import datetime
 import json
-import math
 import os
 from pathlib import Path
 from typing import Any
 
 from quikjax.errors import resumable
+from quikjax.files import finite
 from quikjax.quantizing.params import LayerResult
 
 
@@ -49,11 +50,8 @@ class LayerLog:
         self._append({**layer.as_json(), "bytes": size, "seconds": round(seconds, 3)})
 
     def _append(self, record: dict[str, Any]) -> None:
-        finite = {
-            name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in record.items()
-        }
         with self._disk_errors(), open(self.path, "a", encoding="utf-8", newline="\n") as file:
-            file.write(json.dumps(finite, allow_nan=False) + "\n")
+            file.write(json.dumps(finite(record), allow_nan=False) + "\n")
 
     def _disk_errors(self) -> contextlib.AbstractContextManager[None]:
         return resumable(f"cannot write {self.path}")

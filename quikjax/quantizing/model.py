@@ -14,11 +14,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from quikjax.errors import QuikError
+from quikjax.files import described
 from quikjax.models.base import Block, CausalLM, Positions, default_positions
 from quikjax.models.registry import dotted, nested, pure_params
+from quikjax.models.tokens import checked_model, checked_tokens
 from quikjax.quantizing.activation_store import Activations, Batch, read
 from quikjax.quantizing.codebook_rule import wants_proxies
 from quikjax.quantizing.params import LayerResult, OnLayer, quantize_block
@@ -49,7 +51,7 @@ class QuantizedBlock:
 def quantize_model(
     model: CausalLM,
     recipe: Recipe | str,
-    batches: Iterable[Int[Array | np.ndarray, "batch length"]],
+    batches: Iterable[Any],
     *,
     on_layer: OnLayer | None = None,
 ) -> dict[str, Any]:
@@ -58,16 +60,17 @@ def quantize_model(
     Args:
         model: any of our models, dense.
         recipe: what to do, or a recipe's name; one that needs no data ignores `batches`.
-        batches: calibration tokens, `[batch, length]` each, without padding.
+        batches: calibration tokens, whole numbers `[batch, length]` each, without padding.
         on_layer: called with each layer's `LayerResult` as it is done.
 
     Returns:
         The parameters as nested dictionaries with packed weights, for `nnx.merge(nnx.split(model)[0], ...)`.
 
     Raises:
-        QuikError: there is nothing to calibrate on, or weights or activations are not finite.
+        QuikError: there is nothing to calibrate on, `batches` are not what `embed_batches` takes, or weights or activations are
+            not finite.
     """
-    recipe = find_recipe(recipe)
+    recipe, model = find_recipe(recipe), checked_model(model)
     params = dotted(pure_params(model))
     prefix = ".".join(model.block_path) + "."
 
@@ -83,16 +86,14 @@ def quantize_model(
     return nested({path: result[path] for path in params})
 
 
-def calibrate(
-    graphdef: nnx.GraphDef[CausalLM], params: Mapping[str, Any], batches: Iterable[Int[Array | np.ndarray, "batch length"]]
-) -> dict[str, LayerStats]:
+def calibrate(graphdef: nnx.GraphDef[CausalLM], params: Mapping[str, Any], batches: Iterable[Any]) -> dict[str, LayerStats]:
     """Statistics of every layer's input in the *unquantized* model, by dotted path, for `quantize_params`.
 
     Layers that read the same tensor share one `LayerStats`. Holds one Hessian per group of layers: use `quantize_model` for
     models whose Hessians do not fit.
 
     Raises:
-        QuikError: `batches` is empty, or a sequence longer than the model's context.
+        QuikError: `batches` are not what `embed_batches` takes.
     """
     model = nnx.merge(graphdef, params)
     hidden: list[Batch] = list(embed_batches(model, batches))
@@ -109,19 +110,18 @@ def calibrate(
     return stats
 
 
-def embed_batches(model: CausalLM, batches: Iterable[Int[Array | np.ndarray, "batch length"]]) -> Iterator[np.ndarray]:
+def embed_batches(model: CausalLM, batches: Iterable[Any]) -> Iterator[np.ndarray]:
     """The hidden states that enter the first block, one host array after the other. Only the embedding's weights are read.
 
     Raises:
-        QuikError: there are no tokens, or more in a row than the model's context.
+        QuikError: there are no tokens, more in a row than the model's context, some outside its vocabulary, or a batch is no
+            array `[batch, length]` of whole numbers.
     """
-    limit, seen = model.config.context_length, 0
+    if isinstance(batches, str | bytes | Mapping) or not isinstance(batches, Iterable):
+        raise QuikError(f"calibration takes a list of batches of token ids, [batch, length] each, not {described(batches)}")
+    seen = 0
     for ids in batches:
-        if ids.shape[1] > limit:
-            raise QuikError(
-                f"a calibration sequence has {ids.shape[1]} tokens, the model's context is {limit}; use a smaller seqlen"
-            )
-        tokens = jnp.asarray(ids)
+        tokens = jnp.asarray(checked_tokens(ids, model.config, "a calibration batch"))
         seen += tokens.size
         yield np.asarray(model.embed(tokens, default_positions(tokens)))
     if not seen:

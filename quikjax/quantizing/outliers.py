@@ -22,7 +22,9 @@ Order = Literal["hessian", "activation"]
 def count_outliers(
     outliers: int | float | Literal["auto"], inputs: int, hidden_size: int | None = None, *, scaled: bool = False
 ) -> int:
-    """Count the outliers among `inputs` columns in a model of width `hidden_size` (left out: the layer's own width).
+    """Count the outliers that a layer of `inputs` columns should have in a model of width `hidden_size` (left out: its own).
+
+    That may be more than there are columns: callers refuse it, or take them all.
 
     Args:
         outliers: for a layer as wide as the hidden state: a count, a fraction of it, or "auto": the paper's 256 from a width of
@@ -38,7 +40,7 @@ def count_outliers(
         count = int(outliers)
     if scaled:
         count = round(count * inputs / hidden)
-    return min(count, inputs)
+    return count
 
 
 def has_outliers(path: str, stats: LayerStats, threshold: float) -> bool:

@@ -243,10 +243,13 @@ class _Inputs:
     def count(self, path: str, rule: Rule, stats: LayerStats) -> int:
         """Count the outliers of a layer."""
         threshold = rule.zero_threshold * (2 if rule.weight_bits == 8 else 1)
-        wanted = rule.outlier_count(stats.absmax.shape[0], self._hidden_size)
+        k = stats.absmax.shape[0]
+        wanted = rule.wanted_outliers(k, self._hidden_size)
         known = (id(stats), threshold, wanted)
         if known not in self._counts:
             self._counts[known] = wanted if choosing.has_outliers(path, stats, threshold) else 0
+        if self._counts[known] > k:
+            raise QuikError(f"{path} has {k} input columns, fewer than the {wanted} outliers that the recipe wants; use fewer")
         return self._counts[known]
 
     def columns(self, path: str, rule: Rule, stats: LayerStats) -> Int32[Array, " k"]:

@@ -4,6 +4,7 @@ A recipe is an ordered list of rules; the first whose pattern is found in a para
 rule matches stays as it is. Recipes are data: they serialize to JSON and travel with an artifact.
 """
 
+import os
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -12,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, Validatio
 
 from quikjax.algorithms.codebooks import DataType
 from quikjax.errors import QuikError, did_you_mean
+from quikjax.files import described, read_text, user_path
 from quikjax.pallas_kernels.reference import checked_level_clip
 from quikjax.quantizing.codebook_rule import CodebookRule, is_codebook
 from quikjax.quantizing.outliers import Order, Score, count_outliers
@@ -87,7 +89,11 @@ class Rule(BaseModel):
         return self.method == "gptq" or self.outliers != 0 or self.level_clip == "search"
 
     def outlier_count(self, inputs: int, hidden_size: int | None) -> int:
-        """Count the outliers among `inputs` columns in a model of width `hidden_size` (`outliers.count_outliers`)."""
+        """Count the outliers among `inputs` columns in a model of width `hidden_size`, at most all of them."""
+        return min(self.wanted_outliers(inputs, hidden_size), inputs)
+
+    def wanted_outliers(self, inputs: int, hidden_size: int | None) -> int:
+        """`outlier_count`, also where that is more than there are columns (`outliers.count_outliers`)."""
         return count_outliers(self.outliers, inputs, hidden_size, scaled=self.scale_outliers)
 
     def packed_bits(self, outputs: int, inputs: int, hidden_size: int | None) -> int:
@@ -218,23 +224,24 @@ RECIPES: dict[str, Recipe] = {
 
 
 def find_recipe(name: str | Path | Recipe) -> Recipe:
-    """A recipe by its name, from a JSON file (a name that ends in `.json`), or as it is.
+    """A recipe by its name, from a JSON file (a path, or a name that ends in `.json`), or as it is.
 
     Raises:
         QuikError: no recipe has that name, or the file is not a recipe.
     """
     if isinstance(name, Recipe):
         return name
-    if str(name).endswith(".json"):
+    if not isinstance(name, str | os.PathLike):
+        raise QuikError(f"a recipe is expected, or the name of one ({', '.join(RECIPES)}), not {described(name)}")
+    if isinstance(name, os.PathLike) or name.endswith(".json"):
+        path = user_path(name)
         try:
-            return Recipe.model_validate_json(Path(name).read_text())
-        except OSError as error:
-            raise QuikError(f"cannot read the recipe {name}: {error.strerror}") from None
+            return Recipe.model_validate_json(read_text(path))
         except ValidationError as error:
             first = error.errors()[0]
             # Which kind of rule it was taken for is no part of the file's own path.
             where = ".".join(str(part) for part in first["loc"] if part not in ("quik", "codebook"))
-            raise QuikError(f"{name} is not a recipe: {where}: {first['msg']}") from None
+            raise QuikError(f"{path} is not a recipe: {where}: {first['msg']}") from None
     if name not in RECIPES:
-        raise QuikError(f'there is no recipe "{name}"; {did_you_mean(str(name), RECIPES)}')
-    return RECIPES[str(name)]
+        raise QuikError(f'there is no recipe "{name}"; {did_you_mean(name, RECIPES)}, or a .json file')
+    return RECIPES[name]

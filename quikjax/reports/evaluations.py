@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from quikjax.errors import QuikError
+from quikjax.files import finite
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,7 +55,7 @@ def add_evaluation(artifact: str | os.PathLike[str], record: EvaluationRecord) -
         QuikError: the file cannot be written.
     """
     path = evaluations_file(artifact)
-    line = json.dumps(dataclasses.asdict(record), sort_keys=True, allow_nan=False) + "\n"
+    line = json.dumps(finite(dataclasses.asdict(record)), sort_keys=True, allow_nan=False) + "\n"
     try:
         with path.open("a", encoding="utf-8") as file:
             file.write(line)

@@ -74,9 +74,9 @@ def read_page(artifact: str | Path) -> Page:
         QuikError: there is no artifact, or it is damaged.
     """
     report = read_report(artifact)
-    reader = Reader(artifact)
+    reader = Reader(report.path)
     codes, outliers = codes_use(reader)
-    return Page(report, codes, outliers, read_evaluations(artifact, report.fingerprint), reproduction(reader))
+    return Page(report, codes, outliers, read_evaluations(report.path, report.fingerprint), reproduction(reader))
 
 
 def write_page(page: Page, html: str | Path) -> None:

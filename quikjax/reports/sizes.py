@@ -2,8 +2,9 @@
 
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
+
+from quikjax.checkpoint import Reader
 
 
 class LayerSizes(NamedTuple):
@@ -40,5 +41,5 @@ def sizes_of_layers(report: Sequence[Mapping[str, Any]]) -> LayerSizes:
 
 
 def size_of_artifact(path: str | os.PathLike[str]) -> int:
-    """Bytes of all files below a directory."""
-    return sum(file.stat().st_size for file in Path(path).rglob("*") if file.is_file())
+    """Bytes of all files of an artifact, as its manifest lists them."""
+    return Reader(path, verify=False).disk_bytes

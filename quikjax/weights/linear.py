@@ -1,5 +1,6 @@
 """One linear layer for every kind of weight, dispatched on the leaf's type."""
 
+import abc
 import dataclasses
 import functools
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from quikjax.pallas_kernels import api
 from quikjax.weights.codebook import CodebookWeight
 from quikjax.weights.formats import PackedWeight, Weight
 from quikjax.weights.quik import QuikWeight
+from quikjax.weights.tiled import TiledWeight, packed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,8 +33,31 @@ class Produced:
         return self.producer(*self.inputs, *self.parameters)
 
 
+# The name (`jax.ad_checkpoint.checkpoint_name`) of what a block computes dearly, for those who differentiate it and choose what
+# is kept for the way back: the products of layers in training, and what attention mixes.
+KEPT = "kept"
+
+
+class Trained(abc.ABC):
+    """A weight in training: a pytree node in the place of a kernel that multiplies by itself, differentiably.
+
+    `group`: a name shared by layers that read the same tensor and prepare it once, or `None`.
+    """
+
+    group: str | None
+
+    @abc.abstractmethod
+    def products(
+        self, x: Float[Array, "*batch k"], weights: "Sequence[Any]", biases: Sequence[Float[Array, " _"] | None]
+    ) -> list[Float[Array, "*batch _"]]:
+        """`x W^T + bias` for each of `weights`, which share this one's class and group (it is the first), in the dtype of `x`."""
+
+
 def linear(
-    x: Float[Array, "..."] | Produced, weight: Weight, bias: Float[Array, "..."] | None = None, backend: str | None = None
+    x: Float[Array, "..."] | Produced,
+    weight: Weight | TiledWeight | Trained,
+    bias: Float[Array, "..."] | None = None,
+    backend: str | None = None,
 ) -> Float[Array, "..."]:
     """`y = x W^T + bias`, in the dtype of `x`.
 
@@ -49,7 +74,7 @@ def linear(
 
 def linears(
     x: Float[Array, "..."] | Produced,
-    weights: Sequence[Weight],
+    weights: Sequence[Weight | TiledWeight | Trained],
     biases: Sequence[Float[Array, "..."] | None],
     backend: str | None = None,
 ) -> list[Float[Array, "..."]]:
@@ -58,23 +83,30 @@ def linears(
     made = functools.cache(produced.value)  # once, however many dense layers read it
     results: dict[int, Float[Array, "..."]] = {}
     groups: dict[Any, list[int]] = {}
+    trained: dict[Any, list[int]] = {}
     for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
-        if isinstance(weight, QuikWeight):
+        if isinstance(weight, Trained):
+            trained.setdefault((type(weight), weight.group if weight.group is not None else i), []).append(i)
+        elif isinstance(weight, QuikWeight | TiledWeight):
             shared = weight.group if weight.group is not None else ("alone", i)
             groups.setdefault((shared, weight.base, weight.activation_bits, weight.level_clip, weight.in_shape), []).append(i)
         elif isinstance(weight, CodebookWeight):
             results[i] = _codebook(made(), weight, bias, backend)
         else:
             results[i] = _dense(made(), weight, bias)
+    for members in trained.values():
+        first: Any = weights[members[0]]
+        products = first.products(made(), [weights[i] for i in members], [biases[i] for i in members])
+        results.update(zip(members, products, strict=True))
     for members in groups.values():
-        quantized = [weight for i in members if isinstance(weight := weights[i], QuikWeight)]
+        quantized = [weight for i in members if isinstance(weight := weights[i], QuikWeight | TiledWeight)]
         for i, y in zip(members, _quik(produced, quantized, [biases[i] for i in members], backend), strict=True):
             results[i] = y
     return [results[i] for i in range(len(weights))]
 
 
 def explain(
-    weight: PackedWeight, rows: int, dtype: Any, backend: str | None = None, device: api.Device | None = None
+    weight: PackedWeight | TiledWeight, rows: int, dtype: Any, backend: str | None = None, device: api.Device | None = None
 ) -> api.Choice:
     """Name the backend that multiplies `rows` tokens of `dtype` by a packed weight on this device (or another), and say why.
 
@@ -85,7 +117,7 @@ def explain(
     """
     if isinstance(weight, CodebookWeight):
         return dequantized_choice(backend)
-    return api.explain(rows, _packed(weight), weight.activation_bits, dtype, backend=backend, device=device)
+    return api.explain(rows, packed(weight), weight.activation_bits, dtype, backend=backend, device=device)
 
 
 def dequantized_choice(backend: str | None = None) -> api.Choice:
@@ -98,42 +130,6 @@ def dequantized_choice(backend: str | None = None) -> api.Choice:
     if backend is not None and backend != "xla":
         raise api.BackendError(f"{backend} cannot run codebook weights: {refused.get(backend, 'there is no such backend')}")
     return api.Choice("xla", "codebook weights are dequantized and multiplied by XLA", refused)
-
-
-def tile_params(params: Any) -> Any:
-    """A parameter tree whose packed weights are padded to the kernels' tiles, once: the same numbers, nothing to pad per call.
-
-    For running on a GPU. Save and validate the tree before, not after: files hold weights without padding.
-    """
-
-    def tile(leaf: Any) -> Any:
-        if not isinstance(leaf, QuikWeight):
-            return leaf
-        tiled = api.to_tiles(_packed(leaf))
-        return dataclasses.replace(
-            leaf,
-            qweight=tiled.qweight,
-            scale=tiled.scale,
-            reduced=tiled.reduced,
-            outliers=tiled.outliers,
-            columns=tiled.columns,
-        )
-
-    return jax.tree.map(tile, params, is_leaf=lambda leaf: isinstance(leaf, QuikWeight))
-
-
-def _packed(weight: QuikWeight) -> api.Packed:
-    return api.Packed(
-        qweight=weight.qweight,
-        scale=weight.scale,
-        reduced=weight.reduced,
-        outliers=weight.outliers,
-        columns=weight.columns,
-        base=weight.base,
-        inputs=weight.inputs,
-        outputs=weight.outputs,
-        level_clip=weight.level_clip,
-    )
 
 
 def _product(x: Float[Array, "*batch k"], weight: Float[Array, "n k"]) -> Float[Array, "*batch n"]:
@@ -188,7 +184,7 @@ def _batch_shape(shape: tuple[int, ...], in_shape: tuple[int, ...]) -> tuple[int
 
 def _quik(
     x: Produced,
-    weights: Sequence[QuikWeight],
+    weights: Sequence[QuikWeight | TiledWeight],
     biases: Sequence[Float[Array, "..."] | None],
     backend: str | None,
 ) -> list[Float[Array, "..."]]:
@@ -196,7 +192,7 @@ def _quik(
     batch = _batch_shape(x.inputs[0].shape, first.in_shape)
     results = api.linears(
         tuple(tensor.reshape(*batch, first.inputs) for tensor in x.inputs),
-        [_packed(weight) for weight in weights],
+        [packed(weight) for weight in weights],
         [None if bias is None else bias.reshape(-1) for bias in biases],
         first.activation_bits,
         producer=x.producer,

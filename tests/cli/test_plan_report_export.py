@@ -211,6 +211,7 @@ def test_an_export_that_cannot_be_leaves_nothing(artifact: Path, tmp_path: Path)
         return str(caught.value)
 
     (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "mine").write_text("mine")
     assert "exists; choose another directory" in refused(tmp_path / "there")
     (tmp_path / "x.exporting").mkdir()
     (tmp_path / "x.exporting" / "letters.txt").write_text("mine")

@@ -25,7 +25,7 @@ def artifact(quikjax_command: Run, tiny_checkpoint: Path, tmp_path_factory: pyte
         "calibration  4 x 64 tokens of pydoc_data.topics (the other three of four topics)"
     ]
     assert "activations  in memory up to 0.3 MB, beyond that on disk" in lines
-    assert len(out.with_name("quik-4b.log.jsonl").read_text().splitlines()) == 1 + 21
+    assert len((out / "log.jsonl").read_text().splitlines()) == 1 + 21
     assert sum("dB" in line for line in lines) == 21
     assert any("W8A8" in line and "down_proj" in line for line in lines)
     return out

@@ -117,6 +117,16 @@ def test_progress_is_told_after_every_batch(models: tuple[CausalLM, CausalLM]) -
     assert told[-1][2] == pytest.approx(result.perplexity)
 
 
+def test_a_perplexity_beyond_all_numbers_is_infinite_and_warns_of_nothing() -> None:
+    """Warnings are errors here. A single prediction has no standard error."""
+    model = tiny_model()
+    table = model.model.embed_tokens.weight  # type: ignore[attr-defined]
+    table.set_value(table.get_value() * 1e4)
+    result = evaluate(model, np.random.default_rng(0).integers(0, 256, (2, 20)).astype(np.int32))
+    assert result.perplexity == float("inf")
+    assert np.isnan(evaluate(tiny_model(), [[1, 2]]).stderr)
+
+
 def test_windows_do_not_overlap_and_say_what_is_missing() -> None:
     np.testing.assert_array_equal(windows(np.arange(11), 3), [[0, 1, 2], [3, 4, 5], [6, 7, 8]])
     np.testing.assert_array_equal(windows(np.arange(11), 3, 2), [[0, 1, 2], [3, 4, 5]])

@@ -31,7 +31,7 @@ GPUS = {
 
 
 def missing() -> str | None:
-    """Why nothing can be compiled here, or None."""
+    """The reason why nothing can be compiled here, or None."""
     if importlib.util.find_spec("jax_plugins") is None or importlib.util.find_spec("jax_plugins.xla_cuda12") is None:
         return "the CUDA plugin wheels are not installed (make test installs them)"
     return None
@@ -76,7 +76,7 @@ def on(gpu: str) -> jax.sharding.NamedSharding:
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """What the compiler printed: PTX of the Mosaic kernels and ptxas's report.
+    """The compiler's own output: PTX of the Mosaic kernels and ptxas's report.
 
     A kernel that this process has compiled before comes out of a cache and prints nothing: `log` has only what is new.
     """
@@ -103,7 +103,7 @@ class Compiled:
         return sum(int(n) for n in re.findall(r"(\d+) bytes spill", self.log))
 
     def complaints(self, exact_division: bool = True) -> list[str]:
-        """What no kernel of ours may have: spills, local memory, serialized WGMMA, emulated s4 products, flushed denormals.
+        """List what no kernel of ours may have: spills, local memory, serialized WGMMA, emulated s4 products, flushed denormals.
 
         `exact_division=False` allows the approximate division that SiLU is lowered to.
         """

@@ -24,7 +24,7 @@ def _extra() -> list[LinearSpec]:
 
 
 def _problems(spec: LinearSpec, key: tuple[Any, ...], function: Any, shapes: tuple[Any, ...]) -> list[str]:
-    """What is wrong with one kernel, nothing if it is as it should be."""
+    """List what is wrong with one kernel, nothing if it is as it should be."""
     try:
         compiled = absent_gpu.compile_for("h100", function, *shapes)
     except Exception as failure:

@@ -64,14 +64,14 @@ def _layer(inputs: Any, packed: Any, bias: Any, parameters: Any, *, bits: int, p
 
 
 def has_split_kernel(spec: LinearSpec, rows: int) -> bool:
-    """Whether a kernel splits for the layer. Weight-only layers quantize nothing; one layer is too wide, and XLA splits it."""
+    """Tell whether a kernel splits for the layer. Weight-only ones quantize nothing; one layer is too wide: XLA splits it."""
     dtype = jnp.int4 if spec.weight_bits == 4 else jnp.int8
     wanted = (rows, spec.inputs, spec.outputs, spec.base, dtype, spec.bits, jnp.bfloat16, jnp.bfloat16, spec.producer)
     return spec.bits < 16 and choice.why_not_mosaic_split(choice.Problem(*wanted), H100) is None
 
 
 def split_kernel(spec: LinearSpec, rows: int) -> tuple[tuple[Any, ...], Callable[..., Any], tuple[Any, ...]]:
-    """The split of a layer alone: what tells it from other splits, the function, the shapes of its arguments in tile form."""
+    """The split of a layer alone: a key that tells it from others, the function, the shapes of its arguments in tile form."""
     s = jax.ShapeDtypeStruct
     shape = (rows, spec.inputs)
     columns = layout.round_up(spec.base, layout.COLUMN_TILE) + layout.round_up(spec.outliers, layout.COLUMN_TILE)
@@ -96,7 +96,7 @@ def product_kernel(spec: LinearSpec, rows: int) -> tuple[tuple[Any, ...], Callab
     kept = s((rows, outliers), jnp.bfloat16) if spec.outliers else None
 
     def function(tokens: Any, scale: Any, zero: Any, kept: Any, packed: Any, bias: Any) -> Any:
-        split = mosaic_layer.TileSplit(tokens, scale, zero, kept)
+        split = layout.TileSplit(tokens, scale, zero, kept)
         return mosaic_layer.product(split, rows, packed, bias, spec.bits, jnp.bfloat16, H100)
 
     # The kernel knows the padded widths only: 1 and 36 outliers of 4096 are one kernel.

@@ -109,6 +109,12 @@ def run_case(case, emit):
         raise ValueError("no")
     if case == "dies":
         os.abort()
+    if case == "busy":
+        for _ in range(4):
+            time.sleep(1)
+            isolated.progress("a program compiled")
+    if case == "environment":
+        emit({{"name": os.environ["XLA_FLAGS"]}})
     emit({{"name": case, "given": 3}})
     if case == "hangs":
         time.sleep(60)
@@ -129,6 +135,43 @@ def test_a_case_that_fails_costs_only_itself() -> None:
     assert reasons[2] == "the process was ended by SIGABRT"
     assert "hangs" in str(reasons[5]), "what it had measured is kept, and that it hung is said"
     assert [reasons[i] for i in (1, 3, 4, 6)] == [None] * 4
+
+
+def test_a_child_that_is_busy_and_says_so_is_not_taken_to_hang(capfd: pytest.CaptureFixture[str]) -> None:
+    isolated = module("isolated")
+    command = [sys.executable, "-c", CHILD.format(folder=str(BENCHMARKS))]
+    rows: list[dict[str, Any]] = []
+    isolated.run(command, ["busy"], {}, rows.append, patience=3, deadline=time.monotonic() + 60)
+    assert rows == [{"name": "busy", "given": 3}]
+    assert capfd.readouterr().err.count("a program compiled") == 4
+
+
+def test_what_reads_the_device_clock_launches_no_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """XLA's sources call the two together memory corruption. The host's clock keeps graphs, as a model would run."""
+    timing, sections, isolated = module("gpu_timing"), module("gpu_sections"), module("isolated")
+    assert set(sections.WITH_GRAPHS) == {"model", "torch"}
+    monkeypatch.setenv("XLA_FLAGS", "--xla_dump_to=x")
+    flags = timing.without_graphs(os.environ["XLA_FLAGS"])
+    rows: list[dict[str, Any]] = []
+    command = [sys.executable, "-c", CHILD.format(folder=str(BENCHMARKS))]
+    soon = time.monotonic() + 60
+    isolated.run(command, ["environment"], {}, rows.append, patience=30, deadline=soon, environment=flags)
+    assert rows[0]["name"] == "--xla_dump_to=x --xla_gpu_enable_command_buffer="
+    # A flag that XLA does not know ends the process.
+    done = subprocess.run([sys.executable, "-c", "import jax; jax.devices()"], env={**os.environ, **timing.without_graphs("")})
+    assert done.returncode == 0
+
+
+def test_every_compiled_program_is_told() -> None:
+    told: list[str] = []
+    jobs = [(lambda x: x + 1, (jnp.ones(3),), ()), (lambda x: x.nothing, (jnp.ones(3),), ())]
+    good, bad = module("gpu_timing").compile_all(jobs, 1, told.append)
+    assert isinstance(bad, AttributeError)
+    assert not isinstance(good, Exception)
+    assert [text.split(",")[0] for text in told] == [
+        *("lowering of a program done", "lowering of a program failed: AttributeError"),
+        *("compilation of a program done", "compilation of a program failed: AttributeError"),
+    ]
 
 
 def test_no_time_left_is_said_for_every_case() -> None:

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from quikjax.pallas_kernels import api
-from quikjax.pallas_kernels.devices import H100
-from quikjax.weights.linear import Produced, explain, linear, linears, tile_params
+from quikjax.pallas_kernels.devices import A100, H100
+from quikjax.weights.linear import Produced, explain, linear, linears
 from quikjax.weights.quik import QuikWeight
+from quikjax.weights.tiled import TiledWeight, put_on_device
 
 
 def packed_weight(seed: int, outputs: int, inputs: int, outliers: int, bits: int = 4, group: str | None = None) -> QuikWeight:
@@ -78,11 +79,34 @@ def test_dense_layers_that_share_a_tensor_make_it_once(monkeypatch: pytest.Monke
 @pytest.mark.parametrize("bits", [4, 8, 16])
 def test_tile_form_of_a_tree_changes_no_bit(bits: int) -> None:
     params: dict[str, Any] = {"layer": packed_weight(7, 72, 320, 20, bits), "norm": jnp.ones(3)}
-    tiled = tile_params(params)
-    assert tiled["layer"].qweight.shape == (128, 384)
+    tiled = put_on_device(params, H100)
+    assert isinstance(tiled["layer"], TiledWeight)
+    assert tiled["layer"].tiles.qweight.shape == (128, 384)
     assert tiled["norm"] is params["norm"]
     x = kernel_cases.tokens(8, (4, 320), jnp.float32)
     np.testing.assert_array_equal(np.asarray(linear(x, tiled["layer"])), np.asarray(linear(x, params["layer"])))
+    assert explain(tiled["layer"], 4, jnp.bfloat16, device=H100) == explain(params["layer"], 4, jnp.bfloat16, device=H100)
+
+
+def test_tile_form_is_made_once_and_only_for_kernels_that_read_it() -> None:
+    params = {"layer": packed_weight(7, 72, 320, 20, 4)}
+    assert put_on_device(params) is params  # this process has a CPU
+    assert put_on_device(params, A100) is params
+    tiled = put_on_device(params, H100)
+    assert put_on_device(tiled, H100)["layer"] is tiled["layer"]
+
+
+def test_a_sharded_weight_keeps_its_form() -> None:
+    weight = packed_weight(7, 72, 320, 20, 4)
+
+    class TwoDevices:
+        device_set = frozenset({0, 1})
+
+    class Array:
+        sharding = TwoDevices()
+
+    sharded = dataclasses.replace(weight, qweight=Array())
+    assert put_on_device({"layer": sharded}, H100)["layer"] is sharded
 
 
 def test_named_backend_and_explanation() -> None:

@@ -1,7 +1,7 @@
 """The Mosaic kernels' own bodies run on a CPU by `hopper_machine`, against the reference.
 
 Small shapes that still meet every branch: rows and outputs that end inside a tile, outliers that end inside a step, several
-tiles per block, K split over a cluster, every fused producer.
+tiles per thread block, K split over a cluster, every fused producer.
 """
 
 from typing import Any
@@ -131,7 +131,7 @@ def test_product(monkeypatch: pytest.MonkeyPatch, case: tuple) -> None:
     packed = kernel_cases.weight(rows, outputs, inputs, outliers, weight_bits)
     x = kernel_cases.tokens(rows + 1, (rows, inputs))
     bias = jnp.asarray(np.random.default_rng(4).normal(size=outputs), jnp.float32) if with_bias else None
-    # Three multiprocessors, so that a block walks several tiles.
+    # Three multiprocessors, so that a thread block walks several tiles.
     device = Device("gpu", H100.kind, H100.capability, 3)
     monkeypatch.setattr(tuned, "matmul_tiles", lambda *_: (tiles, True))
     with running(monkeypatch):

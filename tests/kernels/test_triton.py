@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -41,6 +42,16 @@ def test_triton_layer_compiles_to_integer_tensor_cores(gpu: str) -> None:
     # Flushing is harmless here: the scale is at least 1e-30, and neither it nor its reciprocal is ever subnormal.
     assert any(name.startswith("rcp.rn") for name in instructions), instructions
     assert not any("approx" in name or "full" in name for name in instructions), instructions
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed (make test-3.12 installs it)")
+def test_the_kernels_bodies_are_right_under_tritons_interpreter() -> None:
+    """Splits bit for bit, products within the stated bound."""
+    script = Path(__file__).parent / "triton_interpreted.py"
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=500, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads(done.stdout.strip().splitlines()[-1]) == []
 
 
 def test_triton_refuses_in_words(monkeypatch: pytest.MonkeyPatch) -> None:

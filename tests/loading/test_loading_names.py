@@ -139,7 +139,7 @@ def test_what_the_hub_is_asked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     assert "publishes neither" in _says("org/name@v2")
-    assert [call["revision"] for call in asked] == ["v2", COMMIT]
+    assert [call["revision"] for call in asked] == ["v2", COMMIT, COMMIT]
     assert all(call["ignore_patterns"] == ["*/*"] for call in asked)
     patterns = {pattern for call in asked for pattern in call["allow_patterns"]}
     assert not any(pattern.endswith((".bin", ".pt", ".pth", ".h5", "*")) for pattern in patterns)
@@ -175,3 +175,62 @@ def test_our_own_artifact_is_restored(tmp_path: Path) -> None:
     ids = jnp.arange(5)[None]
     assert np.array_equal(restored(ids), original(ids))
     assert "artifact of quikjax" in refusal(tmp_path / "own")
+
+
+def test_an_artifact_on_the_hub_is_opened_by_its_name(offline_cache: Path, tmp_path: Path) -> None:
+    """Laid out as the hub's cache is: every file a link to a blob."""
+    from quikjax import checkpoint
+    from quikjax.checkpoint.export.dequantized import export_safetensors
+    from quikjax.planning.plan import describe
+    from quikjax.reports.artifact import read_report
+
+    original, _ = load(write_single(tmp_path / "published", CONFIG, llama_weights()))
+    fingerprint = checkpoint.save(tmp_path / "own", original)
+    snapshot = _cached(offline_cache, "org/artifact")
+    blobs = snapshot.parents[1] / "blobs"
+    blobs.mkdir()
+    for number, file in enumerate(sorted(path for path in (tmp_path / "own").rglob("*") if path.is_file())):
+        link = snapshot / file.relative_to(tmp_path / "own")
+        link.parent.mkdir(parents=True, exist_ok=True)
+        file.rename(blobs / str(number))
+        link.symlink_to(blobs / str(number))
+    ids = jnp.arange(5)[None]
+    for name in ("org/artifact", f"org/artifact@{COMMIT}", "org/artifact@main"):
+        assert checkpoint.read_manifest(name).fingerprint == fingerprint
+        assert np.array_equal(load(name)[0](ids), original(ids))
+    assert checkpoint.restore("org/artifact", context=9)[0].config.context_length == 9
+    assert read_report("org/artifact").fingerprint == fingerprint
+    export_safetensors("org/artifact", tmp_path / "hf")
+    assert np.array_equal(load(tmp_path / "hf")[0](ids), original(ids))
+    with pytest.raises(QuikError, match="org/artifact is quantized already; see what was done with: quikjax report org/artifact"):
+        describe("org/artifact")
+    assert "quantized already" in _says("org/artifact")
+    with pytest.raises(QuikError, match='"org/artefact" is not here'):
+        checkpoint.restore("org/artefact")
+
+
+def test_what_the_hub_is_asked_for_of_an_artifact(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Its own files, folders included; nothing else that lies in the repository."""
+    from quikjax.loading.hub import fetch
+
+    asked: list[dict[str, Any]] = []
+    snapshot = tmp_path / COMMIT
+    snapshot.mkdir()
+    (snapshot / "quikjax.json").write_text("{}")
+
+    def download(repository: str, **options: Any) -> str:
+        asked.append(options)
+        return str(snapshot)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert fetch("org/name@v2") == (snapshot, f"org/name@{COMMIT}")
+    assert [call["revision"] for call in asked] == ["v2", COMMIT]
+    assert asked[1]["allow_patterns"] == [
+        "quikjax.json",
+        "generation_config.json",
+        "report.jsonl",
+        "log.jsonl",
+        "arrays/*",
+        "tokenizer/*",
+    ]
+    assert asked[1]["ignore_patterns"] is None

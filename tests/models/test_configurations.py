@@ -81,7 +81,7 @@ def test_falcon_is_read_as_it_was_first_published(name: str, kind: str) -> None:
 
 
 @pytest.mark.parametrize("family", ONE_EACH)
-@pytest.mark.parametrize("field", ["sliding_window", "logit_scale", "use_alibi_and_rope"])
+@pytest.mark.parametrize("field", ["sliding_window", "logit_scale", "use_alibi_and_rope", "residual_multiplier"])
 def test_an_unknown_field_is_refused_by_name(family: str, field: str) -> None:
     with pytest.raises(QuikError, match=rf"does not know .*{field}"):
         abstract_model({**VARIANTS[ONE_EACH[family]], field: 4096})

@@ -25,7 +25,9 @@ def windows(_tokenizer: Any) -> np.ndarray:
 
 
 def contents(directory: Path) -> dict[str, bytes]:
-    return {str(file.relative_to(directory)): file.read_bytes() for file in sorted(directory.rglob("*")) if file.is_file()}
+    """Every file but the log, in which times are."""
+    files = [file for file in sorted(directory.rglob("*")) if file.is_file() and file != directory / "log.jsonl"]
+    return {str(file.relative_to(directory)): file.read_bytes() for file in files}
 
 
 class Stop(Exception):

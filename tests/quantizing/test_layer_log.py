@@ -1,4 +1,4 @@
-"""The log beside an artifact: a line per run and per layer, whole after every accident."""
+"""The log in an artifact: a line per run and per layer, whole after every accident."""
 
 import json
 from pathlib import Path
@@ -44,7 +44,7 @@ class AfterTwo:
 
 def test_a_line_for_the_run_and_for_each_layer(tiny_checkpoint: Path, tmp_path: Path) -> None:
     done = quantize_checkpoint(tiny_checkpoint, tmp_path / "a", RECIPE)
-    run, *layers = records(tmp_path / "a.log.jsonl")
+    run, *layers = records(tmp_path / "a" / "log.jsonl")
     assert (run["finished_blocks"], run["blocks"]) == (0, 3)
     assert run["run"].endswith("+00:00")
     # The report's rows, and what the report cannot hold.
@@ -58,44 +58,45 @@ def test_a_line_for_the_run_and_for_each_layer(tiny_checkpoint: Path, tmp_path: 
             if name.startswith(row["path"] + ".")
         )
         assert 0 <= row["seconds"] < 60
-    # The artifact knows nothing of it, so that equal inputs give equal bytes.
-    assert not list((tmp_path / "a").rglob("*log*"))
+    # The manifest knows nothing of it: without it the artifact is the same, and whole.
+    (tmp_path / "a" / "log.jsonl").unlink()
+    assert Reader(tmp_path / "a").manifest.fingerprint == done.fingerprint
 
 
 def test_a_run_that_goes_on_appends_and_others_begin_anew(tiny_checkpoint: Path, tmp_path: Path) -> None:
     def stop() -> None:
         raise KeyboardInterrupt
 
-    log = tmp_path / "a.log.jsonl"
+    log = tmp_path / "a.partial" / "log.jsonl"
     with pytest.raises(KeyboardInterrupt):
         quantize_checkpoint(tiny_checkpoint, tmp_path / "a", RECIPE, progress=AfterTwo(stop))
     assert len(records(log)) == 1 + 10
     log.write_text(log.read_text() + '{"path": "model.la')  # a power cut
     quantize_checkpoint(tiny_checkpoint, tmp_path / "a", RECIPE)
-    runs = [row["finished_blocks"] for row in records(log) if "run" in row]
-    assert runs == [0, 2]
-    assert len({row["path"] for row in records(log) if "path" in row}) == 15
+    done = records(tmp_path / "a" / "log.jsonl")
+    assert [row["finished_blocks"] for row in done if "run" in row] == [0, 2]
+    assert len({row["path"] for row in done if "path" in row}) == 15
     quantize_checkpoint(tiny_checkpoint, tmp_path / "a", RECIPE, force=True)
-    assert len(records(log)) == 1 + 15
+    assert len(records(tmp_path / "a" / "log.jsonl")) == 1 + 15
     with pytest.raises(KeyboardInterrupt):
         quantize_checkpoint(tiny_checkpoint, tmp_path / "b", RECIPE, progress=AfterTwo(stop))
     quantize_checkpoint(tiny_checkpoint, tmp_path / "b", RECIPE, restart=True)
-    assert len(records(tmp_path / "b.log.jsonl")) == 1 + 15
+    assert len(records(tmp_path / "b" / "log.jsonl")) == 1 + 15
 
 
 def test_a_full_disk_ends_the_run_so_that_it_can_go_on(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    log = tmp_path / "a.log.jsonl"
+    log = tmp_path / "a.partial" / "log.jsonl"
 
     def fill() -> None:
         log.unlink()
         log.symlink_to("/dev/full")
 
-    with pytest.raises(QuikError, match=r"cannot write .*a.log.jsonl: No space left on device; make room and run the same"):
+    with pytest.raises(QuikError, match=r"cannot write .*log.jsonl: No space left on device; make room and run the same"):
         quantize_checkpoint(tiny_checkpoint, tmp_path / "a", RECIPE, progress=AfterTwo(fill))
     assert not (tmp_path / "a").exists()
     log.unlink()
     quantize_checkpoint(tiny_checkpoint, tmp_path / "a", RECIPE)
-    assert [row.get("finished_blocks") for row in records(log)] == [2, *[None] * 5]
+    assert [row.get("finished_blocks") for row in records(tmp_path / "a" / "log.jsonl")] == [2, *[None] * 5]
 
 
 def test_an_error_that_is_not_finite_is_null(tmp_path: Path) -> None:

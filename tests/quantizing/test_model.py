@@ -135,7 +135,7 @@ def test_mistakes_in_calibration() -> None:
     model = tiny_model()
     with pytest.raises(QuikError, match="nothing to calibrate on"):
         quantize_model(model, "quik-4b", [])
-    with pytest.raises(QuikError, match="300 tokens, the model's context is 256"):
+    with pytest.raises(QuikError, match="300 tokens in a row, which exceeds the model's context of 256"):
         quantize_model(model, "quik-4b", [np.zeros((1, 300), np.int32)])
     with pytest.raises(QuikError, match="did you mean"):
         quantize_model(model, "quik-4", BATCHES)
@@ -149,7 +149,9 @@ def windows(tokenizer: Any, samples: int = 4, length: int = 32) -> np.ndarray:
 
 
 def contents(directory: Path) -> dict[str, bytes]:
-    return {str(file.relative_to(directory)): file.read_bytes() for file in sorted(directory.rglob("*")) if file.is_file()}
+    """Every file but the log, in which times are."""
+    files = [file for file in sorted(directory.rglob("*")) if file.is_file() and file != directory / "log.jsonl"]
+    return {str(file.relative_to(directory)): file.read_bytes() for file in files}
 
 
 def test_a_converted_checkpoint_restores_and_is_the_same_twice(tiny_checkpoint: Path, tmp_path: Path) -> None:
@@ -157,7 +159,7 @@ def test_a_converted_checkpoint_restores_and_is_the_same_twice(tiny_checkpoint: 
     second = quantize_checkpoint(tiny_checkpoint, tmp_path / "b", "quik-4b", windows)
     assert first.fingerprint == second.fingerprint
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "a.log.jsonl", "b", "b.log.jsonl"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
     model, tokenizer = checkpoint.restore(tmp_path / "a")
     assert tokenizer.decode(tokenizer("abc")["input_ids"]) == "abc"
     leaf = dotted(pure_params(model))["model.layers.2.mlp.down_proj.weight"]
@@ -181,7 +183,8 @@ def test_converting_is_quantizing_in_memory(tiny_checkpoint: Path, tmp_path: Pat
 
 def test_mistakes_are_found_before_work(tiny_checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "taken").mkdir()
-    with pytest.raises(QuikError, match="exists; choose another directory"):
+    (tmp_path / "taken" / "mine").write_text("mine")
+    with pytest.raises(QuikError, match=r"exists and is not an artifact of quikjax .it holds mine"):
         quantize_checkpoint(tiny_checkpoint, tmp_path / "taken", "quik-4b", windows)
     strange = Recipe(name="x", rules=(RECIPES["quik-4b"].rules[0].model_copy(update={"match": "nothing"}),))
     with pytest.raises(QuikError, match="matches no layer"):
@@ -192,6 +195,11 @@ def test_mistakes_are_found_before_work(tiny_checkpoint: Path, tmp_path: Path) -
         quantize_checkpoint(tiny_checkpoint, tmp_path / "a", "quik-4b", lambda t: windows(t, 2, 257))
     with pytest.raises(QuikError, match="lower --samples"):
         quantize_checkpoint(tiny_checkpoint, tmp_path / "a", "quik-4b", lambda t: windows(t, 4000, 200))
+    for outliers in (64, 65, 1.0):
+        with pytest.raises(QuikError, match=r"wants \d+ outlier columns of .*, which has \d+, so that none is left"):
+            quantize_checkpoint(tiny_checkpoint, tmp_path / "a", RECIPES["quik-4b"].with_outliers(outliers), windows)
+    with pytest.raises(QuikError, match="calibration is a function from a tokenizer to tokens, not a list"):
+        quantize_checkpoint(tiny_checkpoint, tmp_path / "a", "quik-4b", [[1, 2]])  # type: ignore[arg-type]
     assert not (tmp_path / "a").exists()
 
 

@@ -23,7 +23,8 @@ import numpy as np
 
 from quikjax.checkpoint import REST, Reader, atomic, tokenizers
 from quikjax.checkpoint.manifest import Part, canonical
-from quikjax.checkpoint.writer import TOKENIZER, remove, stored_shapes
+from quikjax.checkpoint.output import TOKENIZER, beside, is_empty, real_path, refuse_file_in_the_way, remove
+from quikjax.checkpoint.writer import stored_shapes
 from quikjax.errors import QuikError
 from quikjax.loading.source import GENERATION_CONFIG
 from quikjax.models.registry import abstract_model
@@ -56,7 +57,9 @@ def export_safetensors(
     """Write the artifact in directory `artifact` as the Hugging Face directory `out`, packed weights dequantized.
 
     Args:
-        out: a directory that does not exist. Until the export is whole, it is `OUT.exporting`.
+        artifact: its directory, or its hub name.
+        out: a directory that does not exist, or is empty. Until the export is whole, it is `OUT.exporting`, or
+            `OUT/quikjax.exporting` where OUT is there already.
         dtype: "float32", "float16" or "bfloat16" for every tensor; left out, what the artifact's unquantized weights are in. In
             float32 the directory computes exactly what the dequantized artifact does.
         shard_bytes: begin another file beyond this; a part is never divided.
@@ -65,8 +68,9 @@ def export_safetensors(
         QuikError: the artifact is damaged or no model of ours, `out` exists, a value is beyond the range of `dtype`, or the disk
             is full or refuses. Nothing is left of `out` then.
     """
-    target = Path(os.path.realpath(out))
-    if os.path.lexists(target):
+    target = real_path(out)
+    refuse_file_in_the_way(target)
+    if os.path.lexists(target) and not (target.is_dir() and is_empty(target)):
         raise QuikError(f"{target} exists; choose another directory")
     reader = Reader(artifact)
     if reader.manifest.config is None:
@@ -82,7 +86,9 @@ def export_safetensors(
     itemsize = jnp.dtype(dtype).itemsize
     shards = _shards({name: _size(held, itemsize) for name, held in shapes.items()}, shard_bytes)
     total = sum(_size(held, itemsize) for held in shapes.values())
-    partial, tokenizer = target.with_name(target.name + ".exporting"), reader.path / TOKENIZER
+    partial, tokenizer = beside(target, "exporting"), reader.path / TOKENIZER
+    if os.path.lexists(partial) and not partial.is_dir():
+        raise QuikError(f"{partial} is needed as a directory to write the export, but is a file; move it away")
     with atomic.disk_errors(f"cannot export to {target}", "; nothing was kept"):
         partial.parent.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(partial.parent).free
@@ -103,6 +109,13 @@ def export_safetensors(
             if tokenizer.is_dir():
                 tokenizers.export(tokenizer, partial)
             atomic.sync_tree(partial)
+            if partial.parent == target:
+                # A directory that was there stays; what makes it a model, its configuration, comes last.
+                for name in sorted(os.listdir(partial), key=lambda name: (name == "config.json", name)):
+                    os.rename(partial / name, target / name)
+                partial.rmdir()
+                atomic.sync(target)
+                return Exported(tuple(files), total, dtype)
             if os.path.lexists(target):
                 raise QuikError(f"{target} appeared while it was written; choose another directory")
             atomic.publish(partial, target, replace=False)

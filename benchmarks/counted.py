@@ -1,0 +1,189 @@
+"""Counts where nothing can be timed: kernels, bytes, instructions of the inner loop, and the times that these would make.
+
+    PYTHONPATH=.venv/gpu-compile JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 python benchmarks/counted.py --models llama-2-7b --rows 1 2048
+
+needs no GPU, only what `make gpu-compile` installs. One line per layer and one per model, as a markdown table. Bytes and kernels
+follow from shapes; instructions are read from machine code; times are predicted from the assumptions printed above the table, and
+a run of `benchmarks/gpu.py` is to be held against them. `--no-code` leaves the compiler out and the instructions with it.
+"""
+
+import argparse
+import dataclasses
+import re
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "kernels"))
+
+from quikjax.pallas_kernels import layout, tuned
+from quikjax.pallas_kernels.arg_specs import MODELS, LinearSpec
+from quikjax.pallas_kernels.devices import H100
+
+
+@dataclasses.dataclass(frozen=True)
+class Assumed:
+    """Bytes a second as a large copy reaches them, bf16 operations a second of a large product, int8 twice as many."""
+
+    name: str
+    bandwidth: float
+    rate: float
+    # Microseconds of a kernel beside its bytes and operations: launch, first loads, last stores.
+    fixed: float = 2.5
+
+
+DEVICES = (Assumed("H100", 3.0e12, 798e12), Assumed("H200", 4.3e12, 798e12))
+# Layers that read one tensor share a split: how many products follow it, in models' blocks.
+SHARED = {"q": 3, "k": 0, "gate": 2}
+
+
+@dataclasses.dataclass(frozen=True)
+class Count:
+    """The demands of one layer on a device: bytes of its split and of its product, and operations at the bf16 rate."""
+
+    split_bytes: int
+    product_bytes: int
+    operations: float
+    dense_bytes: int
+    dense_operations: float
+
+
+def count(spec: LinearSpec, rows: int) -> Count:
+    """Bytes and operations of one layer for `rows` tokens: what the kernels move, padding included."""
+    base, kept = layout.round_up(spec.base, layout.COLUMN_TILE), layout.round_up(spec.outliers, layout.COLUMN_TILE)
+    there = layout.round_up(rows, 8)
+    # Inputs and column indices in; codes, outliers, scale and zero out.
+    split = rows * spec.inputs * 2 * spec.producer.inputs + 4 * (base + kept) + 2 * spec.inputs * spec.producer.parameters
+    written = rows * (base + 2 * kept + 8)
+    n, b = layout.round_up(spec.outputs, layout.WEIGHT_TILE), layout.round_up(spec.base, layout.WEIGHT_TILE)
+    o = layout.round_up(spec.outliers, layout.OUTLIER_TILE)
+    weight = n * (b * spec.weight_bits // 8 + 2 * o + 8 + 4 * spec.bias)
+    read = there * (b + 2 * o + 8)
+    return Count(
+        split_bytes=split + written,
+        product_bytes=weight + read + there * spec.outputs * 2,
+        operations=2 * rows * spec.outputs * (spec.base / 2 + spec.outliers),
+        dense_bytes=2 * (rows * spec.inputs + spec.outputs * spec.inputs + rows * spec.outputs),
+        dense_operations=2 * rows * spec.outputs * spec.inputs,
+    )
+
+
+def microseconds(device: Assumed, bytes_: float, operations: float) -> float:
+    """Predicted time of one kernel."""
+    return device.fixed + 1e6 * max(bytes_ / device.bandwidth, operations / device.rate)
+
+
+@dataclasses.dataclass(frozen=True)
+class Loop:
+    """A loop of machine code around products: instructions a turn, how many are products, and loads from shared memory."""
+
+    instructions: int
+    products: int
+    shared_loads: int
+
+
+def inner_loop(listing: str, product: str) -> Loop | None:
+    """The shortest loop of a listing with an instruction whose name begins with `product` (`IGMMA`, `HGMMA`)."""
+    lines: list[str] = []
+    labels: dict[str, int] = {}
+    found: list[list[str]] = []
+    for line in listing.splitlines():
+        if (label := re.match(r"(\.L_x_\d+):", line)) is not None:
+            labels[label[1]] = len(lines)
+        elif (code := re.search(r"/\*[0-9a-f]{4,5}\*/\s+(?:@!?U?P\w+\s+)?(\S+)(.*)", line)) is not None:
+            lines.append(code[1])
+            back = re.search(r"\((\.L_x_\d+)\)", code[2]) if code[1].startswith("BRA") else None
+            if back is not None and back[1] in labels:
+                found.append(lines[labels[back[1]] :])
+    bodies = [body for body in found if any(name.startswith(product) for name in body)]
+    if not bodies:
+        return None
+    body = min(bodies, key=len)
+    products = sum(name.startswith(product) for name in body)
+    return Loop(len(body), products, sum(name.startswith(("LDS", "LDSM")) for name in body))
+
+
+def code_of(spec: LinearSpec, rows: int) -> str:
+    """Inner loop of a layer's product, as `instructions / products / shared loads` a turn and warp, and its tiles."""
+    import kernel_cases
+    from ptx import sass
+    from ptx.compiled import compile_kernel
+
+    _, function, shapes = kernel_cases.product_kernel(spec, rows)
+    loop = inner_loop(sass.listing(compile_kernel(function, *shapes).ptx), "IGMMA" if spec.bits < 16 else "HGMMA")
+    return "no loop" if loop is None else f"{loop.instructions} / {loop.products} / {loop.shared_loads}"
+
+
+def table(models: list[str], rows: list[int], with_code: bool) -> list[str]:
+    """The table's lines."""
+    times = [f"{device.name} us, bf16, ratio" for device in DEVICES]
+    lines = ["| layer | rows | kernels | MB split | MB product | tiles | loop | " + " | ".join(times) + " |"]
+    lines.append("|---" * (7 + len(times)) + "|")
+    seen: dict[tuple[object, ...], str] = {}
+    for model in models:
+        for m in rows:
+            kernels, totals = 0, [[0.0, 0.0] for _ in DEVICES]
+            for spec in MODELS[model]:
+                products = SHARED.get(spec.name, 1)
+                # A key-value layer of its own shape is one of the three behind the shared split: two of it, one of q.
+                if spec.name == "q" and any(other.name == "k" for other in MODELS[model]):
+                    products = 1
+                if spec.name == "k":
+                    products = 2
+                splits = 0 if spec.name == "k" else 1
+                cut = 1 if m % 8 else 0
+                counted = count(spec, m)
+                base = layout.round_up(spec.base, layout.WEIGHT_TILE)
+                outputs = layout.round_up(spec.outputs, layout.WEIGHT_TILE)
+                tiles, _ = tuned.matmul_tiles(m, outputs, base, spec.weight_bits, spec.bits, H100)
+                key = (layout.round_up(m, 8), outputs, base, spec.outliers, spec.weight_bits, spec.bits, spec.bias)
+                if key not in seen:
+                    seen[key] = code_of(spec, m) if with_code else ""
+                cells = []
+                for device, total in zip(DEVICES, totals, strict=True):
+                    ours = splits * microseconds(device, counted.split_bytes, 0)
+                    ours += products * microseconds(device, counted.product_bytes, counted.operations)
+                    dense = products * microseconds(device, counted.dense_bytes, counted.dense_operations)
+                    total[0] += ours
+                    total[1] += dense
+                    cells.append(f"{ours:.1f}, {dense:.1f}, {dense / ours:.2f}")
+                launched = splits + products * (1 + cut)
+                kernels += launched
+                size = f"{tiles.n}x{tiles.m}, {tiles.stages} slots, {tiles.splits} parts"
+                numbers = f"{counted.split_bytes * splits / 1e6:.2f} | {counted.product_bytes * products / 1e6:.2f}"
+                name = f"{model}.{spec.name}" + (f" (x{products})" if products > 1 else "")
+                lines.append(f"| {name} | {m} | {launched} | {numbers} | {size} | {seen[key]} | " + " | ".join(cells) + " |")
+            sums = [f"{ours:.1f}, {dense:.1f}, {dense / ours:.2f}" for ours, dense in totals]
+            lines.append(f"| **{model}, linears of a block** | {m} | {kernels} | | | | | " + " | ".join(sums) + " |")
+    return lines
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", nargs="*", choices=list(MODELS), default=["llama-2-7b", "llama-2-70b"])
+    parser.add_argument("--rows", type=int, nargs="*", default=[1, 16, 2048])
+    parser.add_argument("--no-code", action="store_true", help="without compiling, and without the inner loops")
+    arguments = parser.parse_args()
+    if any(rows < 1 for rows in arguments.rows):
+        parser.error("--rows must be at least 1")
+    if not arguments.no_code:
+        import absent_gpu
+        from ptx import sass
+
+        if (reason := absent_gpu.missing() or sass.missing()) is not None:
+            print(f"{reason}; --no-code does without", file=sys.stderr)
+            return 1
+    for device in DEVICES:
+        print(
+            f"{device.name}: assumed {device.bandwidth / 1e12:.1f} TB/s copied, {device.rate / 1e12:.0f} TFLOP/s bf16, "
+            f"int8 at twice that, {device.fixed} us a kernel beside its bytes and operations"
+        )
+    print("kernels: a split, the products behind it, and where rows are no multiple of 8 a slice behind each")
+    print("(which XLA may fuse into what reads it: slices are counted, their time is not)")
+    print("loop: instructions / products / loads from shared memory a turn of the base product, in machine code")
+    print()
+    print("\n".join(table(arguments.models, arguments.rows, not arguments.no_code)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

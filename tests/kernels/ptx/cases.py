@@ -1,0 +1,269 @@
+"""Products and splits of the project as cases: made, compiled, executed, compared with the definition.
+
+Arrays around the kernels are as an application leaves them: padding of activations holds rubbish (77, NaN), padding of weights
+what tile form promises (`layout.py`).
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+
+from ptx.compiled import CompiledKernel, compile_kernel, shapes
+from ptx.machine import OPPOSITE, Timing
+from quikjax.pallas_kernels import api, layout, reference
+from quikjax.pallas_kernels.quik_matmul import mosaic as matmul
+from quikjax.pallas_kernels.quik_matmul.mosaic import MatmulTiles
+from quikjax.pallas_kernels.split_quantize import mosaic as split
+from quikjax.pallas_kernels.split_quantize.mosaic import SplitTiles
+
+BFLOAT16: Any = np.dtype(ml_dtypes.bfloat16)
+# Half a unit in the last place of a result, of the type it is stored in.
+_ROUNDING = {BFLOAT16: 2.0**-8, np.dtype(np.float16): 2.0**-11, np.dtype(np.float32): 2.0**-24}
+
+
+@dataclasses.dataclass(frozen=True)
+class Product:
+    """`quik_matmul` with these tiles on a device of `cores` multiprocessors."""
+
+    rows: int
+    outputs: int
+    inputs: int
+    outliers: int
+    weight_bits: int
+    bits: int
+    bias: bool
+    tiles: MatmulTiles
+    out: Any = BFLOAT16
+    dtype: Any = BFLOAT16
+    cores: int = 3
+
+    def __str__(self) -> str:
+        tiles = "x".join(str(part) for part in dataclasses.astuple(self.tiles))
+        kind = np.dtype(self.out).name if self.dtype == BFLOAT16 else f"{np.dtype(self.dtype).name}-{np.dtype(self.out).name}"
+        return f"{self.rows}x{self.outputs}x{self.inputs}-o{self.outliers}-w{self.weight_bits}a{self.bits}-{tiles}-{kind}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """`split_quantize` with these tiles."""
+
+    rows: int
+    inputs: int
+    outliers: int
+    bits: int
+    producer: api.Producer
+    tiles: SplitTiles
+    dtype: Any = BFLOAT16
+    clip: tuple[int, int] | None = None
+
+    def __str__(self) -> str:
+        name = type(self.producer).__name__
+        kind = np.dtype(self.dtype).name
+        tiles = f"{self.tiles.rows}x{self.tiles.warpgroups}" + (f"-L{self.clip[0]}l{self.clip[1]}" if self.clip else "")
+        return f"{self.rows}x{self.inputs}-o{self.outliers}-a{self.bits}-{name}-{tiles}-{kind}"
+
+
+class ProductRun:
+    """A product's arrays, its kernel, and what it should give."""
+
+    def __init__(self, case: Product, seed: int = 0):
+        self.case = case
+        rng = np.random.default_rng(seed)
+        base, n, m = case.inputs - case.outliers, case.outputs, case.rows
+        quantized = case.bits < 16
+        self.rows_there = layout.round_up(m, 8)
+        # Weights, padded as `layout.to_tiles` does it.
+        rows = layout.round_up(n, layout.WEIGHT_TILE)
+        half = 2 ** (case.weight_bits - 1)
+        codes = np.zeros((rows, layout.round_up(base, layout.WEIGHT_TILE)), np.int8)
+        codes[:n, :base] = rng.integers(-half, half, (n, base))
+        scale = np.ones(rows, np.float32)
+        scale[:n] = rng.uniform(0.01, 0.2, n)
+        reduced = scale * codes.sum(1, dtype=np.float32)
+        w_outliers = np.zeros((rows, layout.round_up(case.outliers, layout.OUTLIER_TILE)), case.dtype)
+        w_outliers[:n, : case.outliers] = rng.normal(size=(n, case.outliers))
+        bias = np.zeros(rows, np.float32)
+        bias[:n] = rng.normal(size=n)
+        # Activations: rubbish in columns that meet zeros, NaN where no row is.
+        tokens = np.full((self.rows_there, layout.round_up(base, layout.COLUMN_TILE)), 77, np.int8 if quantized else case.dtype)
+        if quantized:
+            lowest = 2 ** (case.bits - 1)
+            tokens[:m, :base] = rng.integers(-lowest, lowest, (m, base))
+        else:
+            tokens[:m, :base] = rng.normal(size=(m, base))
+        vectors = np.full((2, layout.round_up(m, matmul.LONGEST_ROWS)), np.nan, np.float32)
+        vectors[0, :m], vectors[1, :m] = rng.uniform(0.01, 0.1, m), rng.normal(size=m)
+        kept = np.full((self.rows_there, layout.round_up(case.outliers, layout.COLUMN_TILE)), 7, case.dtype)
+        kept[:m, : case.outliers] = rng.normal(size=(m, case.outliers))
+        qweight = codes.astype(ml_dtypes.int4) if case.weight_bits == 4 else codes
+        named: dict[str, Any] = {"tokens": tokens, "qweight": qweight, "scale": scale}
+        if quantized:
+            named |= {"x_scale": vectors[0], "x_zero": vectors[1], "reduced": reduced}
+        if case.outliers:
+            named |= {"x_outliers": kept, "w_outliers": w_outliers}
+        if case.bias:
+            named["bias"] = bias
+        self.names, self.inputs = list(named), list(named.values())
+        self.compiled = self._compile()
+        self.want, self.magnitude = self._float64(codes, named, kept, w_outliers)
+
+    def _compile(self) -> CompiledKernel:
+        case = self.case
+
+        def function(*arrays: jax.Array) -> jax.Array:
+            named = dict(zip(self.names, arrays, strict=True))
+            tokens = layout.TileSplit(*[named.get(name) for name in ("tokens", "x_scale", "x_zero", "x_outliers")])  # type: ignore[arg-type]
+            weight = layout.Tiled(
+                qweight=named["qweight"],
+                scale=named["scale"],
+                reduced=named.get("reduced"),
+                outliers=named.get("w_outliers"),
+                columns=None,
+                base=case.inputs - case.outliers,
+                inputs=case.inputs,
+                outputs=case.outputs,
+            )
+            return matmul.quik_matmul(
+                tokens, weight, named.get("bias"), bits=case.bits, out_dtype=case.out, tiles=case.tiles, cores=case.cores
+            )
+
+        return compile_kernel(function, *shapes(self.inputs))
+
+    def _float64(
+        self, codes: np.ndarray, named: dict[str, Any], kept: np.ndarray, w_outliers: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The result, and the sum of magnitudes of what is added up to it."""
+        case, m, n, base = self.case, self.case.rows, self.case.outputs, self.case.inputs - self.case.outliers
+        x, weight = named["tokens"][:m, :base].astype(np.float64), codes[:n, :base].astype(np.float64)
+        scale = named["scale"][:n].astype(np.float64)
+        if case.bits < 16:
+            s, z = (named[name][:m, None].astype(np.float64) for name in ("x_scale", "x_zero"))
+            parts = [x @ weight.T * s * scale, (z + 2 ** (case.bits - 1) * s) * named["reduced"][:n].astype(np.float64)]
+            magnitude = np.abs(parts[0]) + np.abs(parts[1])
+        else:
+            parts = [x @ weight.T * scale]
+            magnitude = np.abs(x) @ np.abs(weight).T * scale
+        x_out, w_out = kept[:m, : case.outliers].astype(np.float64), w_outliers[:n, : case.outliers].astype(np.float64)
+        parts.append(x_out @ w_out.T)
+        magnitude = magnitude + np.abs(x_out) @ np.abs(w_out).T
+        if case.bias:
+            parts.append(np.broadcast_to(named["bias"][:n].astype(np.float64), (m, n)))
+            magnitude = magnitude + np.abs(parts[-1])
+        return np.sum(parts, axis=0), magnitude
+
+    def error(self, timing: Timing, compiled: CompiledKernel | None = None) -> float:
+        """The largest error over the stated bound: one rounding to `out`, and 64 of float32 of all magnitudes together."""
+        compiled, case = compiled or self.compiled, self.case
+        columns = matmul.allocated_outputs(case.outputs)
+        y = np.full((self.rows_there, columns), np.nan, case.out)
+        touched = ["x_scale", "x_zero", "scale", "reduced", "bias"]
+        pointers = [self.names.index(name) for name in touched if name in self.names]
+        after, _ = compiled.run([*self.inputs, y], pointers, timing)
+        got = after[-1][: case.rows, : case.outputs].astype(np.float64)
+        bound = _ROUNDING[np.dtype(case.out)] * np.abs(self.want) * 1.01 + 64 * 2.0**-24 * self.magnitude
+        error = np.abs(got - self.want) / bound
+        return float("inf") if np.isnan(error).any() else float(error.max())
+
+
+class SplitRun:
+    """A split's arrays, its kernel, and what it should give."""
+
+    def __init__(self, case: Split, seed: int = 0):
+        self.case = case
+        rng = np.random.default_rng(seed)
+        producer, base, k = case.producer, case.inputs - case.outliers, case.inputs
+        columns = rng.permutation(k).astype(np.int32)
+        large = np.where(np.isin(np.arange(k), columns[base:]), 30, 1)
+        self.tensors = [(rng.normal(size=(case.rows, k)) * large).astype(case.dtype) for _ in range(producer.inputs)]
+        self.norm = [rng.normal(1, 0.2, k).astype(BFLOAT16) for _ in range(producer.parameters)]
+        self.base, self.padded_base = base, layout.round_up(base, layout.COLUMN_TILE)
+        self.padded = np.full(self.padded_base + layout.round_up(case.outliers, layout.COLUMN_TILE), columns[0], np.int32)
+        self.padded[:base] = columns[:base]
+        self.padded[self.padded_base : self.padded_base + case.outliers] = columns[base:]
+        reason = split.why_not(k, self.padded_base, len(self.padded) - self.padded_base, case.dtype, producer, case.tiles)
+        assert reason is None, reason
+        self.want = _reference_split(tuple(self.tensors), tuple(self.norm), columns, base, case.bits, producer, case.clip)
+        self.compiled = self._compile()
+
+    def _compile(self) -> CompiledKernel:
+        case, count = self.case, len(self.tensors)
+
+        def function(*arrays: jax.Array) -> Any:
+            tensors, columns, norm = arrays[:count], arrays[count], arrays[count + 1 :]
+            return split.split_quantize(
+                tensors,
+                columns,
+                base=self.base,
+                padded_base=self.padded_base,
+                bits=case.bits,
+                producer=case.producer,
+                parameters=norm,
+                tiles=case.tiles,
+                row_padding=matmul.LONGEST_ROWS,
+                clip=case.clip,
+            )
+
+        return compile_kernel(function, *shapes([*self.tensors, self.padded, *self.norm]))
+
+    def run(self, timing: Timing, compiled: CompiledKernel | None = None) -> reference.Split:
+        """The split as the kernel leaves it, without padding."""
+        case, m = self.case, self.case.rows
+        rows, long = layout.round_up(m, 8), layout.round_up(m, matmul.LONGEST_ROWS)
+        arrays = [*self.tensors, self.padded, *self.norm, np.full((rows, self.padded_base), 99, np.int8)]
+        if case.outliers:
+            arrays.append(np.full((rows, len(self.padded) - self.padded_base), np.nan, case.dtype))
+        arrays += [np.full(long, np.nan, np.float32), np.full(long, np.nan, np.float32)]
+        read, end = len(self.tensors), len(arrays)
+        written = range(read + 1 + len(self.norm), end - 2)
+        # As the kernel first touches them: columns, a norm's vectors, scale and zero, codes, outliers.
+        pointers = [*range(read, read + 1 + len(self.norm)), end - 2, end - 1, *written]
+        after, _ = (compiled or self.compiled).run(arrays, pointers, timing)
+        codes, scale, zero = after[written[0]], after[-2], after[-1]
+        kept = after[written[1]][:m, : case.outliers] if case.outliers else np.zeros((m, 0), case.dtype)
+        assert (codes[:m, self.base :] == codes[:m, :1]).all(), "padding does not repeat the first base column"
+        return reference.Split(codes[:m, : self.base], kept, scale[:m], zero[:m])  # type: ignore[arg-type]
+
+    def problems(self, timing: Timing, compiled: CompiledKernel | None = None) -> list[str]:
+        """List what differs from the definition: nothing may, but behind a norm or SiLU one code in a thousand by one step."""
+        got, want = self.run(timing, compiled), self.want
+        if isinstance(self.case.producer, api.Identity):
+            names = zip(reference.Split._fields, got, want, strict=True)
+            return [name for name, a, b in names if not np.array_equal(np.asarray(a), np.asarray(b))]
+        found = []
+        steps = np.abs(np.asarray(got.codes, np.int32) - np.asarray(want.codes, np.int32))
+        if steps.max() > 1 or (steps > 0).mean() > 1e-3:
+            found.append(f"codes: {int((steps > 0).sum())} differ, by {int(steps.max())} at most")
+        # One unit in the last place of what the producer rounds to.
+        unit = 2 * 2.0**-8 if self.case.dtype == BFLOAT16 else 2.0**-10
+        for name in ("outliers", "scale"):
+            a, b = np.asarray(getattr(got, name), np.float64), np.asarray(getattr(want, name), np.float64)
+            if not (np.abs(a - b) <= unit * np.abs(b)).all():
+                found.append(name)
+        if not (np.abs(np.asarray(got.zero) - np.asarray(want.zero)) <= unit * np.abs(np.asarray(want.zero))).all():
+            found.append("zero")
+        return found
+
+
+@functools.partial(jax.jit, static_argnames=("base", "bits", "producer", "clip"))
+def _reference_split(
+    tensors: Any, norm: Any, columns: Any, base: int, bits: int, producer: api.Producer, clip: Any
+) -> reference.Split:
+    return reference.split_quantize(producer(*tensors, *norm), columns, base, bits, clip)
+
+
+# JAX compiles a kernel once in a process: a second time there is no PTX to be seen.
+product_run, split_run = functools.cache(ProductRun), functools.cache(SplitRun)
+
+
+def wrong(case: Product | Split) -> list[str]:
+    """List what a case gets wrong under each of two opposite timings; nothing if all is as it should be."""
+    if isinstance(case, Product):
+        product = product_run(case)
+        errors = [(timing, product.error(timing)) for timing in OPPOSITE]
+        return [f"{error:.3g} times the bound under {timing}" for timing, error in errors if not error <= 1]
+    tried = split_run(case)
+    return [f"{problem} under {timing}" for timing in OPPOSITE for problem in tried.problems(timing)]

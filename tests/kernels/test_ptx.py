@@ -1,0 +1,80 @@
+"""The compiled PTX of the Mosaic kernels, executed on a CPU (`ptx/`), against the definition.
+
+Small shapes that meet every branch of the kernels; `execute_all.py` (`make gpu-compile`) has more of them and a real layer.
+"""
+
+import absent_gpu
+import numpy as np
+import pytest
+from ptx.cases import BFLOAT16, Product, Split, wrong
+
+from quikjax.pallas_kernels.quik_matmul.mosaic import MatmulTiles
+from quikjax.pallas_kernels.split_quantize.mosaic import SplitTiles
+from quikjax.pallas_kernels.split_quantize.producers import Identity, LayerNorm, RmsNorm, SiluMul
+
+pytestmark = pytest.mark.skipif(absent_gpu.missing() is not None, reason=str(absent_gpu.missing()))
+
+F16, F32 = np.float16, np.float32
+T, S = MatmulTiles, SplitTiles
+
+# rows, outputs, inputs, outliers, weight bits, activation bits, bias, tiles (n, m, stages, strip, splits), output, operands
+PRODUCTS = [
+    Product(1, 8, 640, 0, 4, 4, False, T(64, 8, 3, 1, 1)),
+    Product(3, 192, 576, 36, 4, 4, True, T(64, 8, 3, 1, 1)),
+    Product(2, 40, 640, 36, 4, 4, False, T(64, 8, 3, 1, 3)),
+    Product(17, 264, 640, 0, 4, 4, False, T(64, 32, 4, 1, 2)),
+    Product(130, 320, 384, 36, 4, 4, False, T(128, 64, 5, 8, 1)),
+    Product(130, 256, 384, 0, 4, 4, True, T(128, 128, 5, 8, 1)),
+    Product(1, 520, 1152, 64, 4, 4, True, T(64, 8, 4, 1, 8)),
+    Product(9, 64, 640, 632, 4, 4, False, T(64, 16, 3, 1, 1)),  # nearly all columns are outliers
+    Product(8, 128, 1024, 130, 4, 8, True, T(64, 8, 2, 1, 4)),
+    Product(12, 56, 768, 36, 4, 8, True, T(64, 16, 3, 1, 5)),
+    Product(129, 136, 384, 20, 8, 4, True, T(128, 64, 4, 1, 1)),
+    Product(7, 72, 1024, 128, 8, 4, False, T(64, 8, 3, 1, 7)),
+    Product(40, 576, 640, 64, 8, 8, False, T(64, 16, 3, 2, 1)),
+    Product(6, 64, 896, 0, 8, 8, True, T(64, 8, 3, 1, 6)),
+    Product(5, 256, 1024, 64, 4, 16, True, T(64, 8, 4, 1, 2)),
+    Product(70, 192, 576, 36, 8, 16, False, T(64, 32, 3, 2, 1)),
+    Product(17, 200, 512, 36, 4, 4, True, T(64, 32, 4, 1, 1), F32),
+    Product(8, 104, 640, 0, 4, 4, False, T(64, 8, 4, 1, 2), F32),
+    Product(16, 136, 640, 36, 4, 4, True, T(64, 16, 4, 1, 1), F16, F16),
+    Product(64, 48, 512, 36, 4, 16, False, T(64, 64, 4, 1, 1), F16, F16),
+]
+
+NORM, LAYER_NORM, SILU = RmsNorm(1e-5), LayerNorm(1e-5), SiluMul()
+# rows, inputs, outliers, bits, producer, tiles (rows, warpgroups), inputs' dtype
+SPLITS = [
+    Split(3, 576, 36, 4, Identity(), S(2, 1)),
+    Split(1, 8, 0, 8, Identity(), S(1, 1)),
+    Split(2, 1384, 84, 4, Identity(), S(1, 1), clip=(17, 1)),
+    Split(1, 8192, 512, 4, Identity(), S(1, 8)),
+    Split(130, 264, 256, 8, Identity(), S(2, 1)),
+    Split(2, 576, 36, 4, Identity(), S(1, 1), F16),
+    Split(2, 576, 36, 8, Identity(), S(1, 2), F32),
+    Split(1, 2056, 8, 4, NORM, S(1, 4)),
+    Split(3, 576, 36, 8, NORM, S(2, 2)),
+    Split(2, 2312, 256, 4, NORM, S(2, 3), F16),
+    Split(3, 640, 0, 8, LAYER_NORM, S(2, 2)),
+    Split(2, 1536, 300, 4, LAYER_NORM, S(1, 3)),
+    Split(1, 1024, 1, 4, LAYER_NORM, S(1, 8), F16),
+    Split(1, 1376, 86, 8, SILU, S(1, 2)),
+    Split(1, 1536, 300, 4, SILU, S(1, 8)),
+    Split(5, 640, 64, 8, SILU, S(2, 1), F16),
+]
+
+
+def test_the_cases_meet_what_matters() -> None:
+    assert {(case.weight_bits, case.bits) for case in PRODUCTS} == {(w, a) for w in (4, 8) for a in (4, 8, 16)}
+    assert {case.tiles.splits for case in PRODUCTS} == set(range(1, 9))
+    assert {np.dtype(case.out) for case in PRODUCTS} == {BFLOAT16, np.dtype(F16), np.dtype(F32)}
+    assert {type(case.producer) for case in SPLITS} == {Identity, RmsNorm, LayerNorm, SiluMul}
+
+
+@pytest.mark.parametrize("case", PRODUCTS, ids=str)
+def test_product(case: Product) -> None:
+    assert wrong(case) == []
+
+
+@pytest.mark.parametrize("case", SPLITS, ids=str)
+def test_split(case: Split) -> None:
+    assert wrong(case) == []
