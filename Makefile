@@ -35,9 +35,9 @@ $(VENV)/.installed-model: $(VENV)/.python
 # Kernels are compiled for a GPU that is not there: the plugin of JAX's own version and an assembler, without their
 # dependencies (the CUDA libraries, gigabytes that only a program that runs needs). In a folder of their own, which only the
 # commands that compile see: anywhere else JAX would find the plugin, look for the libraries, and complain.
-$(VENV)/.installed-gpu-compile: $(VENV)/.installed-test
+$(VENV)/.installed-gpu-compile: $(VENV)/.installed-test Makefile
 	@version=$$($(BIN)/python -c 'import jax; print(jax.__version__)') && \
-		$(BIN)/python -m pip install --quiet --no-deps --target $(CUDA) \
+		$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(CUDA) \
 		jax-cuda12-plugin==$$version jax-cuda12-pjrt==$$version nvidia-cuda-nvcc-cu12==12.9.86 'absl-py>=2.0' \
 		nvidia-cuda-nvdisasm==13.5.37
 	@touch $@

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int32
 
-from quikjax.models.base import KeyValues, Positions
+from quikjax.models.base import Positions
+from quikjax.models.cache import BlockCache, KeyValues, LayerCache
 from quikjax.weights.linear import KEPT
 
 # Queries are taken this many at a time when all keys come from the same call: keys behind a chunk are never multiplied.
@@ -24,66 +25,114 @@ def attend(
     key: Float[Array, "batch length kv_heads head"],
     value: Float[Array, "batch length kv_heads head"],
     positions: Positions,
-    cache: KeyValues | None,
+    cache: BlockCache | None,
     *,
     scale: float,
     slopes: Float[Array, " heads"] | None = None,
-) -> tuple[Float[Array, "batch length heads head"], KeyValues]:
+) -> tuple[Float[Array, "batch length heads head"], BlockCache]:
     """Softmax attention of `query` over the keys at positions in `[0, own position]`; what was written is returned with it.
 
-    Without a cache the keys are this call's; with one they are written behind its `used` slots first. Positions must grow along
-    a row wherever they are not padding. A row that sees no key (padding) gets finite numbers of no meaning. `slopes` adds
-    ALiBi's `slope * key_position` to the scores before they are scaled, rounded to bfloat16 as Falcon was trained with it.
+    Without a cache the keys are this call's; with one they are written into its slots first, from `positions.write_at` on.
+    Positions must grow along a row wherever they are not padding. A row that sees no key (padding) gets finite numbers of no
+    meaning. `slopes` adds ALiBi's `slope * key_position` to the scores before they are scaled, rounded to bfloat16 as Falcon
+    was trained with it.
     """
-    if cache is None:
-        written, key_positions = KeyValues(key, value), positions.queries
-    else:
-        assert positions.keys is not None
-        assert positions.write_at is not None
-        at = (0, positions.write_at, 0, 0)
-        written = KeyValues(
-            jax.lax.dynamic_update_slice(cache.keys, key.astype(cache.keys.dtype), at),
-            jax.lax.dynamic_update_slice(cache.values, value.astype(cache.values.dtype), at),
-        )
-        key_positions = positions.keys
     length = query.shape[1]
-    chunk = length if cache is not None else _CHUNK
-    parts = []
-    for start in range(0, length, chunk):
-        stop = min(start + chunk, length)
-        seen = written.keys.shape[1] if cache is not None else stop
-        parts.append(
+    if cache is None:
+        fresh = KeyValues(key, value)
+        keys, values = fresh.by_head()
+        parts = [
             _softmax_attention(
-                query[:, start:stop],
-                written.keys[:, :seen],
-                written.values[:, :seen],
-                positions.queries[:, start:stop],
-                key_positions[:, :seen],
+                query[:, start : start + _CHUNK],
+                keys[:, :, : start + _CHUNK],
+                values[:, :, : start + _CHUNK],
+                positions.queries[:, start : start + _CHUNK],
+                positions.queries[:, : start + _CHUNK],
                 scale,
                 slopes,
             )
-        )
-    return checkpoint_name(jnp.concatenate(parts, axis=1), KEPT), written
+            for start in range(0, length, _CHUNK)
+        ]
+        return checkpoint_name(jnp.concatenate(parts, axis=1), KEPT), fresh
+    assert positions.write_at is not None
+    written = cache.write(key, value, positions.write_at)
+    if isinstance(written, LayerCache):
+        if written.key_block and length < _ROWS_IN_TURN:
+            return _in_key_blocks(query, written, positions.queries, scale, slopes), written
+        slots = jnp.arange(written.stacked.slots, dtype=jnp.int32)
+        key_positions = jnp.broadcast_to(slots, (query.shape[0], len(slots)))
+    else:
+        assert positions.keys is not None
+        key_positions = positions.keys
+    keys, values = written.by_head()
+    return _softmax_attention(query, keys, values, positions.queries, key_positions, scale, slopes), written
+
+
+def _in_key_blocks(
+    query: Float[Array, "batch length heads head"],
+    cache: LayerCache,
+    query_positions: Int32[Array, "batch length"],
+    scale: float,
+    slopes: Float[Array, " heads"] | None,
+) -> Float[Array, "batch length heads head"]:
+    """Attention over the cache's slots, `key_block` at a time and none behind the longest row (online softmax, arXiv 1805.02867).
+
+    A block that a row does not see leaves the row's sums bit for bit as they were. So they do not depend on the cache's size, nor
+    on longer rows beside it.
+    """
+    batch, length, heads, head = query.shape
+    kv_heads, size = cache.stacked.keys.shape[1], cache.key_block
+    group = heads // kv_heads
+    rows = query.reshape(batch, length, kv_heads, group, head).transpose(2, 0, 3, 1, 4)
+    rows = rows.reshape(kv_heads, batch, group * length, head).astype(jnp.float32)
+    last = jnp.broadcast_to(query_positions[:, None, :], (batch, group, length)).reshape(1, batch, group * length, 1)
+    bias = None
+    if slopes is not None:
+        bias = jnp.broadcast_to(slopes.astype(jnp.bfloat16).reshape(kv_heads, 1, group, 1), (kv_heads, batch, group, length))
+        bias = bias.reshape(kv_heads, batch, group * length, 1)
+    lowest = jnp.finfo(jnp.float32).min
+
+    def take(block: Any, sums: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        mixed, total, top = sums
+        keys, values = (part.astype(jnp.float32) for part in cache.by_head(block * size, size))
+        scores = jax.lax.dot_general(rows, keys, (((3,), (3,)), ((0, 1), (0, 1))), preferred_element_type=jnp.float32) * scale
+        at = block * size + jnp.arange(size, dtype=jnp.int32)
+        if bias is not None:
+            scores = scores + (bias * at.astype(jnp.bfloat16)).astype(jnp.float32) * scale
+        visible = at <= last
+        scores = jnp.where(visible, scores, lowest)
+        higher = jnp.maximum(top, jnp.max(scores, axis=-1, keepdims=True))
+        weights = jnp.where(visible, jnp.exp(scores - higher), 0.0)
+        kept = jnp.exp(top - higher)
+        added = jax.lax.dot_general(weights, values, (((3,), (2,)), ((0, 1), (0, 1))), preferred_element_type=jnp.float32)
+        return mixed * kept + added, total * kept + jnp.sum(weights, axis=-1, keepdims=True), higher
+
+    blocks = jnp.max(query_positions) // size + 1
+    start = (jnp.zeros(rows.shape, jnp.float32), *(jnp.full((*rows.shape[:-1], 1), x, jnp.float32) for x in (0, lowest)))
+    mixed, total, _ = jax.lax.fori_loop(0, blocks, take, start)
+    # Padding saw nothing.
+    mixed = (mixed / jnp.where(total > 0, total, 1.0)).reshape(kv_heads, batch, group, length, head)
+    return mixed.transpose(1, 3, 0, 2, 4).reshape(batch, length, heads, head).astype(query.dtype)
 
 
 def _softmax_attention(
     query: Float[Array, "batch length heads head"],
-    key: Float[Array, "batch slots kv_heads head"],
-    value: Float[Array, "batch slots kv_heads head"],
+    key: Float[Array, "kv_heads batch slots head"],
+    value: Float[Array, "kv_heads batch slots head"],
     query_positions: Int32[Array, "batch length"],
     key_positions: Int32[Array, "batch slots"],
     scale: float,
     slopes: Float[Array, " heads"] | None,
 ) -> Float[Array, "batch length heads head"]:
     batch, length, heads, head = query.shape
-    kv_heads = key.shape[2]
+    kv_heads = key.shape[0]
     group = heads // kv_heads
     visible = (key_positions[:, None, :] >= 0) & (key_positions[:, None, :] <= query_positions[:, :, None])
     # Positions beyond 256 are rounded too: neighbours then share one bias. That is what the published weights know.
     coarse = key_positions.astype(jnp.bfloat16)
     slopes = None if slopes is None else slopes.astype(jnp.bfloat16).reshape(kv_heads, group)
     rows = query.reshape(batch, length, kv_heads, group, head).transpose(2, 0, 3, 1, 4)
-    by_head = (rows, key.transpose(2, 0, 1, 3), value.transpose(2, 0, 1, 3), slopes)
+    by_head = (rows, key, value, slopes)
 
     # Backwards, scores are computed again: kept, they would be written to memory and read back, which a CPU feels most.
     one = jax.checkpoint(partial(_heads_of_one_key, scale=scale), prevent_cse=False)

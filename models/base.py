@@ -16,9 +16,10 @@ from jaxtyping import Array, Float, Int, Int32
 
 from quikjax.errors import QuikError
 from quikjax.files import described
+from quikjax.models.cache import BlockCache, KeyValues
 from quikjax.pallas_kernels import api
 from quikjax.weights.codebook import CodebookWeight
-from quikjax.weights.linear import Produced, linears
+from quikjax.weights.linear import Produced, dense_product, linears
 from quikjax.weights.quik import QuikWeight
 from quikjax.weights.tiled import TiledWeight
 
@@ -71,13 +72,6 @@ class Config:
         return dataclasses.replace(self, context_length=length)
 
 
-class KeyValues(NamedTuple):
-    """Keys and values of one block."""
-
-    keys: Float[Array, "batch slots kv_heads head"]
-    values: Float[Array, "batch slots kv_heads head"]
-
-
 class Cache(NamedTuple):
     """Keys and values of all blocks, and which token each slot holds.
 
@@ -94,12 +88,13 @@ class Positions(NamedTuple):
     """Positions of the tokens of one call, and of the keys that they may see.
 
     `queries` are the positions of the call's own tokens. With a cache, `keys` are the positions that its slots hold once these
-    tokens are written, and `write_at` is the slot where the first of them goes; without one, both are `None`.
+    tokens are written, and `write_at` is the slot where the first of them goes, one for all rows or one for each; without one,
+    both are `None`. In a `StackedCache` slots are positions, and `keys` stays `None`.
     """
 
     queries: Int32[Array, "batch length"]
     keys: Int32[Array, "batch slots"] | None = None
-    write_at: Int32[Array, ""] | None = None
+    write_at: Int32[Array, "..."] | None = None
 
 
 class Block(nnx.Module):
@@ -111,9 +106,9 @@ class Block(nnx.Module):
         self,
         hidden: Float[Array, "batch length hidden"],
         positions: Positions,
-        cache: KeyValues | None = None,
+        cache: BlockCache | None = None,
         observe: Observe | None = None,
-    ) -> tuple[Float[Array, "batch length hidden"], KeyValues]:
+    ) -> tuple[Float[Array, "batch length hidden"], BlockCache]:
         """The block's output, and its keys and values (with a cache: the cache's, these tokens written)."""
         raise NotImplementedError
 
@@ -169,11 +164,11 @@ class CausalLM(nnx.Module):
 
     def hidden(
         self, ids: Int[Array, "batch length"], positions: Int32[Array, "batch length"] | None = None
-    ) -> tuple[Float[Array, "batch length hidden"], dict[str, KeyValues]]:
+    ) -> tuple[Float[Array, "batch length hidden"], dict[str, BlockCache]]:
         """Compute the last block's output, before the head, and every block's keys and values."""
         where = Positions(default_positions(ids) if positions is None else positions)
         hidden = self.embed(ids, where.queries)
-        written = {}
+        written: dict[str, Any] = {}
         for name, block in self.blocks.items():
             hidden, written[name] = block(hidden, where)
         return hidden, written
@@ -198,7 +193,7 @@ class CausalLM(nnx.Module):
         slots = jax.lax.dynamic_update_slice(cache.positions, positions, (0, cache.used))
         where = Positions(positions, slots, cache.used)
         hidden = self.embed(ids, positions)
-        written = {}
+        written: dict[str, Any] = {}
         for name, block in self.blocks.items():
             hidden, written[name] = block(hidden, where, cache.blocks[name])
         return self.head(hidden), Cache(written, slots, cache.used + ids.shape[1])
@@ -259,9 +254,7 @@ class LayerNorm(nnx.Module):
 
 def unembed(hidden: Float[Array, "*batch width"], weight: Float[Array, "vocab width"]) -> Float[Array, "*batch vocab"]:
     """float32 logits: `hidden @ weight^T`, accumulated in float32."""
-    return jax.lax.dot_general(
-        hidden, weight.astype(hidden.dtype), (((hidden.ndim - 1,), (1,)), ((), ())), preferred_element_type=jnp.float32
-    )
+    return dense_product(hidden, weight)
 
 
 def count_parameters(params: Any) -> int:

@@ -25,7 +25,6 @@ from quikjax.models.base import (
     CausalLM,
     Config,
     Embedding,
-    KeyValues,
     LayerNorm,
     Linear,
     Observe,
@@ -34,6 +33,7 @@ from quikjax.models.base import (
     project,
     unembed,
 )
+from quikjax.models.cache import BlockCache
 from quikjax.models.published import Fields
 from quikjax.models.rope import Rope, published_rope, rotate
 
@@ -148,8 +148,8 @@ class FalconAttention(nnx.Module):
         self.dense = Linear(config.hidden_size, config.hidden_size, bias=config.bias, dtype=dtype)
 
     def mix(
-        self, fused: Float[Array, "batch length fused"], positions: Positions, cache: KeyValues | None
-    ) -> tuple[Float[Array, "batch length hidden"], KeyValues]:
+        self, fused: Float[Array, "batch length fused"], positions: Positions, cache: BlockCache | None
+    ) -> tuple[Float[Array, "batch length hidden"], BlockCache]:
         """From the fused projection to what `dense` reads."""
         config = self.config
         batch, length, _ = fused.shape
@@ -200,9 +200,9 @@ class FalconBlock(Block):
         self,
         hidden: Float[Array, "batch length hidden"],
         positions: Positions,
-        cache: KeyValues | None = None,
+        cache: BlockCache | None = None,
         observe: Observe | None = None,
-    ) -> tuple[Float[Array, "batch length hidden"], KeyValues]:
+    ) -> tuple[Float[Array, "batch length hidden"], BlockCache]:
         see = observer(observe)
         attention, mlp = self.self_attention, self.mlp
 
@@ -229,9 +229,9 @@ class FalconOneNormBlock(FalconBlock):
         self,
         hidden: Float[Array, "batch length hidden"],
         positions: Positions,
-        cache: KeyValues | None = None,
+        cache: BlockCache | None = None,
         observe: Observe | None = None,
-    ) -> tuple[Float[Array, "batch length hidden"], KeyValues]:
+    ) -> tuple[Float[Array, "batch length hidden"], BlockCache]:
         see = observer(observe)
         attention, mlp = self.self_attention, self.mlp
 
@@ -252,9 +252,9 @@ class FalconSequentialBlock(FalconBlock):
         self,
         hidden: Float[Array, "batch length hidden"],
         positions: Positions,
-        cache: KeyValues | None = None,
+        cache: BlockCache | None = None,
         observe: Observe | None = None,
-    ) -> tuple[Float[Array, "batch length hidden"], KeyValues]:
+    ) -> tuple[Float[Array, "batch length hidden"], BlockCache]:
         see = observer(observe)
         attention, mlp = self.self_attention, self.mlp
 

@@ -18,7 +18,6 @@ from quikjax.models.base import (
     CausalLM,
     Config,
     Embedding,
-    KeyValues,
     Linear,
     Observe,
     Positions,
@@ -26,6 +25,7 @@ from quikjax.models.base import (
     project,
     unembed,
 )
+from quikjax.models.cache import BlockCache
 from quikjax.models.published import Fields
 from quikjax.models.rope import Rope, published_rope, rotate
 from quikjax.pallas_kernels import api
@@ -140,9 +140,9 @@ class LlamaBlock(Block):
         self,
         hidden: Float[Array, "batch length hidden"],
         positions: Positions,
-        cache: KeyValues | None = None,
+        cache: BlockCache | None = None,
         observe: Observe | None = None,
-    ) -> tuple[Float[Array, "batch length hidden"], KeyValues]:
+    ) -> tuple[Float[Array, "batch length hidden"], BlockCache]:
         see = observer(observe)
         attention, mlp = self.self_attn, self.mlp
         config = attention.config

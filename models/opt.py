@@ -20,7 +20,6 @@ from quikjax.models.base import (
     CausalLM,
     Config,
     Embedding,
-    KeyValues,
     LayerNorm,
     Linear,
     Observe,
@@ -29,6 +28,7 @@ from quikjax.models.base import (
     project,
     unembed,
 )
+from quikjax.models.cache import BlockCache
 from quikjax.models.published import Fields
 
 # The first rows of the position table belong to fairseq's padding index and are never used by a real token.
@@ -136,9 +136,9 @@ class OPTBlock(Block):
         self,
         hidden: Float[Array, "batch length hidden"],
         positions: Positions,
-        cache: KeyValues | None = None,
+        cache: BlockCache | None = None,
         observe: Observe | None = None,
-    ) -> tuple[Float[Array, "batch length hidden"], KeyValues]:
+    ) -> tuple[Float[Array, "batch length hidden"], BlockCache]:
         see = observer(observe)
         config, attention = self.config, self.self_attn
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from quikjax.checkpoint.load import load
     from quikjax.errors import QuikError
     from quikjax.evaluation import evaluate, reference, windows
-    from quikjax.generation.decode import generate
+    from quikjax.generation import Generation, Generator, Sampling, generate
     from quikjax.quantizing.checkpoint import quantize_checkpoint
     from quikjax.quantizing.codebook_rule import CodebookRule
     from quikjax.quantizing.model import calibrate, quantize_model
@@ -44,6 +44,9 @@ _HOME = {
     "dequantize": "weights.formats",
     "dequantize_params": "weights.formats",
     "evaluate": "evaluation",
+    "Generation": "generation",
+    "Generator": "generation",
+    "Sampling": "generation",
     "generate": "generation",
     "load": "checkpoint.load",
     "quantize_block": "quantizing.params",
@@ -61,11 +64,14 @@ __all__ = [
     "RECIPES",
     "CodebookRule",
     "CodebookWeight",
+    "Generation",
+    "Generator",
     "QuikError",
     "QuikWeight",
     "Recipe",
     "RecoverySettings",
     "Rule",
+    "Sampling",
     "__version__",
     "calibrate",
     "dequantize",

@@ -15,7 +15,7 @@ from quikjax.checkpoint.output import real_path, refuse_existing
 from quikjax.cli.printing import ProgressLines, duration, megabytes, say, show, table
 from quikjax.errors import QuikError
 from quikjax.evaluation import Evaluation, Reference, evaluate, reference, windows
-from quikjax.generation.decode import generate
+from quikjax.generation import generate
 from quikjax.loading import open_source
 from quikjax.models.registry import pure_params
 from quikjax.quantizing.checkpoint import QuantizedCheckpoint, quantize_checkpoint

@@ -1,53 +1,147 @@
-"""`quikjax generate`: continue a text."""
+"""`quikjax generate`: continue texts."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from quikjax.cli.generation_options import (
+    CacheDir,
+    Deterministic,
+    Dtype,
+    KvCache,
+    MinP,
+    RepetitionPenalty,
+    Seed,
+    System,
+    Temperature,
+    Template,
+    TopK,
+    TopP,
+    interrupted,
+    read_template,
+    sampling_of,
+)
 from quikjax.cli.options import Context, Json, Model, parse_dtype, read_prompt
 from quikjax.errors import QuikError
 
 
 def generate(
     model: Model,
-    prompt: Annotated[str, typer.Argument(help="The text to continue; - reads it from standard input.")],
+    prompt: Annotated[str | None, typer.Argument(help="The text to continue; - reads it from standard input.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to add at most.")] = 64,
-    greedy: Annotated[bool, typer.Option("--greedy", help="Always take the most likely token (so far the only way).")] = True,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16, for models that are not artifacts.")] = "float32",
+    prompt_file: Annotated[Path | None, typer.Option(help="Continue every line of this file.")] = None,
+    temperature: Temperature = None,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    min_p: MinP = 0.0,
+    repetition_penalty: RepetitionPenalty = 1.0,
+    seed: Seed = 0,
+    samples: Annotated[int, typer.Option(help="Continuations of each prompt.")] = 1,
+    stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be given several times.")] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Put each prompt into the model's chat template.")] = False,
+    system: System = None,
+    template: Template = None,
+    logprobs: Annotated[bool, typer.Option("--logprobs", help="With --json: the log-probability of each token.")] = False,
     context: Context = None,
+    kv_cache: KvCache = None,
+    deterministic: Deterministic = False,
+    dtype: Dtype = "float32",
+    cache_dir: CacheDir = None,
     as_json: Json = False,
 ) -> None:
-    """Continue a text. Only the continuation is printed on stdout."""
+    """Continue a text, greedily unless a temperature is given. Only the continuation is printed on stdout, as it is decoded."""
     floating = parse_dtype(dtype)
-    from quikjax.texts import continuation, tokenize
-
-    text = read_prompt(prompt)
-
-    from flax import nnx
+    sampling = sampling_of(temperature, top_k, top_p, min_p, repetition_penalty)
+    texts = _texts(prompt, prompt_file)
+    if (system is not None or template is not None) and not chat:
+        raise QuikError("--system and --template are parts of a chat; give --chat as well")
+    if logprobs and not as_json:
+        raise QuikError("log-probabilities are part of the JSON object; give --json as well")
+    chat_template = read_template(template)
 
     from quikjax.checkpoint.load import load
-    from quikjax.cli.printing import print_json, say, show
-    from quikjax.generation.decode import generate as run
-    from quikjax.models.registry import pure_params
+    from quikjax.cli.printing import print_json, say
+    from quikjax.generation import Generator
+    from quikjax.generation.chat import render
+    from quikjax.generation.executables import keep_executables
+    from quikjax.texts import tokenize
 
+    keep_executables(cache_dir)
     network, tokenizer = load(model, dtype=floating, context=context)
     if tokenizer is None:
         raise QuikError(f"{model} has no tokenizer, so it cannot read text; put its tokenizer.json beside it")
-    ids = tokenize(tokenizer, text)[None]
-    out = run(nnx.split(network)[0], pure_params(network), ids, max_new_tokens=max_new_tokens)
-    continued = continuation(tokenizer, ids[0], out.tokens[0, : out.lengths[0]])
+    if chat:
+        before = [{"role": "system", "content": system}] if system else []
+        prompts = [render(tokenizer, [*before, {"role": "user", "content": text}], chat_template) for text in texts]
+    else:
+        prompts = [tokenize(tokenizer, text).tolist() for text in texts]
+    generator = Generator(network, tokenizer=tokenizer, cache=kv_cache, deterministic=deterministic, release=True)
+    # One text is shown as it is decoded; several would mix.
+    alone = len(texts) * samples == 1 and not as_json
+    printed = False
+
+    def show(_row: int, piece: str) -> None:
+        nonlocal printed
+        printed = True
+        print(piece, end="", flush=True)
+
+    with interrupted(lambda: print() if printed else None):
+        out = generator.generate(
+            prompts,
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
+            seed=seed,
+            samples=samples,
+            stop_strings=stop or (),
+            logprobs=logprobs,
+            on_text=show if alone else None,
+            step=4 if alone else 16,
+        )
+    assert out.texts is not None
     figures = {
         "prompt_tokens": out.prompt_tokens,
-        "new_tokens": int(out.lengths[0]),
+        "new_tokens": int(out.lengths.sum()),
         "prefill_tokens_per_second": out.prefill_tokens_per_second,
         "decode_tokens_per_second": out.decode_tokens_per_second,
         "compile_seconds": out.compile_seconds,
     }
     if as_json:
-        print_json({"text": continued, **figures})
+        rows = [
+            {
+                "prompt": i // samples,
+                "text": text,
+                "new_tokens": int(out.lengths[i]),
+                "finished": out.finished[i],
+                **({"logprobs": out.logprobs[i, : out.lengths[i]].tolist()} if out.logprobs is not None else {}),
+            }
+            for i, text in enumerate(out.texts)
+        ]
+        print_json({"text": out.texts[0], **figures, "rows": rows})
+    elif alone:
+        print()
     else:
-        show(continued)
+        for i, text in enumerate(out.texts):
+            print(f"--- prompt {i // samples + 1}" + (f", sample {i % samples + 1}" if samples > 1 else ""))
+            print(text)
     say(
         f"prefill {out.prompt_tokens} tokens at {out.prefill_tokens_per_second:.0f} tokens/s, "
-        f"decode {int(out.lengths[0])} at {out.decode_tokens_per_second:.1f} tokens/s, compiled in {out.compile_seconds:.1f} s"
+        f"decode {int(out.lengths.sum())} at {out.decode_tokens_per_second:.1f} tokens/s, compiled in {out.compile_seconds:.1f} s"
     )
+
+
+def _texts(prompt: str | None, prompt_file: Path | None) -> list[str]:
+    """What is to be continued."""
+    if (prompt is None) == (prompt_file is None):
+        raise QuikError("give one of a prompt and --prompt-file")
+    if prompt_file is not None:
+        try:
+            lines = prompt_file.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise QuikError(f"cannot read {prompt_file}: {getattr(error, 'strerror', None) or 'it is not UTF-8 text'}") from None
+        texts = [line for line in lines if line]
+        if not texts:
+            raise QuikError(f"{prompt_file} has no prompts; give one on each line")
+        return texts
+    assert prompt is not None
+    return [read_prompt(prompt)]

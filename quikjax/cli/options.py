@@ -105,7 +105,7 @@ def parse_activation_memory(gigabytes: float | None) -> int | None:
 
 
 def read_prompt(prompt: str) -> str:
-    """The prompt as typed, or what is on standard input for "-". A byte order mark is no part of it.
+    """The prompt as typed, or what is on standard input for "-", without its final newline. A byte order mark is no part of it.
 
     Raises:
         QuikError: it is empty or not UTF-8, or standard input is closed.
@@ -114,9 +114,10 @@ def read_prompt(prompt: str) -> str:
         if sys.stdin is None:
             raise QuikError("the prompt - is read from standard input, which is closed; pipe a text into it")
         from quikjax.files import decode
+        from quikjax.texts import without_final_newline
 
         try:
-            text = decode(sys.stdin.buffer.read(), "the prompt on standard input")
+            text = without_final_newline(decode(sys.stdin.buffer.read(), "the prompt on standard input"))
         except OSError as problem:
             raise QuikError(f"the prompt on standard input cannot be read ({problem.strerror})") from None
     else:

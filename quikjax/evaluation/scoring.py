@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from quikjax.errors import QuikError
 from quikjax.evaluation.forward import CHUNK, by_chunks, hidden_states
-from quikjax.generation.decode import generate
+from quikjax.generation import generate
 from quikjax.models.base import CausalLM
 from quikjax.models.registry import pure_params
 

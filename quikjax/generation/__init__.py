@@ -1,5 +1,6 @@
-"""Generation under `jit`."""
+"""Generation under `jit`: prompts of any lengths, greedy or drawn, streamed; programs compiled once per bucket."""
 
-from quikjax.generation.decode import Generation, generate
+from quikjax.generation.generator import Generation, Generator, generate
+from quikjax.generation.sampling import Sampling
 
-__all__ = ["Generation", "generate"]
+__all__ = ["Generation", "Generator", "Sampling", "generate"]

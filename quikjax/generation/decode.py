@@ -1,174 +1,161 @@
-"""Generation under `jit`: one executable reads the prompt, one runs the whole decoding loop."""
+"""The compiled programs of generation: read prompts, choose a token, decode up to `CHUNK` tokens. Pure functions of arrays.
+
+One program reads all prompts of a length bucket, one decodes: a chunk of steps, ended early when every row has stopped. Streaming
+and generating at once run the same chunks. Rows are padded on the right and stand in their own slots of the cache, so that a row
+does not know what is beside it.
+"""
 
 import dataclasses
-import operator
-import time
-from collections.abc import Iterable, Mapping, Sequence
-from functools import partial
-from typing import Any, SupportsIndex
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from flax import nnx
-from jaxtyping import Array, Bool, Float, Int, Int32
+from jaxtyping import Array, Bool, Float32, Int32, Key
 
-from quikjax.errors import QuikError
-from quikjax.models.base import Cache, CausalLM
-from quikjax.weights.tiled import put_on_device
+from quikjax.generation import sampling
+from quikjax.generation.sampling import Values
+from quikjax.models import stacked
+from quikjax.models.cache import StackedCache
+from quikjax.models.stacked import Layout
+
+CHUNK = 16
+NOTHING = -1  # stands where a row that has stopped gets no token
+# Data fields hold arrays, but also whatever a tree map puts there.
+Leaf = Any
 
 
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """What is compiled into a program: whether tokens are drawn, repetitions penalized, log-probabilities returned."""
+
+    sampled: bool = False
+    penalized: bool = False
+    logprobs: bool = False
+
+
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Generation:
-    """The tokens that `generate` added, and how fast it added them.
-
-    `tokens` int32 `[batch, new]`: the continuation of each row, from `lengths[row]` on filled with stop tokens (which are
-    not counted). Seconds of `prefill` and `decode` are of running alone; `compile` is apart.
+class State:
+    """What decoding carries, one entry a row: the cache; `last`, the token chosen last, not yet read; `at`, the position where
+    it will stand; `running`; `step`, how many tokens were chosen; `keys`, a PRNG key; `seen`, which tokens the text has (`None`
+    without a penalty).
     """
 
-    tokens: np.ndarray
-    lengths: np.ndarray
-    prompt_tokens: int
-    prefill_seconds: float
-    decode_seconds: float
-    compile_seconds: float
-
-    @property
-    def prefill_tokens_per_second(self) -> float:
-        """Prompt tokens read per second, over the whole batch."""
-        return self.prompt_tokens / self.prefill_seconds
-
-    @property
-    def decode_tokens_per_second(self) -> float:
-        """Tokens decoded per second, over the whole batch; 0 where the prefill gave the only one."""
-        decoded = int(self.tokens.shape[0] * max(self.steps - 1, 0))
-        return decoded / self.decode_seconds if decoded else 0.0
-
-    @property
-    def steps(self) -> int:
-        """Tokens generated before every row had stopped."""
-        return int(min(self.lengths.max(initial=0) + 1, self.tokens.shape[1]))
+    cache: StackedCache
+    last: Leaf
+    at: Leaf
+    running: Leaf
+    step: Leaf
+    keys: Leaf
+    seen: Leaf = None
 
 
-def generate(
-    graphdef: nnx.GraphDef[CausalLM],
-    params: Mapping[str, Any],
-    ids: Int[Any, "batch length"] | Sequence[Sequence[int]],
-    *,
-    max_new_tokens: int = 64,
-    stop: SupportsIndex | Iterable[Any] | None = None,
-) -> Generation:
-    """Continue prompts greedily: the most likely token, again and again.
+def choose(
+    logits: Float32[Array, "batch vocab"],
+    keys: Key[Array, " batch"],
+    step: Int32[Array, " batch"],
+    seen: Bool[Array, "batch vocab"] | None,
+    values: Values,
+    kind: Kind,
+) -> tuple[Int32[Array, " batch"], Float32[Array, " batch"] | None]:
+    """The next token of each row, and on request its log-probability under the model's own distribution, before any setting.
 
-    Args:
-        graphdef: `nnx.split(model)[0]`.
-        params: nested dictionaries, dense or with packed weights.
-        ids: prompts of equal length.
-        max_new_tokens: how many tokens to add at most.
-        stop: a row ends before this token, or before any of several; with all rows ended, decoding ends. Left out, they are the
-            model's own (`model.stops`); empty, no row ends early.
-
-    Raises:
-        QuikError: a prompt is empty, has a token outside the vocabulary, or does not fit the context with what is asked for.
+    Token number `step` of a row is drawn with the row's key folded with `step`.
     """
-    params = put_on_device(params)
-    model = nnx.merge(graphdef, params)
-    prompt = np.asarray(ids, np.int32)
-    _check(model, prompt, max_new_tokens)
-    stops = _stops(model, stop)
-    capacity = prompt.shape[1] + max_new_tokens
-    batch = prompt.shape[0]
-
-    start = time.perf_counter()
-    prefill = _prefill.lower(graphdef, params, prompt, capacity).compile()
-    shapes = jax.eval_shape(partial(_prefill, graphdef, capacity=capacity), params, prompt)
-    decode = _decode.lower(graphdef, params, *shapes, stops, max_new_tokens).compile()
-    compiled = time.perf_counter()
-    first, cache = jax.block_until_ready(prefill(params, prompt))
-    read = time.perf_counter()
-    tokens, lengths, _ = jax.block_until_ready(decode(params, first, cache, stops))
-    done = time.perf_counter()
-    return Generation(
-        tokens=np.asarray(tokens),
-        lengths=np.asarray(lengths),
-        prompt_tokens=batch * prompt.shape[1],
-        prefill_seconds=read - compiled,
-        decode_seconds=done - read,
-        compile_seconds=compiled - start,
-    )
+    given = logits
+    if kind.penalized:
+        assert seen is not None
+        logits = sampling.penalized(logits, seen, values.repetition_penalty)
+    if kind.sampled:
+        chosen = sampling.draw(sampling.processed(logits, values), jax.vmap(jax.random.fold_in)(keys, step))
+    else:
+        chosen = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    if not kind.logprobs:
+        return chosen, None
+    taken = jnp.take_along_axis(given, chosen[:, None], axis=1)[:, 0]
+    return chosen, taken - jax.nn.logsumexp(given, axis=-1)
 
 
-def _check(model: CausalLM, prompt: np.ndarray, max_new_tokens: int) -> None:
-    config = model.config
-    if prompt.ndim != 2 or prompt.size == 0:
-        raise QuikError("the prompt is empty; give at least one token")
-    if max_new_tokens < 1:
-        raise QuikError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
-    if prompt.min() < 0 or prompt.max() >= config.vocab_size:
-        raise QuikError(f"the prompt has a token outside the model's vocabulary of {config.vocab_size}")
-    if prompt.shape[1] + max_new_tokens > config.context_length:
-        raise QuikError(
-            f"a prompt of {prompt.shape[1]} tokens and {max_new_tokens} new ones exceed the model's context of "
-            f"{config.context_length}; shorten one of them"
-        )
+def is_stop(tokens: Int32[Array, " batch"], stops: Int32[Array, " stops"]) -> Bool[Array, " batch"]:
+    """Which tokens are among `stops` (padded with `NOTHING`)."""
+    return (tokens[:, None] == stops).any(axis=1)
 
 
-def _stops(model: CausalLM, stop: SupportsIndex | Iterable[Any] | None) -> Int32[np.ndarray, " stops"]:
-    """The tokens that end a row, as an array."""
-    several = model.stops if stop is None else stop if isinstance(stop, Iterable) else [stop]
-    try:
-        return np.asarray(sorted({operator.index(token) for token in several}), np.int32)
-    except TypeError:
-        raise QuikError(f"stop is {stop!r}; give a token's number, or several of them") from None
-
-
-def _any_of(tokens: Int32[Array, "*batch"], stops: Int32[Array, " stops"]) -> Bool[Array, "*batch"]:
-    return (tokens[..., None] == stops).any(-1)
-
-
-@partial(jax.jit, static_argnums=(0, 3))
-def _prefill(
-    graphdef: nnx.GraphDef[CausalLM], params: Mapping[str, Any], ids: Int[Array, "batch length"], capacity: int
-) -> tuple[Int32[Array, " batch"], Cache]:
-    logits, cache = nnx.merge(graphdef, params).prefill(ids, capacity)
-    return _choose(logits), cache
-
-
-@partial(jax.jit, static_argnums=(0, 5), donate_argnums=(3,))
-def _decode(
-    graphdef: nnx.GraphDef[CausalLM],
-    params: Mapping[str, Any],
-    first: Int32[Array, " batch"],
-    cache: Cache,
+def begin(
+    logits: Float32[Array, "batch vocab"],
+    cache: StackedCache,
+    lengths: Int32[Array, " batch"],
+    running: Bool[Array, " batch"],
+    keys: Key[Array, " batch"],
+    seen: Bool[Array, "batch vocab"] | None,
     stops: Int32[Array, " stops"],
-    count: int,
-) -> tuple[Int32[Array, "batch count"], Int32[Array, " batch"], Cache]:
-    """From the prompt's successor on: `count` tokens, fewer if all rows stop.
+    values: Values,
+    kind: Kind,
+) -> tuple[Int32[Array, "batch 1"], Float32[Array, "batch 1"] | None, State]:
+    """The first token of each row from the logits behind its prompt, and the state that `chunk` goes on with."""
+    step = jnp.zeros_like(lengths)
+    chosen, logprob = choose(logits, keys, step, seen, values, kind)
+    tokens = jnp.where(running, chosen, NOTHING)[:, None]
+    state = State(
+        cache=cache,
+        last=chosen,
+        at=lengths,
+        running=running & ~is_stop(chosen, stops),
+        step=step + 1,
+        keys=keys,
+        seen=None if seen is None else _with(seen, chosen, running),
+    )
+    return tokens, None if logprob is None else logprob[:, None], state
 
-    The cache is donated, carried, and returned only so that its memory is used again.
+
+def chunk(
+    layout: Layout,
+    params: Mapping[str, Any],
+    state: State,
+    stops: Int32[Array, " stops"],
+    values: Values,
+    limit: Int32[Array, ""],
+    kind: Kind,
+) -> tuple[Int32[Array, "batch chunk"], Float32[Array, "batch chunk"] | None, State]:
+    """Up to `limit` (at most `CHUNK`) further tokens of each row, fewer when all rows have stopped.
+
+    A row's stop token is among its tokens; what follows it is `NOTHING`.
     """
-    model = nnx.merge(graphdef, params)
-    batch = first.shape[0]
-    filling = stops[0] if stops.size else jnp.int32(0)
-    tokens = jnp.full((batch, count), filling, jnp.int32).at[:, 0].set(first)
-    position = jnp.max(cache.positions, axis=1, keepdims=True) + 1
+    batch = state.last.shape[0]
+    tokens = jnp.full((batch, CHUNK), NOTHING, jnp.int32)
+    logprobs = jnp.zeros((batch, CHUNK), jnp.float32) if kind.logprobs else None
+    one = jnp.ones((batch,), jnp.int32)
 
-    def alive(state: tuple[Array, Array, Array, Cache]) -> Array:
-        step, _tokens, running, _ = state
-        return (step < count) & running.any()
+    def alive(carry: Any) -> Array:
+        done, _, _, state = carry
+        return (done < limit) & state.running.any()
 
-    def advance(state: tuple[Array, Array, Array, Cache]) -> tuple[Array, Array, Array, Cache]:
-        step, tokens, running, cache = state
-        last = jax.lax.dynamic_slice(tokens, (0, step - 1), (batch, 1))
-        logits, cache = model.extend(last, position + step - 1, cache)
-        chosen = jnp.where(running, _choose(logits[:, 0]), filling)
-        tokens = jax.lax.dynamic_update_slice(tokens, chosen[:, None], (0, step))
-        return step + 1, tokens, running & ~_any_of(chosen, stops), cache
+    def advance(carry: Any) -> Any:
+        done, tokens, logprobs, state = carry
+        logits, cache = stacked.extend(layout, params, state.last[:, None], state.at, one, state.cache)
+        chosen, logprob = choose(logits, state.keys, state.step, state.seen, values, kind)
+        running = state.running
+        here = (jnp.int32(0), done)
+        tokens = jax.lax.dynamic_update_slice(tokens, jnp.where(running, chosen, NOTHING)[:, None], here)
+        if logprobs is not None and logprob is not None:
+            logprobs = jax.lax.dynamic_update_slice(logprobs, logprob[:, None], here)
+        after = State(
+            cache=cache,
+            # A row that has stopped stays where it is, and writes the same slot again and again.
+            last=jnp.where(running, chosen, state.last),
+            at=state.at + running,
+            running=running & ~is_stop(chosen, stops),
+            step=state.step + running,
+            keys=state.keys,
+            seen=None if state.seen is None else _with(state.seen, chosen, running),
+        )
+        return done + 1, tokens, logprobs, after
 
-    _, tokens, _, cache = jax.lax.while_loop(alive, advance, (jnp.int32(1), tokens, ~_any_of(first, stops), cache))
-    ended = _any_of(tokens, stops)
-    return tokens, jnp.where(ended.any(axis=1), jnp.argmax(ended, axis=1), count).astype(jnp.int32), cache
+    _, tokens, logprobs, state = jax.lax.while_loop(alive, advance, (jnp.int32(0), tokens, logprobs, state))
+    return tokens, logprobs, state
 
 
-def _choose(logits: Float[Array, "batch vocab"]) -> Int32[Array, " batch"]:
-    return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+def _with(seen: Bool[Array, "batch vocab"], tokens: Int32[Array, " batch"], running: Bool[Array, " batch"]) -> Array:
+    rows = jnp.arange(tokens.shape[0])
+    return seen.at[rows, tokens].set(seen[rows, tokens] | running)

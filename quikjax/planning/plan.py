@@ -19,6 +19,7 @@ from quikjax.loading import Source, match
 from quikjax.loading.formats import ARTIFACT_FILE, open_found
 from quikjax.loading.resolve import DEMO_MODELS, Found, resolve
 from quikjax.models.base import CausalLM
+from quikjax.models.memory import device_memory, physical_memory
 from quikjax.models.registry import abstract_model, dotted, floating_dtype, pure_params
 from quikjax.pallas_kernels import devices
 from quikjax.pallas_kernels.choice import BackendError, Choice, Problem, choose
@@ -220,11 +221,11 @@ def find_device(name: str, memory_bytes: int | None = None) -> tuple[Device, int
         QuikError: no device has this name.
     """
     if name == "here":
-        return devices.current_device(), memory_bytes or memory.device_memory()
+        return devices.current_device(), memory_bytes or device_memory()
     if name.lower() not in DEVICES:
         raise QuikError(f'there is no device "{name}" to plan for; {did_you_mean(name, ["here", *DEVICES])}')
     device, sold = DEVICES[name.lower()]
-    return device, memory_bytes or sold or memory.physical_memory()
+    return device, memory_bytes or sold or physical_memory()
 
 
 def make_plan(

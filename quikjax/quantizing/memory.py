@@ -6,14 +6,12 @@ reuse a buffer) is not in it: leave a tenth of the device free.
 
 import dataclasses
 import math
-import os
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-import jax
-
 from quikjax.models.attention import _CHUNK as ATTENTION_CHUNK
 from quikjax.models.base import Config
+from quikjax.models.memory import cache_bytes, physical_memory
 from quikjax.quantizing.model import KEPT_BYTES
 
 MAX_DEVICES = 1024
@@ -104,11 +102,6 @@ def temporaries(footprint: Footprint, batch: int, length: int) -> int:
     scores = 12 * batch * config.heads * min(ATTENTION_CHUNK, length) * length
     attention = scores + 2 * rows * config.heads * config.head_size * d
     return 2 * rows * config.hidden_size * d + max(layers, attention, 4 * batch * config.vocab_size)
-
-
-def cache_bytes(config: Config, itemsize: int, batch: int, length: int) -> int:
-    """Keys and values of all blocks: `2 layers batch length kv_heads head d`."""
-    return 2 * config.layers * batch * length * config.kv_heads * config.head_size * itemsize
 
 
 def running(footprint: Footprint, batch: int, length: int) -> Running:
@@ -230,14 +223,3 @@ def divisors(number: int) -> Sequence[int]:
     [1, 2, 3, 4, 6, 12]
     """
     return [n for n in range(1, min(number, MAX_DEVICES) + 1) if number % n == 0]
-
-
-def device_memory() -> int:
-    """Bytes that the default device of this process can hold: what it says of itself, or physical memory."""
-    stats = jax.devices()[0].memory_stats() or {}
-    return int(stats.get("bytes_limit") or physical_memory())
-
-
-def physical_memory() -> int:
-    """Bytes of memory that this machine has."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -451,6 +451,8 @@ def _write(
     told = {**known, "best_step": notes["best"], "validation_kl": {str(step): kl for step, kl, _ in notes["evaluations"]}}
     if "stopped" in notes:
         told["stopped"] = notes["stopped"]
+    if "recovered" in manifest.provenance:
+        told["earlier"] = manifest.provenance["recovered"]
     with Writer(
         target,
         config=manifest.config,

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Float32
 
 from quikjax.pallas_kernels import api
 from quikjax.weights.codebook import CodebookWeight
@@ -132,13 +132,8 @@ def dequantized_choice(backend: str | None = None) -> api.Choice:
     return api.Choice("xla", "codebook weights are dequantized and multiplied by XLA", refused)
 
 
-def _product(x: Float[Array, "*batch k"], weight: Float[Array, "n k"]) -> Float[Array, "*batch n"]:
-    """`x W^T` in the dtype of `x`, accumulated in float32 and left in it."""
-    return jax.lax.dot_general(x, weight.astype(x.dtype), (((x.ndim - 1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
-
-
 def _dense(x: Float[Array, "..."], weight: Array, bias: Float[Array, "..."] | None) -> Float[Array, "..."]:
-    y = _product(x, weight)
+    y = dense_product(x, weight)
     if bias is not None:
         y = y + bias.astype(jnp.float32)
     return y.astype(x.dtype)
@@ -172,7 +167,7 @@ def _multiply_behind_barrier(x: Float[Array, "*batch k"], weight: CodebookWeight
 
 
 def _multiply(x: Float[Array, "*batch k"], weight: CodebookWeight) -> Float[Array, "*batch n"]:
-    return _product(x, weight.matrix())
+    return dense_product(x, weight.matrix().astype(x.dtype))
 
 
 def _batch_shape(shape: tuple[int, ...], in_shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -180,6 +175,13 @@ def _batch_shape(shape: tuple[int, ...], in_shape: tuple[int, ...]) -> tuple[int
     if shape[len(batch) :] != in_shape:
         raise ValueError(f"x ends in {shape[len(batch) :]}, the weight reads {in_shape}")
     return batch
+
+
+def dense_product(x: Float[Array, "*batch k"], weight: Float[Array, "n k"]) -> Float32[Array, "*batch n"]:
+    """`x W^T`, accumulated in float32: in the dtype of `x`, or in float32 where `x` is of 16 bits and the weight was widened."""
+    dtype = jnp.promote_types(x.dtype, weight.dtype) if weight.dtype == jnp.float32 else x.dtype
+    x, weight = x.astype(dtype), weight.astype(dtype)
+    return jax.lax.dot_general(x, weight, (((x.ndim - 1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
 
 
 def _quik(

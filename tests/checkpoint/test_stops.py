@@ -14,7 +14,7 @@ import quikjax
 from quikjax import checkpoint
 from quikjax.checkpoint.export.dequantized import export_safetensors
 from quikjax.errors import QuikError
-from quikjax.generation.decode import generate
+from quikjax.generation import generate
 from quikjax.models.base import CausalLM
 from quikjax.models.registry import pure_params
 from quikjax.quantizing.checkpoint import quantize_checkpoint

@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 
 from quikjax.errors import QuikError
-from quikjax.generation.decode import generate
+from quikjax.generation import generate
 from quikjax.models.base import CausalLM
 from quikjax.models.registry import pure_params
 from quikjax.quantizing.params import quantize_params
@@ -59,7 +59,6 @@ def test_rows_end_before_their_stop_token() -> None:
     for row, (length, tokens) in enumerate(zip(first, out.tokens, strict=True)):
         np.testing.assert_array_equal(tokens[:length], free[row, :length])
         assert (tokens[length:] == stop).all()
-    assert out.steps == min(max(first) + 1, 12)
     one = generate(graphdef, params, PROMPTS[:1], max_new_tokens=1)
     assert (one.tokens.shape, one.decode_tokens_per_second) == ((1, 1), 0.0)
 

@@ -64,6 +64,7 @@ def test_a_long_second_prompt_reads_the_cache() -> None:
     cache = KeyValues(empty.at[:, :100].set(key[:, :100]), empty.at[:, :100].set(value[:, :100]))
     where = Positions(jnp.arange(100, 700, dtype=jnp.int32)[None], keys=slots, write_at=jnp.int32(100))
     rest, written = attend(query[:, 100:], key[:, 100:], value[:, 100:], where, cache, scale=0.3)
+    assert isinstance(written, KeyValues)
     np.testing.assert_allclose(rest, whole[:, 100:], atol=1e-5)
     np.testing.assert_array_equal(written.keys[:, :700], k)
 

@@ -12,7 +12,6 @@ import pytest
 from flax import nnx
 
 from quikjax.errors import QuikError
-from quikjax.generation.decode import _prefill
 from quikjax.models.registry import abstract_model, dotted, pure_params
 from quikjax.pallas_kernels import devices
 from quikjax.planning.plan import DEVICES, Plan, describe, find_device, make_plan
@@ -207,7 +206,8 @@ def test_a_formula_counts_what_xla_counts(in_turn: bool, monkeypatch: pytest.Mon
     plan = make_plan(fields, "fp", length=1024, memory_bytes=GB)
     graphdef, params = nnx.split(abstract_model(fields))
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), nnx.to_pure_dict(params))
-    compiled = _prefill.lower(graphdef, shapes, np.zeros((1, 1024), np.int32), 1024).compile()
+    prefill = jax.jit(lambda params, ids: nnx.merge(graphdef, params).prefill(ids, 1024))
+    compiled = prefill.lower(shapes, np.zeros((1, 1024), np.int32)).compile()
     counted = compiled.memory_analysis()
     assert counted is not None
     assert counted.argument_size_in_bytes == pytest.approx(plan.running.blocks + plan.running.rest, rel=0.01)

@@ -16,6 +16,7 @@ and around it
 
     compiled.py     compiles a function for an absent H100; keeps the PTX and its tensor maps
     cases.py        products and splits of the project, executed and compared with `reference.py`
+    sass.py         machine code: accumulators touched before their wait, which PTX cannot tell
 
 A warpgroup of 128 threads runs in lockstep; groups run interleaved at random. Copies and products finish when a `Timing` says:
 at once, or as late as the program allows. A program that forgets a wait is right under one of the two and wrong under the other.

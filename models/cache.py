@@ -1,0 +1,234 @@
+"""The cache of keys and values: of one block (`KeyValues`), and of all blocks as one preallocated array (`StackedCache`).
+
+In a `StackedCache` the token at position `p` of a row stands in slot `p` of that row. So a row's numbers do not depend on how
+long its neighbours are, and a conversation goes on where it ended: slots behind a query's own position are never seen, whatever
+an earlier text or padding left there.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32, Int8, Int32
+
+from quikjax.errors import QuikError, did_you_mean
+
+KINDS = ("float32", "bfloat16", "float16", "int8")
+# Rows whose slots are written one after the other without a loop: each is one more operation to compile.
+_UNROLLED_ROWS = 16
+
+# Data fields hold arrays, but also whatever a tree map puts there (shapes, shardings), so they stay unchecked.
+Leaf = Any
+
+
+class KeyValues(NamedTuple):
+    """Keys and values of one block."""
+
+    keys: Float[Array, "batch slots kv_heads head"]
+    values: Float[Array, "batch slots kv_heads head"]
+
+    def write(
+        self,
+        key: Float[Array, "batch length kv_heads head"],
+        value: Float[Array, "batch length kv_heads head"],
+        at: Int32[Array, ""],
+    ) -> "KeyValues":
+        """This cache with further tokens in the slots from `at` on."""
+        where = (0, at, 0, 0)
+        return KeyValues(
+            jax.lax.dynamic_update_slice(self.keys, key.astype(self.keys.dtype), where),
+            jax.lax.dynamic_update_slice(self.values, value.astype(self.values.dtype), where),
+        )
+
+    def by_head(self) -> tuple[Float[Array, "kv_heads batch slots head"], Float[Array, "kv_heads batch slots head"]]:
+        """Keys and values, heads first."""
+        return self.keys.transpose(2, 0, 1, 3), self.values.transpose(2, 0, 1, 3)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StackedCache:
+    """Keys and values of all blocks, heads first, so that attention reads each head's as one matrix.
+
+    `keys` and `values` `[layers, kv_heads, batch, slots, head]` are float32, bfloat16, float16, or int8 codes; of codes,
+    `key_scale` and `value_scale` float32 `[layers, kv_heads, batch, slots]` hold one scale per token and head,
+    `x ~ codes * scale` with `scale = max |x| / 127`. `key_block` (static): attention takes so many slots at a time, in order, and
+    none behind the longest row; 0 takes all slots at once.
+    """
+
+    keys: Leaf
+    values: Leaf
+    key_scale: Leaf = None
+    value_scale: Leaf = None
+    key_block: int = dataclasses.field(default=0, metadata={"static": True})
+
+    @property
+    def slots(self) -> int:
+        """Tokens for which there is room in each row."""
+        return int(self.keys.shape[3])
+
+    @property
+    def batch(self) -> int:
+        """Rows."""
+        return int(self.keys.shape[2])
+
+    def nbytes(self) -> int:
+        """Bytes of everything stored."""
+        return sum(leaf.size * jnp.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(self))
+
+
+class Fresh(NamedTuple):
+    """Keys and values as a prompt's reading leaves them: heads first, in the cache's form, scales where that has them."""
+
+    keys: Array
+    values: Array
+    key_scale: Array | None = None
+    value_scale: Array | None = None
+
+
+def empty_cache(
+    layers: int, kv_heads: int, batch: int, slots: int, head: int, kind: str = "float32", key_block: int = 0
+) -> StackedCache:
+    """A cache without tokens; `kind` is one of `KINDS`.
+
+    Raises:
+        QuikError: there is no such kind.
+    """
+    check_kind(kind)
+    shape = (layers, kv_heads, batch, slots, head)
+    dtype = jnp.dtype(kind)
+    scales = [jnp.zeros(shape[:-1], jnp.float32) for _ in range(2)] if kind == "int8" else [None, None]
+    return StackedCache(
+        keys=jnp.zeros(shape, dtype),
+        values=jnp.zeros(shape, dtype),
+        key_scale=scales[0],
+        value_scale=scales[1],
+        key_block=key_block,
+    )
+
+
+def check_kind(kind: str) -> None:
+    """Raise `QuikError` unless `kind` is one of `KINDS`."""
+    if kind not in KINDS:
+        raise QuikError(f'there is no KV cache of kind "{kind}"; {did_you_mean(kind, KINDS)}')
+
+
+def cache_bytes(layers: int, kv_heads: int, batch: int, slots: int, head: int, kind: str) -> int:
+    """Keys and values of all blocks: `2 layers batch slots kv_heads (head d + 4 if int8)`, `d` the bytes of one number.
+
+    >>> cache_bytes(30, 3, 1, 1024, 64, "float32"), cache_bytes(30, 3, 1, 1024, 64, "int8")
+    (47185920, 12533760)
+    """
+    each = head * jnp.dtype(kind).itemsize + (4 if kind == "int8" else 0)
+    return 2 * layers * batch * slots * kv_heads * each
+
+
+def encode(x: Float[Array, "*batch head"]) -> tuple[Int8[Array, "*batch head"], Float32[Array, "*batch"]]:
+    """int8 codes with one scale per vector: `x ~ codes * scale`, `scale = max |x| / 127`; rounds half to even."""
+    wide = x.astype(jnp.float32)
+    scale = jnp.max(jnp.abs(wide), axis=-1) / 127
+    codes = jnp.round(wide / jnp.maximum(scale, 1e-30)[..., None])
+    return codes.astype(jnp.int8), scale
+
+
+def formed(keys: Float[Array, "..."], values: Float[Array, "..."], kind: str) -> Fresh:
+    """Keys and values, heads first, in the form that a cache of `kind` holds."""
+    if kind != "int8":
+        return Fresh(keys.astype(kind), values.astype(kind))
+    (k, k_scale), (v, v_scale) = encode(keys), encode(values)
+    return Fresh(k, v, k_scale, v_scale)
+
+
+def kind_of(cache: StackedCache) -> str:
+    """Which of `KINDS` a cache is."""
+    return str(jnp.dtype(cache.keys.dtype))
+
+
+def insert(cache: StackedCache, fresh: Fresh, row: Int32[Array, ""]) -> StackedCache:
+    """The cache with what was read of prompts `[layers, kv_heads, rows, length, ...]`, from slot 0 of row `row` on."""
+
+    def put(whole: Array | None, part: Array | None) -> Array | None:
+        if whole is None or part is None:
+            return None
+        return jax.lax.dynamic_update_slice(whole, part, (0, 0, row, 0, 0)[: whole.ndim])
+
+    return dataclasses.replace(
+        cache,
+        keys=put(cache.keys, fresh.keys),
+        values=put(cache.values, fresh.values),
+        key_scale=put(cache.key_scale, fresh.key_scale),
+        value_scale=put(cache.value_scale, fresh.value_scale),
+    )
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LayerCache:
+    """One block's part of a `StackedCache`: written in place, read without its neighbours."""
+
+    stacked: StackedCache
+    layer: Leaf
+
+    @property
+    def key_block(self) -> int:
+        return self.stacked.key_block
+
+    def write(
+        self,
+        key: Float[Array, "batch length kv_heads head"],
+        value: Float[Array, "batch length kv_heads head"],
+        at: Int32[Array, "..."],
+    ) -> "LayerCache":
+        """This cache with further tokens in the slots from `at` on: one slot for all rows, or one for each."""
+        cache = self.stacked
+        fresh = formed(key.transpose(2, 0, 1, 3), value.transpose(2, 0, 1, 3), kind_of(cache))
+
+        def put(whole: Array | None, part: Array | None) -> Array | None:
+            if whole is None or part is None:
+                return None
+            tail = (0,) * (whole.ndim - 4)
+            part = part[None]
+            if at.ndim == 0:
+                return jax.lax.dynamic_update_slice(whole, part, (self.layer, 0, 0, at, *tail))
+
+            def row(b: Any, whole: Array) -> Array:
+                one = jax.lax.dynamic_slice_in_dim(part, b, 1, axis=2)
+                return jax.lax.dynamic_update_slice(whole, one, (self.layer, 0, b, at[b], *tail))
+
+            rows = part.shape[2]
+            if rows > _UNROLLED_ROWS:
+                return jax.lax.fori_loop(0, rows, row, whole)
+            for b in range(rows):
+                whole = row(b, whole)
+            return whole
+
+        stacked = dataclasses.replace(
+            cache,
+            keys=put(cache.keys, fresh.keys),
+            values=put(cache.values, fresh.values),
+            key_scale=put(cache.key_scale, fresh.key_scale),
+            value_scale=put(cache.value_scale, fresh.value_scale),
+        )
+        return dataclasses.replace(self, stacked=stacked)
+
+    def by_head(
+        self, start: Any = 0, count: int | None = None
+    ) -> tuple[Float[Array, "kv_heads batch count head"], Float[Array, "kv_heads batch count head"]]:
+        """Keys and values of `count` slots from `start` on (default: all), heads first, as floats."""
+        cache = self.stacked
+        count = cache.slots if count is None else count
+
+        def part(whole: Array) -> Array:
+            tail, sizes = (0,) * (whole.ndim - 4), whole.shape[4:]
+            return jax.lax.dynamic_slice(whole, (self.layer, 0, 0, start, *tail), (1, *whole.shape[1:3], count, *sizes))[0]
+
+        keys, values = part(cache.keys), part(cache.values)
+        if cache.key_scale is not None:
+            keys = keys.astype(jnp.float32) * part(cache.key_scale)[..., None]
+            values = values.astype(jnp.float32) * part(cache.value_scale)[..., None]
+        return keys, values
+
+
+# What a block takes and gives back.
+BlockCache = KeyValues | LayerCache

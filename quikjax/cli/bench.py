@@ -1,0 +1,127 @@
+"""`quikjax bench`: how fast a model reads and decodes here, beside the unquantized one."""
+
+import csv
+import io
+import json
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from quikjax.cli.generation_options import CacheDir, Dtype, KvCache
+from quikjax.cli.options import Context, Model, parse_dtype
+from quikjax.errors import QuikError, did_you_mean
+
+if TYPE_CHECKING:
+    from quikjax.generation.speed import Test
+
+FORMATS = ("md", "json", "jsonl", "csv")
+
+
+def bench(
+    model: Model,
+    test: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--test", "-t", help="pp512, tg128, pp512+tg128, with @ 1024 a depth; several times. [default: these three]"
+        ),
+    ] = None,
+    batch: Annotated[list[int] | None, typer.Option("--batch", "-b", help="Texts at a time; several times. [default: 1]")] = None,
+    rounds: Annotated[int, typer.Option("--rounds", "-r", help="Measured rounds, after one that is not.")] = 5,
+    against: Annotated[str | None, typer.Option(help="A second model that takes turns, such as the unquantized one.")] = None,
+    output: Annotated[str, typer.Option("--output", "-o", help="md, json, jsonl or csv.")] = "md",
+    context: Context = None,
+    kv_cache: KvCache = None,
+    dtype: Dtype = "float32",
+    cache_dir: CacheDir = None,
+) -> None:
+    """Measure tokens per second: pp reads a prompt, tg decodes; models take turns, compiling is apart."""
+    floating = parse_dtype(dtype)
+    if output not in FORMATS:
+        raise QuikError(f'there is no output "{output}"; {did_you_mean(output, FORMATS)}')
+
+    from quikjax.checkpoint.load import load
+    from quikjax.cli.printing import say, size, table
+    from quikjax.generation import Generator, speed
+    from quikjax.generation.executables import keep_executables
+
+    tests = [speed.parse_test(name, b) for b in batch or [1] for name in test or ["pp512", "tg128", "pp512+tg128"]]
+    if any(b < 1 for b in batch or []):
+        raise QuikError("a batch has at least 1 text")
+    keep_executables(cache_dir)
+    generators = {}
+    for name in dict.fromkeys([model, *([against] if against else [])]):
+        network, _ = load(name, dtype=floating, context=context)
+        generators[name] = Generator(network, cache=kv_cache, release=True)
+        held = sum(leaf.nbytes for leaf in _leaves(generators[name].params))
+        say(f"{name}: parameters take {size(held)} of memory, KV cache in {generators[name].cache}")
+    rate = speed.bandwidth()
+    say(f"this device copies at {rate / 1e9:.1f} GB/s")
+    results = speed.measure(generators, tests, rounds)
+    rows = [
+        _row(name, one.test, one.mean, one.deviation, one.rounds, one.compile_seconds)
+        | _reading(speed.bytes_per_token(generators[name], one.test), one, rate)
+        for name, speeds in results.items()
+        for one in speeds
+    ]
+    for row in rows if against else []:
+        base = next(r for r in rows if r["model"] == against and (r["test"], r["batch"]) == (row["test"], row["batch"]))
+        row["over_against"] = row["mean"] / base["mean"]
+    if output == "json":
+        print(json.dumps(rows, indent=2))
+    elif output == "jsonl":
+        print("\n".join(json.dumps(row) for row in rows))
+    elif output == "csv":
+        text = io.StringIO()
+        writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({**row, "samples": " ".join(map(str, row["samples"]))} for row in rows)
+        print(text.getvalue(), end="")
+    else:
+        head = [
+            "model",
+            "batch",
+            "test",
+            "tokens/s",
+            "compiled in s",
+            "of the bandwidth",
+            *([f"over {against}"] if against else []),
+        ]
+        print(table(head, [_cells(row) for row in rows]))
+
+
+def _leaves(params: Any) -> list[Any]:
+    import jax
+
+    return jax.tree.leaves(params)
+
+
+def _row(name: str, test: "Test", mean: float, deviation: float, samples: tuple[float, ...], seconds: float) -> dict[str, Any]:
+    return {
+        "model": name,
+        "batch": test.batch,
+        "test": test.name,
+        "mean": mean,
+        "deviation": deviation,
+        "samples": list(samples),
+        "compile_seconds": seconds,
+    }
+
+
+def _reading(count: int, one: Any, rate: float) -> dict[str, Any]:
+    """What decoding reads, against what the device could; only a test that does nothing else says something about it."""
+    if one.test.prompt:
+        return {"bytes_per_step": None, "share_of_bandwidth": None}
+    return {"bytes_per_step": count, "share_of_bandwidth": count * one.mean / one.test.batch / rate}
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    share = row["share_of_bandwidth"]
+    return [
+        row["model"],
+        str(row["batch"]),
+        row["test"],
+        f"{row['mean']:.2f} ± {row['deviation']:.2f}",
+        f"{row['compile_seconds']:.2f}",
+        "" if share is None else f"{share:.0%}",
+        *([f"{row['over_against']:.2f}x"] if "over_against" in row else []),
+    ]

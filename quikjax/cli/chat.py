@@ -1,0 +1,122 @@
+"""`quikjax chat`: talk with a model."""
+
+import sys
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from quikjax.cli.generation_options import (
+    CacheDir,
+    Dtype,
+    KvCache,
+    MinP,
+    RepetitionPenalty,
+    Seed,
+    System,
+    Temperature,
+    Template,
+    TopK,
+    TopP,
+    read_template,
+    sampling_of,
+)
+from quikjax.cli.options import Context, Model, parse_dtype
+from quikjax.errors import QuikError
+
+if TYPE_CHECKING:
+    from quikjax.generation.chat import Answer
+
+HELP = "/reset forgets the conversation, /system TEXT does so and sets the system message, /quit ends."
+
+
+def chat(
+    model: Model,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens of an answer at most.")] = 512,
+    temperature: Temperature = None,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    min_p: MinP = 0.0,
+    repetition_penalty: RepetitionPenalty = 1.0,
+    seed: Seed = 0,
+    system: System = None,
+    template: Template = None,
+    context: Context = None,
+    kv_cache: KvCache = None,
+    dtype: Dtype = "float32",
+    cache_dir: CacheDir = None,
+) -> None:
+    """Talk with a model in its own chat template. Answers are on stdout, everything else on stderr.
+
+    /reset forgets the conversation, /system TEXT does so and sets the system message, /quit or the end of the input ends.
+    Ctrl-C ends an answer; what was said stays.
+    """
+    floating = parse_dtype(dtype)
+    sampling = sampling_of(temperature, top_k, top_p, min_p, repetition_penalty)
+    chat_template = read_template(template)
+
+    from quikjax.checkpoint.load import load
+    from quikjax.cli.printing import say
+    from quikjax.generation import Generator
+    from quikjax.generation.chat import Conversation
+    from quikjax.generation.executables import keep_executables
+
+    keep_executables(cache_dir)
+    network, tokenizer = load(model, dtype=floating, context=context)
+    generator = Generator(network, tokenizer=tokenizer, cache=kv_cache, release=True)
+    conversation = Conversation(generator, template=chat_template, system=system)
+    say(HELP)
+    turn = 0
+    while True:
+        line = _line()
+        if line is None or line == "/quit":
+            return
+        if line == "/reset":
+            conversation.reset()
+            say("the conversation is forgotten")
+        elif line == "/system" or line.startswith("/system "):
+            conversation.reset(line.removeprefix("/system").strip())
+            say("the conversation is forgotten, the system message is set")
+        elif line.startswith("/"):
+            say(f"there is no command {line.split()[0]}. {HELP}")
+        elif line.strip():
+            try:
+                answer = conversation.ask(
+                    line,
+                    max_new_tokens=max_new_tokens,
+                    sampling=sampling,
+                    # Each turn draws with a number of its own.
+                    seed=(seed + turn) % 2**32,
+                    on_text=lambda piece: print(piece, end="", flush=True),
+                )
+            except KeyboardInterrupt:
+                print(flush=True)
+                say("(ended)")
+                continue
+            except QuikError as error:
+                say(f"error: {error}")
+                continue
+            finally:
+                turn += 1
+            print(flush=True)
+            say(_footer(answer))
+
+
+def _line() -> str | None:
+    """The next line of the user's, `None` at the end of the input."""
+    if sys.stdin.isatty():
+        print("> ", end="", file=sys.stderr, flush=True)
+    try:
+        line = sys.stdin.readline()
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return None
+    return line.rstrip("\r\n") if line else None
+
+
+def _footer(answer: "Answer") -> str:
+    forgotten = f", {answer.dropped} turn{'s' if answer.dropped > 1 else ''} forgotten" if answer.dropped else ""
+    cut = ", cut at --max-new-tokens" if answer.finished == "length" else ""
+    return (
+        f"[{answer.new_tokens} tokens at {answer.tokens_per_second:.1f} tokens/s; prompt {answer.prompt_tokens}, "
+        f"{answer.reused} of them kept{forgotten}{cut}]"
+    )

@@ -1,0 +1,496 @@
+"""A model made ready to generate: blocks stacked, programs compiled once per bucket and kept, a cache of a stated size."""
+
+import dataclasses
+import operator
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jaxtyping import Int
+
+from quikjax.errors import QuikError
+from quikjax.generation import decode
+from quikjax.generation.decode import CHUNK, NOTHING, Kind, State
+from quikjax.generation.programs import Programs
+from quikjax.generation.sampling import Sampling, Values, row_keys
+from quikjax.generation.text import TextStream
+from quikjax.models import cache as caches
+from quikjax.models import stacked
+from quikjax.models.base import CausalLM
+from quikjax.models.cache import Fresh, StackedCache
+from quikjax.models.memory import device_memory, most_slots
+
+# Slots that attention takes at a time on a CPU, and everywhere with `deterministic`; a cache is a multiple of it, and more than
+# one: XLA copies the cache for every block of the model where a single step of the loop takes it all.
+KEY_BLOCK = 64
+_SHORTEST = 16
+_STOPS = 8  # stop tokens are padded to a multiple of this
+_MOST_SEED = 2**32 - 1
+
+Prompts = Sequence[Sequence[int]] | Int[Any, "rows length"]
+
+
+def bucket(length: int) -> int:
+    """The padded length of a text: 16, 24, 32, 48, 64, 96, ...: at most half as much again is padding.
+
+    >>> [bucket(n) for n in (1, 17, 25, 33, 1000)]
+    [16, 24, 32, 48, 1024]
+    """
+    size = _SHORTEST
+    while size < length:
+        size = size * 3 // 2 if size & (size - 1) == 0 else size // 3 * 4
+    return size
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Generation:
+    """What was generated, and how fast. A row is one prompt's, or one of its samples, in the order of the prompts.
+
+    `tokens` int32 `[rows, new]`: the continuation of each row, from `lengths[row]` on filled with a stop token (the stop token
+    itself is not counted, nor what a stop string cuts off). `finished` says of each row why it ended: "stop" or "length".
+    `texts` are there where the generator has a tokenizer, `logprobs` float32 `[rows, new]` (0 behind the end) on request: of each
+    token under the model's own distribution, whatever the sampling. Seconds of `prefill` and `decode` are of running alone;
+    `compile` is apart. `decoded` counts the tokens that decoding gave, stop tokens included, without each row's first.
+    """
+
+    tokens: np.ndarray
+    lengths: np.ndarray
+    finished: tuple[str, ...]
+    prompt_tokens: int
+    decoded: int
+    prefill_seconds: float
+    decode_seconds: float
+    compile_seconds: float
+    texts: tuple[str, ...] | None = None
+    logprobs: np.ndarray | None = None
+
+    @property
+    def prefill_tokens_per_second(self) -> float:
+        """Prompt tokens read per second, over all rows."""
+        return self.prompt_tokens / self.prefill_seconds
+
+    @property
+    def decode_tokens_per_second(self) -> float:
+        """Tokens decoded per second, over all rows; 0 where the prefill gave the only one."""
+        return self.decoded / self.decode_seconds if self.decoded else 0.0
+
+
+@dataclasses.dataclass
+class Row:
+    """One row on its way: its prompt and key, the tokens so far, and why it ended."""
+
+    prompt: list[int]
+    seed: int
+    sample: int
+    text: TextStream | None
+    tokens: list[int] = dataclasses.field(default_factory=list)
+    logprobs: list[float] = dataclasses.field(default_factory=list)
+    kept: int = 0
+    finished: str = ""
+
+    def take(self, tokens: Sequence[int], logprobs: Sequence[float] | None, stops: frozenset[int]) -> str:
+        """Add what a chunk gave this row, up to its end; returns the text that became final."""
+        piece = ""
+        for i, token in enumerate(tokens):
+            if self.finished or token == NOTHING:
+                break
+            if token in stops:
+                self.finished = "stop"
+                break
+            self.tokens.append(int(token))
+            if logprobs is not None:
+                self.logprobs.append(float(logprobs[i]))
+            self.kept = len(self.tokens)
+            if self.text is not None:
+                piece += self.text.feed([int(token)])
+                if self.text.stopped:
+                    self.finished, self.kept = "stop", self.text.tokens
+        if self.finished and self.text is not None:
+            piece += self.text.finish()
+        return piece
+
+
+@dataclasses.dataclass
+class Decoding:
+    """A batch being decoded: `advance` gives the next tokens of every row."""
+
+    generator: "Generator"
+    state: State
+    stops: np.ndarray
+    values: Values
+    kind: Kind
+    remaining: int
+    first: tuple[np.ndarray, np.ndarray | None] | None
+
+    def advance(self, limit: int = CHUNK) -> tuple[np.ndarray, np.ndarray | None]:
+        """Tokens `[batch, n]` of the next at most `limit` steps, `NOTHING` behind a row's end; and their log-probabilities."""
+        if self.first is not None:
+            given, self.first = self.first, None
+            return given
+        steps = min(limit, CHUNK, self.remaining)
+        tokens, logprobs, self.state = self.generator.programs.run(
+            decode.chunk,
+            (self.generator.layout,),
+            (self.generator.params, self.state, self.stops, self.values, np.int32(steps)),
+            donate=(1,),
+            named={"kind": self.kind},
+        )
+        self.remaining -= steps
+        return np.asarray(tokens)[:, :steps], None if logprobs is None else np.asarray(logprobs)[:, :steps]
+
+    @property
+    def running(self) -> np.ndarray:
+        """Which rows have not stopped."""
+        return np.asarray(self.state.running)
+
+    def end(self, rows: np.ndarray) -> None:
+        """End the rows that are true, whatever they would go on with."""
+        self.state = dataclasses.replace(self.state, running=self.running & ~rows)
+
+
+class Generator:
+    """Generates with one model. Programs are compiled once per bucket of lengths and kept; `programs` counts them.
+
+    Args:
+        model: one of ours, dense or with packed weights.
+        tokenizer: for texts and stop strings; without one there are tokens only.
+        context: how many tokens a prompt and its continuation may have together; the model's own context when left out.
+        cache: "float32", "bfloat16", "float16" or "int8" (one scale per token and head; smaller and not exact); left out, the
+            dtype of the model's activations.
+        deterministic: a row's bits do not depend on the rows beside it. Prompts are read one by one, and decoding always takes
+            `batch_size` rows at a time, so that every product is the same program's.
+        batch_size: rows decoded together at most.
+        release: free the model's own block parameters as they are stacked; the model cannot be used afterwards. Without it the
+            blocks are held twice. On a CPU dense matrices of 16 bits are held in float32, which it multiplies faster.
+        programs: those of another generator, whose models of the same shapes then need no compiling.
+
+    Raises:
+        QuikError: the context is none that the model has, or there is no such cache.
+    """
+
+    def __init__(
+        self,
+        model: CausalLM,
+        *,
+        tokenizer: Any = None,
+        context: int | None = None,
+        cache: str | None = None,
+        deterministic: bool = False,
+        batch_size: int = 8,
+        release: bool = False,
+        programs: Programs | None = None,
+    ) -> None:
+        self.config = model.config
+        self.context = self.config.context_length if context is None else context
+        if not 1 < self.context <= self.config.context_length:
+            raise QuikError(
+                f"the context may be 2 to {self.config.context_length} tokens, which is the model's own, not {self.context}"
+            )
+        if batch_size < 1:
+            raise QuikError(f"at least 1 row is decoded at a time, not {batch_size}")
+        if cache is not None:
+            caches.check_kind(cache)
+        self.tokenizer = tokenizer
+        self.model_stops = tuple(model.stops)
+        self.deterministic = deterministic
+        self.batch_size = batch_size
+        self.programs = Programs() if programs is None else programs
+        cpu = jax.default_backend() == "cpu"
+        self.layout, self.params = stacked.stack(model, release=release, widen=cpu)
+        self.cache = cache or self.layout.dtype
+        by_blocks = deterministic or cpu
+        self.key_block = KEY_BLOCK if by_blocks else 0
+
+    def generate(
+        self,
+        prompts: Prompts,
+        *,
+        max_new_tokens: int = 64,
+        sampling: Sampling | None = None,
+        seed: int | Sequence[int] = 0,
+        samples: int = 1,
+        stop: int | Iterable[int] | None = None,
+        stop_strings: Sequence[str] = (),
+        logprobs: bool = False,
+        on_text: Callable[[int, str], None] | None = None,
+        step: int = CHUNK,
+    ) -> Generation:
+        """Continue prompts, greedily unless `sampling` says otherwise.
+
+        Args:
+            prompts: rows of tokens, of any lengths.
+            max_new_tokens: how many tokens to add at most to each.
+            sampling: see `Sampling`.
+            seed: for all prompts, or one for each. A row's text depends on its prompt, its seed and which sample it is.
+            samples: continuations of each prompt.
+            stop: a row ends before this token, or before any of several. Left out, they are the model's own (`model.stops`);
+                empty, no row ends at a token.
+            stop_strings: a row's text ends before any of these.
+            logprobs: return the log-probability of every token.
+            on_text: called with a row's number and the text that became final, as it is decoded.
+            step: steps between two looks at stop strings and two calls of `on_text`, at most 16.
+
+        Raises:
+            QuikError: a prompt is empty, has a token outside the vocabulary, or does not fit the context with what is asked for;
+                a stop token is none of the vocabulary's; the cache does not fit the memory.
+        """
+        sampling = sampling or Sampling()
+        rows = self.rows(prompts, max_new_tokens, sampling, seed, samples, stop_strings)
+        stops = self.stops(stop)
+        kind = Kind(not sampling.greedy, sampling.repetition_penalty != 1, logprobs)
+        ended = frozenset(stops.tolist()) - {NOTHING}
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i].prompt))
+        groups = [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
+        longest = max(len(row.prompt) for row in rows)
+        self.check_memory(max(longest + max_new_tokens, bucket(longest)), min(len(rows), self.batch_size))
+        compiling, prefill, decoding, decoded = self.programs.seconds, 0.0, 0.0, 0
+        for group in groups:
+            members = [rows[i] for i in group]
+            start, before = time.perf_counter(), self.programs.seconds
+            batch = self.start(members, max_new_tokens, sampling.values(), stops, kind)
+            prefill += time.perf_counter() - start - (self.programs.seconds - before)
+            start, before = time.perf_counter(), self.programs.seconds
+            decoded -= len(members)  # the first tokens are the prefill's
+            while True:
+                given, given_logprobs = batch.advance(step)
+                decoded += int((given[: len(members)] != NOTHING).sum())
+                for b, row in enumerate(members):
+                    piece = row.take(given[b].tolist(), None if given_logprobs is None else given_logprobs[b].tolist(), ended)
+                    if piece and on_text is not None:
+                        on_text(group[b], piece)
+                batch.end(np.array([b >= len(members) or bool(members[b].finished) for b in range(len(given))]))
+                if batch.remaining <= 0 or not batch.running.any():
+                    break
+            for b, row in enumerate(members):
+                if not row.finished:
+                    row.finished = "length"
+                    if row.text is not None and (piece := row.text.finish()) and on_text is not None:
+                        on_text(group[b], piece)
+            decoding += time.perf_counter() - start - (self.programs.seconds - before)
+        return self._collected(rows, max_new_tokens, stops, logprobs, decoded, prefill, decoding, compiling)
+
+    def rows(
+        self,
+        prompts: Prompts,
+        max_new_tokens: int,
+        sampling: Sampling,
+        seed: int | Sequence[int],
+        samples: int,
+        stop_strings: Sequence[str],
+    ) -> list[Row]:
+        """Rows to decode, checked."""
+        given = [[int(token) for token in prompt] for prompt in prompts]
+        seeds = [seed] * len(given) if isinstance(seed, int) else [int(one) for one in seed]
+        if len(seeds) != len(given):
+            raise QuikError(f"there are {len(given)} prompts and {len(seeds)} seeds; give one seed, or one for each prompt")
+        if any(not 0 <= one <= _MOST_SEED for one in seeds):
+            raise QuikError(f"a seed is a number from 0 to {_MOST_SEED}")
+        if samples < 1:
+            raise QuikError(f"at least 1 sample of each prompt is drawn, not {samples}")
+        if samples > 1 and sampling.greedy:
+            raise QuikError(f"{samples} greedy samples would be the same; give a temperature above 0")
+        if any(not text for text in stop_strings):
+            raise QuikError("a stop string is empty; every text would end at once")
+        if stop_strings and self.tokenizer is None:
+            raise QuikError("stop strings need a tokenizer; give one to the Generator, or stop at tokens")
+        if max_new_tokens < 1:
+            raise QuikError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
+        if not given:
+            raise QuikError("there is no prompt; give at least one")
+        for prompt in given:
+            self.check_prompt(prompt, max_new_tokens)
+
+        def text(prompt: list[int]) -> TextStream | None:
+            return None if self.tokenizer is None else TextStream(self.tokenizer, prompt, stop_strings)
+
+        return [
+            Row(prompt, one, sample, text(prompt)) for prompt, one in zip(given, seeds, strict=True) for sample in range(samples)
+        ]
+
+    def check_prompt(self, prompt: Sequence[int], max_new_tokens: int) -> None:
+        """Raise `QuikError` unless the prompt can be read and continued."""
+        if len(prompt) == 0:
+            raise QuikError("the prompt is empty; give at least one token")
+        if min(prompt) < 0 or max(prompt) >= self.config.vocab_size:
+            raise QuikError(f"the prompt has a token outside the model's vocabulary of {self.config.vocab_size}")
+        if len(prompt) + max_new_tokens > self.context:
+            whose = "the model's context" if self.context == self.config.context_length else "the context"
+            raise QuikError(
+                f"a prompt of {len(prompt)} tokens and {max_new_tokens} new ones exceed {whose} of {self.context}; "
+                "shorten one of them"
+            )
+
+    def stops(self, stop: int | Iterable[int] | None) -> np.ndarray:
+        """Stop tokens as a program's argument, checked; `None` stands for the model's own."""
+        several = self.model_stops if stop is None else stop if isinstance(stop, Iterable) else [stop]
+        try:
+            given = sorted({operator.index(token) for token in several})
+        except TypeError:
+            raise QuikError(f"stop is {stop!r}; give a token's number, or several of them") from None
+        for token in given:
+            if not 0 <= token < self.config.vocab_size:
+                raise QuikError(f"the stop token {token} is outside the model's vocabulary of {self.config.vocab_size}")
+        padded = np.full(-(-max(len(given), 1) // _STOPS) * _STOPS, NOTHING, np.int32)
+        padded[: len(given)] = given
+        return padded
+
+    def slots(self, length: int) -> int:
+        """Slots of a cache for texts of `length` tokens."""
+        size = bucket(length)
+        return max(-(-size // self.key_block), 2) * self.key_block if self.key_block else size
+
+    def check_memory(self, length: int, rows: int) -> None:
+        """Raise `QuikError` if a cache for texts of `length` tokens does not fit the memory that the parameters leave."""
+        rows = self._padded_rows(rows)
+        config, slots = self.config, self.slots(length)
+        need = caches.cache_bytes(config.layers, config.kv_heads, rows, slots, config.head_size, self.cache)
+        held = sum(leaf.nbytes for leaf in jax.tree.leaves(self.params))
+        free = device_memory() - held
+        if need <= free:
+            return
+        most = most_slots(config, self.cache, rows, free)
+        fits = max((size for size in range(0, min(most, length) + 1) if self.slots(max(size, 1)) <= most), default=0)
+        raise QuikError(
+            f"a {self.cache} KV cache for {rows} row{'s' if rows > 1 else ''} of {slots} tokens takes {need / 1e9:.3g} GB and "
+            f"{max(free, 0) / 1e9:.3g} GB are free; at most {fits} tokens fit: "
+            "give a smaller --context, fewer rows, or --kv-cache int8"
+        )
+
+    def _padded_rows(self, rows: int) -> int:
+        if self.deterministic:
+            return self.batch_size
+        size = 1
+        while size < rows:
+            size *= 2
+        return size
+
+    def new_cache(self, batch: int, slots: int) -> StackedCache:
+        """An empty cache."""
+        config = self.config
+        return self.programs.run(
+            caches.empty_cache,
+            (config.layers, config.kv_heads, batch, slots, config.head_size, self.cache, self.key_block),
+            (),
+        )
+
+    def start(self, rows: Sequence[Row], max_new_tokens: int, values: Values, stops: np.ndarray, kind: Kind) -> Decoding:
+        """Read the rows' prompts and choose their first tokens."""
+        batch = self._padded_rows(len(rows))
+        prompts = [row.prompt for row in rows] + [[] for _ in range(batch - len(rows))]
+        lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+        longest = max(int(lengths.max()) + max_new_tokens, bucket(int(lengths.max())))
+        cache = self.new_cache(batch, self.slots(longest))
+        logits: Any = np.zeros((batch, self.config.vocab_size), np.float32)
+        # Prompts together, or each by itself as if it were alone.
+        parts = [(b, prompts[b : b + 1]) for b in range(len(rows))] if self.deterministic else [(0, prompts)]
+        for first, some in parts:
+            ids, some_lengths = padded(some)
+            given, fresh = self.programs.run(
+                stacked.read, (self.layout,), (self.params, ids, some_lengths), named={"kind": self.cache}
+            )
+            cache, logits = self.programs.run(place, (), (cache, logits, fresh, given, np.int32(first)), donate=(0,))
+        real = np.arange(batch) < len(rows)
+        seeds = np.array([row.seed for row in rows] + [0] * (batch - len(rows)), np.uint32)
+        numbers = np.array([row.sample for row in rows] + [0] * (batch - len(rows)), np.int32)
+        return self.begin(prompts, logits, cache, lengths, real, seeds, numbers, max_new_tokens, values, stops, kind)
+
+    def begin(
+        self,
+        prompts: Sequence[Sequence[int]],
+        logits: Any,
+        cache: StackedCache,
+        lengths: np.ndarray,
+        real: np.ndarray,
+        seeds: np.ndarray,
+        numbers: np.ndarray,
+        max_new_tokens: int,
+        values: Values,
+        stops: np.ndarray,
+        kind: Kind,
+    ) -> Decoding:
+        """Choose the first tokens from the logits behind the prompts, which are in the cache."""
+        seen = None
+        if kind.penalized:
+            seen = np.zeros((len(prompts), self.config.vocab_size), bool)
+            for b, prompt in enumerate(prompts):
+                seen[b, list(prompt)] = True
+        keys = self.programs.run(row_keys, (), (seeds, numbers))
+        tokens, logprobs, state = self.programs.run(
+            decode.begin, (), (logits, cache, lengths, real, keys, seen, stops, values), donate=(1,), named={"kind": kind}
+        )
+        first = (np.asarray(tokens), None if logprobs is None else np.asarray(logprobs))
+        return Decoding(self, state, stops, values, kind, max_new_tokens - 1, first)
+
+    def _collected(
+        self,
+        rows: Sequence[Row],
+        new: int,
+        stops: np.ndarray,
+        logprobs: bool,
+        decoded: int,
+        prefill: float,
+        decoding: float,
+        compiling: float,
+    ) -> Generation:
+        tokens = np.full((len(rows), new), max(int(stops[0]), 0), np.int32)
+        chances = np.zeros((len(rows), new), np.float32)
+        for i, row in enumerate(rows):
+            tokens[i, : row.kept] = row.tokens[: row.kept]
+            chances[i, : min(row.kept, len(row.logprobs))] = row.logprobs[: row.kept]
+        return Generation(
+            tokens=tokens,
+            lengths=np.array([row.kept for row in rows], np.int32),
+            finished=tuple(row.finished for row in rows),
+            prompt_tokens=sum(len(row.prompt) for row in rows),
+            decoded=decoded,
+            prefill_seconds=prefill,
+            decode_seconds=decoding,
+            compile_seconds=self.programs.seconds - compiling,
+            texts=None if self.tokenizer is None else tuple(row.text.text for row in rows if row.text is not None),
+            logprobs=chances if logprobs else None,
+        )
+
+
+def padded(prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+    """Prompts as one array, padded on the right to their bucket, and their lengths."""
+    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+    ids = np.zeros((len(prompts), bucket(int(lengths.max(initial=1)))), np.int32)
+    for b, prompt in enumerate(prompts):
+        ids[b, : len(prompt)] = prompt
+    return ids, lengths
+
+
+def place(
+    cache: StackedCache, logits: jax.Array, fresh: Fresh, given: jax.Array, row: jax.Array
+) -> tuple[StackedCache, jax.Array]:
+    """A cache and logits `[batch, vocab]` with those of some prompts put into the rows from `row` on."""
+    return caches.insert(cache, fresh, row), jax.lax.dynamic_update_slice(logits, given, (row, 0))
+
+
+def generate(
+    graphdef: nnx.GraphDef[CausalLM],
+    params: Mapping[str, Any],
+    ids: Prompts,
+    *,
+    max_new_tokens: int = 64,
+    stop: int | Iterable[int] | None = None,
+    **settings: Any,
+) -> Generation:
+    """Continue prompts: `Generator(model).generate(ids, ...)`, made for this call.
+
+    Blocks are stacked (and held a second time meanwhile) and programs compiled for every call; who generates more than once keeps
+    a `Generator`.
+
+    Args:
+        graphdef: `nnx.split(model)[0]`.
+        params: nested dictionaries, dense or with packed weights.
+        ids, max_new_tokens, stop, settings: see `Generator.generate`.
+
+    Raises:
+        QuikError: as `Generator.generate`.
+    """
+    generator = Generator(nnx.merge(graphdef, params))
+    return generator.generate(ids, max_new_tokens=max_new_tokens, stop=stop, **settings)

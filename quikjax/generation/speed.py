@@ -1,0 +1,172 @@
+"""How fast a model reads and decodes, in the tests that llama-bench made known: `pp512`, `tg128`, `pp512+tg128 @ depth`."""
+
+import dataclasses
+import re
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from quikjax.errors import QuikError
+from quikjax.generation.decode import NOTHING, Kind
+from quikjax.generation.generator import Generator, bucket
+from quikjax.generation.sampling import Sampling
+from quikjax.models import stacked
+
+_NAME = re.compile(r"(?:pp(\d+))?\+?(?:tg(\d+))?(?:\s*@\s*d?(\d+))?")
+
+
+@dataclasses.dataclass(frozen=True)
+class Test:
+    """Read `prompt` tokens and decode `new` ones, `batch` texts at a time, behind `depth` tokens in the cache."""
+
+    prompt: int
+    new: int
+    depth: int = 0
+    batch: int = 1
+
+    @property
+    def name(self) -> str:
+        """As in llama-bench.
+
+        >>> Test(512, 128, 1024).name
+        'pp512+tg128 @ d1024'
+        """
+        parts = [f"{kind}{count}" for kind, count in (("pp", self.prompt), ("tg", self.new)) if count]
+        return "+".join(parts) + (f" @ d{self.depth}" if self.depth else "")
+
+
+def parse_test(text: str, batch: int = 1) -> Test:
+    """A test by its name.
+
+    Raises:
+        QuikError: it is none.
+
+    >>> parse_test("pp512+tg128@1024"), parse_test("tg32", batch=8)
+    (Test(prompt=512, new=128, depth=1024, batch=1), Test(prompt=0, new=32, depth=0, batch=8))
+    """
+    found = _NAME.fullmatch(text.strip())
+    prompt, new, depth = (int(number or 0) for number in found.groups()) if found else (0, 0, 0)
+    if not prompt and not new:
+        raise QuikError(f'there is no test "{text}"; give pp512, tg128 or pp512+tg128, with @ 1024 for a depth')
+    return Test(prompt, new, depth, batch)
+
+
+@dataclasses.dataclass(frozen=True)
+class Speed:
+    """A test's tokens per second in each round, and the seconds its programs took to compile before."""
+
+    test: Test
+    rounds: tuple[float, ...]
+    compile_seconds: float
+
+    @property
+    def mean(self) -> float:
+        """Mean over the rounds."""
+        return statistics.fmean(self.rounds)
+
+    @property
+    def deviation(self) -> float:
+        """Sample standard deviation over the rounds, 0 for a single one."""
+        return statistics.stdev(self.rounds) if len(self.rounds) > 1 else 0.0
+
+
+def measure(generators: Mapping[str, Generator], tests: Sequence[Test], rounds: int) -> dict[str, list[Speed]]:
+    """Every model in every test: one run to warm up, then the models in turn, `rounds` times.
+
+    Raises:
+        QuikError: a test does not fit a model's context or memory, or `rounds` is not positive.
+    """
+    if rounds < 1:
+        raise QuikError(f"at least 1 round is measured, not {rounds}")
+    for generator in generators.values():
+        for test in tests:
+            if test.depth + test.prompt + test.new > generator.context:
+                raise QuikError(f"{test.name} exceeds the context of {generator.context} tokens; give a smaller test")
+            generator.check_memory(_slots(test), test.batch)
+    results: dict[str, list[Speed]] = {name: [] for name in generators}
+    for test in tests:
+        runs: dict[str, Callable[[], float]] = {}
+        compiled: dict[str, float] = {}
+        for name, generator in generators.items():
+            before = generator.programs.seconds
+            runs[name] = _prepared(generator, test)
+            runs[name]()
+            compiled[name] = generator.programs.seconds - before
+        samples: dict[str, list[float]] = {name: [] for name in generators}
+        for _ in range(rounds):
+            for name, run in runs.items():
+                samples[name].append(test.batch * (test.prompt + test.new) / run())
+        for name in generators:
+            results[name].append(Speed(test, tuple(samples[name]), compiled[name]))
+    return results
+
+
+def _slots(test: Test) -> int:
+    return test.depth + (bucket(test.prompt) if test.prompt else 0) + test.new + 1
+
+
+def _prepared(generator: Generator, test: Test) -> Callable[[], float]:
+    """A function that runs the test once and returns its seconds."""
+    batch, run = test.batch, generator.programs.run
+    rng = np.random.default_rng(0)
+    lengths = np.full((batch,), test.prompt, np.int32)
+    ids = np.zeros((batch, bucket(max(test.prompt, 1))), np.int32)
+    ids[:, : test.prompt] = rng.integers(0, generator.config.vocab_size, (batch, test.prompt))
+    start = np.full((batch,), test.depth, np.int32)
+    stops = np.full((8,), NOTHING, np.int32)
+    real, seeds, numbers = np.ones(batch, bool), np.zeros(batch, np.uint32), np.zeros(batch, np.int32)
+
+    def once() -> float:
+        cache = generator.new_cache(batch, generator.slots(_slots(test)))
+        logits: Any = np.zeros((batch, generator.config.vocab_size), np.float32)
+        jax.block_until_ready(cache)
+        begin, compiling = time.perf_counter(), generator.programs.seconds
+        if test.prompt:
+            arguments = (generator.params, ids, start, lengths, cache)
+            logits, cache = run(stacked.extend, (generator.layout,), arguments, donate=(4,))
+        if test.new:
+            at = np.maximum(start + lengths, 1)
+            decoding = generator.begin(
+                [[0]] * batch, logits, cache, at, real, seeds, numbers, test.new, Sampling().values(), stops, Kind()
+            )
+            decoding.advance()
+            # The first token is chosen from the prompt's logits; without a prompt it takes no step.
+            decoding.remaining += not test.prompt
+            while decoding.remaining > 0:
+                decoding.advance()
+            jax.block_until_ready(decoding.state)
+        else:
+            jax.block_until_ready((logits, cache))
+        return time.perf_counter() - begin - (generator.programs.seconds - compiling)
+
+    return once
+
+
+def bytes_per_token(generator: Generator, test: Test) -> int:
+    """Bytes that decoding one step reads at least: every block's parameters, the head, and the keys and values at `depth`."""
+    rest = jax.tree_util.tree_leaves_with_path(generator.params["rest"])
+    untied = any("lm_head" in jax.tree_util.keystr(path) for path, _ in rest)
+    looked_up = ("embed", "embeddings") if untied else ("embed_positions",)
+    read = sum(leaf.nbytes for path, leaf in rest if not any(name in jax.tree_util.keystr(path) for name in looked_up))
+    blocks = sum(leaf.nbytes for leaf in jax.tree.leaves(generator.params["runs"]))
+    config = generator.config
+    width = 2 * config.layers * config.kv_heads * (config.head_size * jnp.dtype(generator.cache).itemsize)
+    return blocks + read + test.batch * width * (test.depth + test.prompt)
+
+
+def bandwidth(megabytes: int = 256, rounds: int = 5) -> float:
+    """Bytes per second at which this device reads and writes an array, the best of some rounds."""
+    array = jnp.zeros((megabytes * 250_000,), jnp.float32)
+    shifted = jax.jit(lambda array: array + 1)
+    jax.block_until_ready(shifted(array))
+    seconds = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        jax.block_until_ready(shifted(array))
+        seconds.append(time.perf_counter() - start)
+    return 2 * array.nbytes / min(seconds)
