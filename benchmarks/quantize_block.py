@@ -136,7 +136,7 @@ def main() -> None:
     kept: list[dict[str, Any]] = [{} for _ in hidden]
     for group, layers in block.groups.items():
         paths = [f"{layer}.weight" for layer in layers]
-        rules = {path: rule for path in paths if (rule := recipe.rule_for(prefix + path)) is not None}
+        rules = {path: rule for path in paths if isinstance(rule := recipe.rule_for(prefix + path), Rule)}
         stats = empty_stats(params[paths[0]].shape[1], group=group)
         for batch, known in zip(hidden, kept, strict=True):
             run = partial(_seen_by, blockdef, nested(params), batch, known, group=group)

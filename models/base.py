@@ -2,7 +2,7 @@
 
 A model is three steps, so that the pipeline can hold one block at a time: `embed`, then each of `blocks`, then `head`. Parameter
 names are the published ones, so loading is little more than a lookup by path. Weights are read with `get_value()`: each may be
-a dense `[N, K]` array or a `QuikWeight`, and `linear` tells them apart.
+a dense `[N, K]` array or a packed weight, and `linear` tells them apart.
 """
 
 import dataclasses
@@ -18,6 +18,7 @@ from quikjax.errors import QuikError
 from quikjax.files import described
 from quikjax.models.cache import BlockCache, KeyValues
 from quikjax.pallas_kernels import api
+from quikjax.weights.codebook import CodebookWeight
 from quikjax.weights.linear import Produced, dense_product, linears
 from quikjax.weights.quik import QuikWeight
 from quikjax.weights.tiled import TiledWeight
@@ -258,6 +259,6 @@ def unembed(hidden: Float[Array, "*batch width"], weight: Float[Array, "vocab wi
 
 def count_parameters(params: Any) -> int:
     """Count the parameters of a tree, packed weights by the kernels that they replaced."""
-    packed = QuikWeight | TiledWeight
+    packed = QuikWeight | CodebookWeight | TiledWeight
     leaves = jax.tree.leaves(params, is_leaf=lambda leaf: isinstance(leaf, packed))
     return sum(leaf.outputs * leaf.inputs if isinstance(leaf, packed) else leaf.size for leaf in leaves)

@@ -20,14 +20,19 @@ if TYPE_CHECKING:
     from quikjax.evaluation import evaluate, reference, windows
     from quikjax.generation import Generation, Generator, Sampling, generate
     from quikjax.quantizing.checkpoint import quantize_checkpoint
+    from quikjax.quantizing.codebook_rule import CodebookRule
     from quikjax.quantizing.model import calibrate, quantize_model
     from quikjax.quantizing.params import quantize_block, quantize_params
     from quikjax.quantizing.recipe import RECIPES, Recipe, Rule
     from quikjax.training.recover import recover
     from quikjax.training.settings import RecoverySettings
-    from quikjax.weights.quik import QuikWeight, dequantize, dequantize_params
+    from quikjax.weights.codebook import CodebookWeight
+    from quikjax.weights.formats import dequantize, dequantize_params
+    from quikjax.weights.quik import QuikWeight
 
 _HOME = {
+    "CodebookRule": "quantizing.codebook_rule",
+    "CodebookWeight": "weights.codebook",
     "QuikError": "errors",
     "QuikWeight": "weights.quik",
     "RECIPES": "quantizing.recipe",
@@ -36,8 +41,8 @@ _HOME = {
     "Rule": "quantizing.recipe",
     "calibrate": "quantizing.model",
     "quantize_checkpoint": "quantizing.checkpoint",
-    "dequantize": "weights.quik",
-    "dequantize_params": "weights.quik",
+    "dequantize": "weights.formats",
+    "dequantize_params": "weights.formats",
     "evaluate": "evaluation",
     "Generation": "generation",
     "Generator": "generation",
@@ -57,6 +62,8 @@ _HOME = {
 
 __all__ = [
     "RECIPES",
+    "CodebookRule",
+    "CodebookWeight",
     "Generation",
     "Generator",
     "QuikError",

@@ -11,16 +11,21 @@ and in matrix products: a panel of `PANEL` columns takes rank-one updates, a blo
 of the matrix takes one product per block.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jax.scipy.linalg import solve_triangular
-from jaxtyping import Array, Bool, Float32, Int8, Int32
+from jaxtyping import Array, Bool, Float32, Int8, Int32, UInt8
 
+from quikjax.algorithms.codebooks import midpoints, nearest
 from quikjax.algorithms.numerics import clipped_scales, codes, largest_code, row_scales
 
 PANEL = 16
+
+# What a column becomes when it is rounded, given its place.
+Rounding = Callable[[Array, Array], Array]
 
 # The products behind a block have a static shape, so they run over columns that are already done. Cutting the loop into
 # phases, each with its own shorter matrix, bounds the waste: 1 + 1/_PHASES of the products that cannot be avoided.
@@ -83,11 +88,61 @@ def gptq(
     """
     if block % PANEL:
         raise ValueError(f"block must be a multiple of {PANEL}, not {block}")
-    n, k = W.shape
     W = jnp.where(dead, 0.0, W)
     s = (clipped_scales if clip else row_scales)(W[:, :base], bits)
     if base == 0:
-        return jnp.zeros((n, 0), jnp.int8), s, W
+        return jnp.zeros((W.shape[0], 0), jnp.int8), s, W
+    inverse, qmax = 1 / s, largest_code(bits)
+
+    def rounded(w: Float32[Array, " n"], column: Int32[Array, ""]) -> Float32[Array, " n"]:
+        del column
+        return jnp.clip(jnp.round(w * inverse), -qmax - 1, qmax) * s
+
+    W_hat, outliers = compensate(W, U, rounded, base=base, block=block)
+    # Base columns now hold `s * code`; the code is read back exactly, as rounding s * q / s cannot miss by half.
+    return codes(W_hat, s, bits), s, outliers
+
+
+@partial(jax.jit, static_argnames=("base", "block"))
+def gptq_codebook(
+    W: Float32[Array, "n k"],
+    U: Float32[Array, "k k"],
+    dead: Bool[Array, " k"],
+    absmax: Float32[Array, "n base"],
+    table: Float32[Array, " entries"],
+    *,
+    base: int,
+    block: int = 128,
+) -> tuple[UInt8[Array, "n base"], Float32[Array, "n outliers"]]:
+    """Quantize the first `base` columns of a permuted `W` into a codebook: `(codes, outliers)`, as `gptq` does onto integers.
+
+    `table` is the codebook, ascending, and `absmax` what each weight is divided by before it is looked up (0: of zeros).
+    """
+    if block % PANEL:
+        raise ValueError(f"block must be a multiple of {PANEL}, not {block}")
+    W = jnp.where(dead, 0.0, W)
+    if base == 0:
+        return jnp.zeros((W.shape[0], 0), jnp.uint8), W
+    bounds = midpoints(table)
+    scales = jnp.pad(absmax.T, ((0, -base % block), (0, 0)))
+    inverse = jnp.where(scales > 0, 1 / jnp.where(scales > 0, scales, 1.0), 0.0)
+
+    def rounded(w: Float32[Array, " n"], column: Int32[Array, ""]) -> Float32[Array, " n"]:
+        return table[nearest(w * inverse[column], bounds).astype(jnp.int32)] * scales[column]
+
+    W_hat, outliers = compensate(W, U, rounded, base=base, block=block)
+    # A value of the codebook is found again, whatever its product with absmax and the reciprocal lose.
+    return nearest(W_hat * inverse[:base].T, bounds), outliers
+
+
+def compensate(
+    W: Float32[Array, "n k"], U: Float32[Array, "k k"], rounded: Rounding, *, base: int, block: int
+) -> tuple[Float32[Array, "n base"], Float32[Array, "n outliers"]]:
+    """GPTQ's loop: `(W_hat, outliers)`, the base columns rounded one after the other, the error of each passed on to all later.
+
+    `rounded(w, column)` is what a column `w` `[n]` becomes; `column` is its place in `W`, up to the next multiple of `block`.
+    """
+    k = W.shape[1]
     blocks = -(-base // block)
     padding = max(0, blocks * block - k)
     # Transposed, a column is contiguous. Padding columns have no error to pass on and receive none.
@@ -98,25 +153,25 @@ def gptq(
     for first in range(0, blocks, phase):
         last = min(first + phase, blocks)
         offset = first * block
-        tail = _quantize_blocks(
-            rows[offset:], factor[offset:, offset:], s, base - offset, blocks=last - first, block=block, bits=bits
-        )
+        tail = _quantize_blocks(rows[offset:], factor[offset:, offset:], rounded, offset, base, blocks=last - first, block=block)
         rows = jnp.concatenate([rows[:offset], tail])
-    # Base rows now hold `s * code`; the code is read back exactly, as rounding s * q / s cannot miss by half.
-    return codes(rows[:base].T, s, bits), s, rows[base:k].T
+    return rows[:base].T, rows[base:k].T
 
 
 def _quantize_blocks(
     rows: Float32[Array, "k n"],
     U: Float32[Array, "k k"],
-    s: Float32[Array, " n"],
+    rounded: Rounding,
+    offset: int,
     base: int,
     *,
     blocks: int,
     block: int,
-    bits: int,
 ) -> Float32[Array, "k n"]:
-    """The first `blocks` blocks of `rows`, quantized in place, and everything behind them updated."""
+    """The first `blocks` blocks of `rows`, quantized in place, and everything behind them updated.
+
+    The first of `rows` is column `offset` of the matrix.
+    """
     k, n = rows.shape
 
     def one_block(b: Int32[Array, ""], rows: Float32[Array, "k n"]) -> Float32[Array, "k n"]:
@@ -124,8 +179,8 @@ def _quantize_blocks(
         part = jax.lax.dynamic_slice(rows, (start, 0), (block, n))
         strip = jax.lax.dynamic_slice(U, (start, 0), (block, k))
         square = jax.lax.dynamic_slice(strip, (0, start), (block, block))
-        live = start + jnp.arange(block) < base
-        part, E = _quantize_block(part, square, s, live, bits)
+        live = offset + start + jnp.arange(block) < base
+        part, E = _quantize_block(part, square, rounded, offset + start, live)
         behind = jnp.where(jnp.arange(k) >= start + block, strip, 0.0)
         rows = rows - product(behind, E)
         return jax.lax.dynamic_update_slice(rows, part, (start, 0))
@@ -136,13 +191,12 @@ def _quantize_blocks(
 def _quantize_block(
     part: Float32[Array, "block n"],
     U: Float32[Array, "block block"],
-    s: Float32[Array, " n"],
+    rounded: Rounding,
+    offset: Int32[Array, ""],
     live: Bool[Array, " block"],
-    bits: int,
 ) -> tuple[Float32[Array, "block n"], Float32[Array, "block n"]]:
     """One block's columns (as rows) quantized, and their errors `E`. Columns that are not `live` are only updated."""
     block, n = part.shape
-    inverse, qmax = 1 / s, largest_code(bits)
 
     def panel(p: Int32[Array, ""], state: tuple[Array, Array]) -> tuple[Array, Array]:
         part, E = state
@@ -155,7 +209,7 @@ def _quantize_block(
         def column(i: Int32[Array, ""], state: tuple[Array, Array]) -> tuple[Array, Array]:
             columns, errors = state
             w = columns[i]
-            w_hat = jnp.clip(jnp.round(w * inverse), -qmax - 1, qmax) * s
+            w_hat = rounded(w, offset + start + i)
             diagonal = jnp.where(alive[i], square[i, i], 1.0)
             e = jnp.where(alive[i], (w - w_hat) / diagonal, 0.0)
             later = jnp.where(jnp.arange(PANEL) > i, square[i], 0.0)

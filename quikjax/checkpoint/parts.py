@@ -23,12 +23,9 @@ from quikjax.checkpoint.manifest import ArrayRow, Json, Part, seal, unseal_part
 from quikjax.errors import QuikError
 from quikjax.files import refuse_lfs_pointer
 from quikjax.models.registry import dotted, nested
-from quikjax.weights.quik import QuikWeight
+from quikjax.weights.formats import PACKED, is_packed
 
 REST = "rest"  # the part of everything that is in no transformer block
-
-# The packed formats, by class name. A new one is a frozen pytree dataclass with `shape`, `bits()` and `validate()`: one entry.
-PACKED: dict[str, type[Any]] = {"QuikWeight": QuikWeight}
 
 # What Orbax and JAX both give back with the bits they got. (uint4 does not return; JAX narrows 64-bit numbers.)
 DTYPES = frozenset(["bool", "int4", "int8", "int16", "int32", "uint8", "uint16", "uint32"]).union(
@@ -179,7 +176,7 @@ def _take_apart(params: Mapping[str, Leaf]) -> tuple[dict[str, np.ndarray], dict
     hosted: dict[str, np.ndarray] = {}
     packed: dict[str, Json] = {}
     for path, leaf in params.items():
-        if type(leaf).__name__ in PACKED:
+        if is_packed(leaf):
             leaf.validate(path)
             data, static = fields(type(leaf))
             values = {field: getattr(leaf, field) for field in static}

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from quikjax.cli import bench, chat, demo, evaluate, export, generate, plan, quantize, recover, report, study
+from quikjax.cli import bench, chat, demo, evaluate, export, generate, plan, quantize, recover, report, scaling, study
 from quikjax.errors import Interrupted
 from quikjax.version import __version__
 
@@ -66,4 +66,5 @@ app.command("eval")(evaluate.eval_)
 app.command("report")(report.report)
 app.command("export")(export.export)
 app.command("demo")(demo.demo)
+study.app.command("scaling")(scaling.scaling)
 app.add_typer(study.app, name="study")

@@ -2,11 +2,14 @@
 
 import math
 import sys
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from quikjax.errors import QuikError
+from quikjax.errors import QuikError, did_you_mean
+
+if TYPE_CHECKING:
+    from quikjax.quantizing.recipe import Recipe
 
 Model = Annotated[str, typer.Argument(help="smollm2-135m, a directory, a .gguf file, or a hub name org/name[@revision].")]
 Artifact = Annotated[str, typer.Argument(help="What `quantize` wrote: its directory, or a hub name org/name[@revision].")]
@@ -16,8 +19,64 @@ Context = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 
+RecipeName = Annotated[
+    str,
+    typer.Option(
+        help="quik-4b, quik-4b+, quik-8b, w4a8, rtn-w4a4, gptq-w4a16; codebooks, weights only: int3 to int8, float3 to float8, "
+        "dynamic4, quantile4, nf4, fp4; fp; or a .json file."
+    ),
+]
+Outliers = Annotated[str | None, typer.Option(help="Columns in FP16: a count, or a fraction such as 0.0625 or 1/16.")]
+BlockSize = Annotated[
+    str | None, typer.Option(help="Of a codebook recipe: weights that share one absmax, or tensor; left out, 64.")
+]
+Proxy = Annotated[
+    str | None,
+    typer.Option(help="Of a codebook recipe: the share of input columns kept in FP16 by the producing layer's weights."),
+]
+Method = Annotated[
+    str | None,
+    typer.Option(help="Of a codebook recipe: rtn, to the nearest value; or gptq, with calibration text. Left out, rtn."),
+]
 
-def parse_outliers(text: str) -> int | float:
+
+def choose_recipe(name: str, outliers: str | None, block: str | None, proxy: str | None, method: str | None) -> "Recipe":
+    """A recipe by name or file, with the options that were given.
+
+    Raises:
+        QuikError: there is no such recipe, or an option is none of its.
+    """
+    from quikjax.quantizing.recipe import find_recipe
+
+    chosen = find_recipe(name)
+    if outliers is not None:
+        chosen = chosen.with_outliers(parse_outliers(outliers))
+    fields: dict[str, Any] = {}
+    if block is not None:
+        fields["block"] = parse_block(block)
+    if proxy is not None:
+        fields["proxy"] = float(parse_outliers(proxy, "--proxy"))
+    if method is not None:
+        if method not in ("rtn", "gptq"):
+            raise QuikError(f'there is no method "{method}"; {did_you_mean(method, ("rtn", "gptq"))}')
+        fields["method"] = method
+    return chosen.with_codebook(**fields) if fields else chosen
+
+
+def parse_block(text: str) -> int | str:
+    """A number of weights, or "tensor".
+
+    >>> parse_block("64"), parse_block("tensor")
+    (64, 'tensor')
+    """
+    if text == "tensor":
+        return text
+    if not text.isdigit() or int(text) < 1:
+        raise QuikError(f'--block takes a number of weights such as 64, or tensor, not "{text}"')
+    return int(text)
+
+
+def parse_outliers(text: str, option: str = "--outliers") -> int | float:
     """A count or a fraction.
 
     >>> parse_outliers("36"), parse_outliers("0.125"), parse_outliers("1/16")
@@ -29,7 +88,7 @@ def parse_outliers(text: str) -> int | float:
             return int(above) / int(below)
         return float(text) if "." in text else int(text)
     except (ValueError, ZeroDivisionError):
-        raise QuikError(f'--outliers takes a count or a fraction such as 0.0625 or 1/16, not "{text}"') from None
+        raise QuikError(f'{option} takes a count or a fraction such as 0.0625 or 1/16, not "{text}"') from None
 
 
 def parse_activation_memory(gigabytes: float | None) -> int | None:

@@ -4,8 +4,19 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from quikjax.cli.options import Context, Json, parse_activation_memory, parse_dtype, parse_outliers
-from quikjax.cli.printing import bits, print_json, show, size, table
+from quikjax.cli.options import (
+    BlockSize,
+    Context,
+    Json,
+    Method,
+    Outliers,
+    Proxy,
+    RecipeName,
+    choose_recipe,
+    parse_activation_memory,
+    parse_dtype,
+)
+from quikjax.cli.printing import print_json, show, size, table, with_clip
 from quikjax.errors import QuikError
 
 if TYPE_CHECKING:
@@ -15,10 +26,11 @@ if TYPE_CHECKING:
 
 def plan(
     model: Annotated[str, typer.Argument(help="A model as `quantize` takes it, or just its config.json. No weight is fetched.")],
-    recipe: Annotated[
-        str, typer.Option(help="quik-4b, quik-4b+, quik-8b, w4a8, rtn-w4a4, rtn-w8a8, gptq-w4a16, fp or a .json.")
-    ] = "quik-4b",
-    outliers: Annotated[str | None, typer.Option(help="Columns in FP16: a count, or a fraction such as 0.0625 or 1/16.")] = None,
+    recipe: RecipeName = "quik-4b",
+    outliers: Outliers = None,
+    block: BlockSize = None,
+    proxy: Proxy = None,
+    method: Method = None,
     batch: Annotated[int, typer.Option(help="Texts at once when the result runs.")] = 1,
     length: Annotated[int | None, typer.Option(help="Tokens in each; left out, 2048 or the model's context.")] = None,
     samples: Annotated[int, typer.Option(help="Calibration sequences.")] = 16,
@@ -36,11 +48,8 @@ def plan(
 
     Everything that would go wrong is listed at once; the exit status is then 1.
     """
-    from quikjax.quantizing.recipe import find_recipe
 
-    chosen = find_recipe(recipe)
-    if outliers is not None:
-        chosen = chosen.with_outliers(parse_outliers(outliers))
+    chosen = choose_recipe(recipe, outliers, block, proxy, method)
     if memory is not None and memory <= 0:
         raise QuikError(f"--memory takes the GB of one device, not {memory:g}")
     activation_bytes = parse_activation_memory(activation_memory)
@@ -96,7 +105,7 @@ def _plan_text(model: str, plan: "Plan") -> str:
             layer.pattern.removesuffix(".weight"),
             str(layer.count),
             f"{layer.outputs} x {layer.inputs}",
-            bits(layer.weight_bits, layer.activation_bits, layer.level_clip),
+            with_clip(layer.format, layer.level_clip),
             layer.method,
             str(layer.outliers),
             size(layer.bytes * layer.count),
@@ -106,7 +115,7 @@ def _plan_text(model: str, plan: "Plan") -> str:
         for layer in plan.layers
     ]
     if rows:
-        head = ("layer", "count", "N x K", "bits", "method", "outliers", "size", "prefill", "decode")
+        head = ("layer", "count", "N x K", "format", "method", "outliers", "size", "prefill", "decode")
         lines += [table(head, rows), *(f"[{i}] {reason}" for i, reason in enumerate(reasons, 1)), ""]
     dense = [[row.pattern, str(row.count), " x ".join(map(str, row.shape)), size(row.bytes * row.count)] for row in plan.dense]
     lines += [table(("not quantized", "count", "shape", "size"), dense), ""]
@@ -128,6 +137,7 @@ def _plan_text(model: str, plan: "Plan") -> str:
     ]
     if plan.advice is not None:
         lines += [f"advice       {plan.advice}"]
+    lines += [f"note         {note}" for note in plan.notes]
     return "\n".join([*lines, *(f"problem      {problem}" for problem in plan.problems)])
 
 

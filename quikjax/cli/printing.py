@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 __all__ = [
     "ProgressLines",
     "RecoveryLines",
-    "bits",
     "decibels",
     "duration",
     "megabytes",
@@ -28,6 +27,7 @@ __all__ = [
     "show",
     "size",
     "table",
+    "with_clip",
 ]
 
 
@@ -94,7 +94,7 @@ class ProgressLines:
 
     def layer(self, layer: "LayerResult", seconds: float) -> None:
         if self._layers:
-            width = bits(layer.weight_bits, layer.activation_bits, layer.level_clip)
+            width = with_clip(layer.format, layer.level_clip)
             damping = "" if layer.damping is None or layer.damping in (0.01, 0.5) else f"  damping {layer.damping:g}"
             say(
                 f"{layer.path.removesuffix('.weight'):<44} {width:<10} {layer.outliers:>8} {layer.relative_error:>10.4f} "
@@ -109,14 +109,14 @@ class ProgressLines:
             say(f"  block {done} of {total} saved, about {duration(seconds_left)} left")
 
 
-def bits(weights: int, activations: int, level_clip: Sequence[int] | str | None = None) -> str:
-    """Write the widths of weights and activations, and the level clip of the latter if they have one.
+def with_clip(label: str, level_clip: Sequence[int] | str | None = None) -> str:
+    """Write a packed format's word, and the level clip of its activations if they have one.
 
-    >>> bits(4, 8), bits(4, 4, (17, 1)), bits(4, 4, "search")
+    >>> with_clip("W4A8"), with_clip("W4A4", (17, 1)), with_clip("W4A4", "search")
     ('W4A8', 'W4A4/17,1', 'W4A4/search')
     """
     clip = "" if level_clip is None else f"/{level_clip if isinstance(level_clip, str) else ','.join(map(str, level_clip))}"
-    return f"W{weights}A{activations}{clip}"
+    return label + clip
 
 
 class RecoveryLines:

@@ -5,17 +5,30 @@ from typing import Annotated, Any
 
 import typer
 
-from quikjax.cli.options import Context, Json, Model, parse_activation_memory, parse_dtype, parse_outliers
+from quikjax.cli.options import (
+    BlockSize,
+    Context,
+    Json,
+    Method,
+    Model,
+    Outliers,
+    Proxy,
+    RecipeName,
+    choose_recipe,
+    parse_activation_memory,
+    parse_dtype,
+)
 from quikjax.errors import Interrupted
 
 
 def quantize(
     model: Model,
     out: Annotated[Path, typer.Option(help="Directory to write; it must not exist, or be empty.")],
-    recipe: Annotated[
-        str, typer.Option(help="quik-4b, quik-4b+, quik-8b, w4a8, rtn-w4a4, rtn-w8a8, gptq-w4a16, fp or a .json.")
-    ] = "quik-4b",
-    outliers: Annotated[str | None, typer.Option(help="Columns in FP16: a count, or a fraction such as 0.0625 or 1/16.")] = None,
+    recipe: RecipeName = "quik-4b",
+    outliers: Outliers = None,
+    block: BlockSize = None,
+    proxy: Proxy = None,
+    method: Method = None,
     calibration: Annotated[str, typer.Option(help="A UTF-8 text file, pydoc, or wikitext2.")] = "pydoc",
     samples: Annotated[int, typer.Option(help="Calibration sequences.")] = 16,
     seqlen: Annotated[
@@ -44,14 +57,11 @@ def quantize(
     from quikjax.models.registry import abstract_model
     from quikjax.quantizing.checkpoint import quantize_checkpoint
     from quikjax.quantizing.memory import default_activation_bytes
-    from quikjax.quantizing.recipe import find_recipe
     from quikjax.reports.sizes import size_of_artifact, sizes_of_layers
     from quikjax.texts import calibration_text, calibration_windows, tokenize
 
     # Everything that can be wrong is looked at before anything is loaded.
-    chosen = find_recipe(recipe)
-    if outliers is not None:
-        chosen = chosen.with_outliers(parse_outliers(outliers))
+    chosen = choose_recipe(recipe, outliers, block, proxy, method)
     activation_bytes = parse_activation_memory(activation_memory)
     floating = parse_dtype(dtype)
     refuse_existing(out, force=force)
@@ -60,7 +70,8 @@ def quantize(
     reach = abstract_model(source.config, floating, context=context).config.context_length
     length = min(2048, reach) if seqlen is None else seqlen
     say(f"model        {model}, activations and unquantized weights in {dtype}")
-    say(f"recipe       {chosen.name}" + (f", outliers {outliers}" if outliers is not None else ""))
+    given = {"outliers": outliers, "blocks of": block, "proxy outliers": proxy, "method": method}
+    say("recipe       " + ", ".join([chosen.name, *(f"{name} {value}" for name, value in given.items() if value is not None)]))
     if text is not None:
         say(f"calibration  {samples} x {length} tokens of {text.origin}")
         budget = default_activation_bytes() if activation_bytes is None else activation_bytes
@@ -93,6 +104,9 @@ def quantize(
             f"{layers.layers} layers quantized: {layers.bits_per_weight:.2f} bits per weight, "
             f"{layers.relative_to_fp16:.3f} of their size in FP16"
         )
+    if proxy is not None:
+        with_outliers = sum(row["outliers"] > 0 for row in done.layers)
+        say(f"proxy outliers in {with_outliers} of {layers.layers} layers; quikjax plan says why there are none in the others")
     if as_json:
         print_json(
             {

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from quikjax.cli.options import Artifact, Json
-from quikjax.cli.printing import bits, decibels, print_json, say, show, size, table
+from quikjax.cli.printing import decibels, print_json, say, show, size, table, with_clip
 
 if TYPE_CHECKING:
     from quikjax.reports.artifact import ArtifactReport
@@ -57,7 +57,7 @@ def _report_text(report: "ArtifactReport", every_layer: bool) -> str:
             [
                 row["path"].removesuffix(".weight"),
                 f"{row['outputs']} x {row['inputs']}",
-                bits(row["weight_bits"], row["activation_bits"], row.get("level_clip")),
+                with_clip(row["format"], row.get("level_clip")),
                 row["method"],
                 str(row["outliers"]),
                 *_error_cells(report, row["relative_error"]),
@@ -65,14 +65,14 @@ def _report_text(report: "ArtifactReport", every_layer: bool) -> str:
             ]
             for row in report.rows
         ]
-        lines += [table(("layer", "N x K", "bits", "method", "outliers", "rel. error", "SNR", "damping"), rows), ""]
+        lines += [table(("layer", "N x K", "format", "method", "outliers", "rel. error", "SNR", "damping"), rows), ""]
     elif report.layers:
         rows = [
             [
                 kind.pattern.removesuffix(".weight"),
                 str(kind.count),
                 f"{kind.outputs} x {kind.inputs}",
-                " ".join(bits(kind.weight_bits, kind.activation_bits, clip) for clip in kind.level_clips),
+                " ".join(with_clip(kind.format, clip) for clip in kind.level_clips),
                 kind.method or "?",
                 str(kind.outliers),
                 size(kind.bytes),
@@ -82,7 +82,7 @@ def _report_text(report: "ArtifactReport", every_layer: bool) -> str:
             ]
             for kind in report.layers
         ]
-        head = ("layer", "count", "N x K", "bits", "method", "outliers", "size", "rel. error", "SNR", "worst", "damping")
+        head = ("layer", "count", "N x K", "format", "method", "outliers", "size", "rel. error", "SNR", "worst", "damping")
         lines += [table(head, rows)]
         worst = report.worst()
         if worst:

@@ -10,8 +10,8 @@ from quikjax.cli.options import Json
 from quikjax.cli.printing import duration, print_json, say, show
 
 if TYPE_CHECKING:
-    from quikjax.study.grid import Cell, Row
-    from quikjax.study.results import Study
+    from quikjax.study.grid import Cell, Progress, Row
+    from quikjax.study.results import Study, StudyResult
 
 # A study is a command of this application: its options become a `Study`, which `carry_out` runs and prints.
 app = typer.Typer(no_args_is_help=True)
@@ -43,8 +43,10 @@ class GridLines:
         say(f"  cell {done} of {total} in {duration(seconds)}: {figures}{left}")
 
 
-def carry_out(study: "Study", out: Path, *, dry_run: bool, as_json: bool) -> None:
-    """Run a study in `out` and print its table, or with `dry_run` only its cells.
+def carry_out(
+    study: "Study", out: Path, *, dry_run: bool, as_json: bool, progress: "Progress | None" = None
+) -> "StudyResult | None":
+    """Run a study in `out`, print its table and return it, or with `dry_run` print only its cells.
 
     Raises:
         QuikError: `out` cannot be written, which is found before any work; or as `Study.run`.
@@ -59,18 +61,19 @@ def carry_out(study: "Study", out: Path, *, dry_run: bool, as_json: bool) -> Non
                 for cell, finished in zip(study.cells, done, strict=True)
             ]
             print_json({"study": study.name, "cells": cells})
-            return
+            return None
         for cell, finished in zip(study.cells, done, strict=True):
             print(f"{'done   ' if finished else 'missing'}  {cell.label}\n         {cell.command}")
         print(f"{len(done)} cells, {sum(done)} done")
-        return
+        return None
     check_directory(out)
-    result = study.run(out, GridLines())
+    result = study.run(out, progress or GridLines())
     say(f"rows, table, plot and JSON are in {out}")
     if as_json:
         print_json(result.as_json())
     else:
         show(result.markdown().rstrip())
+    return result
 
 
 # Names and first lines of the ablations; the cells are in `quikjax.study.ablations`, which is heavy to import.

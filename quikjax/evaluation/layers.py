@@ -22,8 +22,9 @@ from quikjax.errors import QuikError
 from quikjax.evaluation.forward import checked_windows
 from quikjax.models.base import Block, CausalLM, Positions, default_positions
 from quikjax.models.registry import dotted
+from quikjax.weights.formats import PackedWeight, dequantize, is_packed
 from quikjax.weights.linear import linear
-from quikjax.weights.quik import QuikWeight, dequantize
+from quikjax.weights.quik import QuikWeight
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -184,7 +185,7 @@ def _both(
     for group, members in groups:
         for layer in members:
             weight = weights[f"{layer}.weight"]
-            if not isinstance(weight, QuikWeight):
+            if not is_packed(weight):
                 continue
             W, x, own_x = kernels[f"{layer}.weight"].astype(jnp.float32), reads[group], own_reads[group]
             y = linear(x, W)
@@ -199,13 +200,13 @@ def _both(
     return (right, own), sums, ranges
 
 
-def rounded_activations(x: Float[Array, "*batch k"], weight: QuikWeight) -> Float32[Array, "*batch k"]:
+def rounded_activations(x: Float[Array, "*batch k"], weight: PackedWeight) -> Float32[Array, "*batch k"]:
     """The activations that a packed layer multiplies by: base columns rounded to its bits, outliers as they are.
 
     Read off the layer itself, with the identity in place of its codes, so that no second account of its rounding is kept here.
     """
     base, x = weight.base, x.astype(jnp.float32)
-    if weight.activation_bits == 16 or base == 0:
+    if not isinstance(weight, QuikWeight) or weight.activation_bits == 16 or base == 0:
         return x
     identity = dataclasses.replace(
         weight,

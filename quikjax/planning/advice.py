@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from quikjax.pallas_kernels.devices import Device
-from quikjax.quantizing.recipe import Recipe, find_recipe
+from quikjax.quantizing.recipe import Recipe, Rule, find_recipe
 
 # What every device is advised while no backend multiplies 4-bit activations faster than 8-bit ones.
 SUITABLE = "w4a8"
@@ -35,7 +35,7 @@ def advise(device: Device, recipe: Recipe, layers: Iterable[PlannedLayers], hidd
     if not any(layer.activation_bits == 4 for layer in layers):
         return None
     other = find_recipe(SUITABLE)
-    planned = [(layer, rule) for layer in layers if (rule := other.rule_for(layer.pattern.replace("*", "0"))) is not None]
+    planned = [(layer, rule) for layer in layers if isinstance(rule := other.rule_for(layer.pattern.replace("*", "0")), Rule)]
     weights = sum(layer.number * layer.outputs * layer.inputs for layer, _ in planned)
     if not weights:
         return None

@@ -4,6 +4,7 @@ No weight is read and no kernel compiled: a 180B configuration is planned as qui
 """
 
 import dataclasses
+import math
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,9 +27,11 @@ from quikjax.pallas_kernels.devices import Device
 from quikjax.pallas_kernels.reference import MAX_BASE
 from quikjax.planning.advice import PlannedLayers, advise
 from quikjax.quantizing import memory
-from quikjax.quantizing.params import input_axes
-from quikjax.quantizing.recipe import Recipe, Rule, find_recipe
-from quikjax.weights.quik import QuikWeight
+from quikjax.quantizing.codebook_rule import CodebookRule, wants_proxies
+from quikjax.quantizing.params import abstract_weight, input_axes
+from quikjax.quantizing.proxies import gaps, has_proxies
+from quikjax.quantizing.recipe import AnyRule, Recipe, find_recipe
+from quikjax.weights.linear import dequantized_choice
 
 # Devices that can be planned for without having one, and the bytes they are sold with.
 DEVICES: dict[str, tuple[Device, int | None]] = {
@@ -57,6 +60,7 @@ class LayerPlan:
     """
 
     pattern: str
+    format: str
     count: int
     outputs: int
     inputs: int
@@ -87,7 +91,7 @@ class DensePlan:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
-    """The whole plan. `problems` are sentences; with any of them, quantizing would fail.
+    """The whole plan. `problems` are sentences; with any of them, quantizing would fail. `notes` are sentences too.
 
     `memory_bytes` is what one device holds, `devices_needed` over how many of them the result runs (`None`: not over any number),
     `has_headers` whether tensors' headers were compared with the configuration, `advice` which recipe suits the device and why.
@@ -110,6 +114,7 @@ class Plan:
     devices_needed: int | None
     problems: tuple[str, ...]
     advice: str | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def quantized_weights(self) -> int:
@@ -182,6 +187,7 @@ class Plan:
             "devices_needed": self.devices_needed,
             "problems": list(self.problems),
             "advice": self.advice,
+            "notes": list(self.notes),
         }
 
 
@@ -294,6 +300,7 @@ def make_plan(
         running=run,
         devices_needed=memory.devices_needed(run, memory_bytes, model.config),
         problems=(*problems, *rows.problems),
+        notes=tuple(f"no proxy outliers for {gap}" for gap in gaps(model)) if wants_proxies(recipe.rules) else (),
     )
     planned = [PlannedLayers(row.pattern, row.count, row.outputs, row.inputs, row.activation_bits) for row in made.layers]
     advice = advise(device, recipe, planned, model.config.hidden_size, made.bits_per_weight)
@@ -321,8 +328,10 @@ class _Rows:
         linear = {f"{layer}.weight" for layers in self._block.groups.values() for layer in layers}
         self._params = dotted(pure_params(model))
         # A rule may name a block by its number, so every path is asked; equal answers become one row.
-        kinds: Counter[tuple[str, tuple[int, ...], Rule | None]] = Counter()
-        self._rules: dict[str, Rule] = {}
+        kinds: Counter[tuple[str, tuple[int, ...], AnyRule | None, int]] = Counter()
+        self._rules: dict[str, AnyRule] = {}
+        self._outliers: dict[str, int] = {}
+        self._groups = {f"{layer}.weight": group for group, layers in self._block.groups.items() for layer in layers}
         for path, leaf in self._params.items():
             pattern, inside = self._pattern(path)
             rule = recipe.rule_for(path) if inside else None
@@ -331,10 +340,11 @@ class _Rows:
                 rule = None
             if rule is not None:
                 self._rules[path] = rule
-            kinds[pattern, tuple(leaf.shape), rule] += 1
+                self._outliers[path] = self._outlier_count(rule, path, inside, leaf.shape)
+            kinds[pattern, tuple(leaf.shape), rule, self._outliers.get(path, 0)] += 1
         self.layers: list[LayerPlan] = []
         self.dense: list[DensePlan] = []
-        for (pattern, shape, rule), count in kinds.items():
+        for (pattern, shape, rule, outliers), count in kinds.items():
             if rule is None:
                 size = dtype.itemsize
                 for extent in shape:
@@ -342,7 +352,7 @@ class _Rows:
                 in_block = pattern.startswith(self._prefix)
                 self.dense.append(DensePlan(pattern=pattern, count=count, shape=shape, bytes=size, in_block=in_block))
             else:
-                self._layer(pattern, shape, rule, count)
+                self._layer(pattern, shape, rule, outliers, count)
 
     def _pattern(self, path: str) -> tuple[str, str | None]:
         """The path with `*` for the block's number, and what is left within the block (`None` outside blocks)."""
@@ -351,7 +361,15 @@ class _Rows:
         inside = path.removeprefix(self._prefix).partition(".")[2]
         return f"{self._prefix}*.{inside}", inside
 
-    def _layer(self, pattern: str, shape: tuple[int, ...], rule: Rule, count: int) -> None:
+    def _outlier_count(self, rule: AnyRule, path: str, inside: str | None, shape: tuple[int, ...]) -> int:
+        if isinstance(rule, CodebookRule):
+            first = path.startswith(f"{self._prefix}{next(iter(self.model.blocks))}.")
+            group = self._groups.get(inside or "")
+            if not rule.proxy or group is None or not has_proxies(self.model, group, first):
+                return 0
+        return rule.outlier_count(shape[-1], self.model.config.hidden_size)
+
+    def _layer(self, pattern: str, shape: tuple[int, ...], rule: AnyRule, outliers: int, count: int) -> None:
         try:
             axes = input_axes(pattern, rule, len(shape))
         except QuikError as error:
@@ -361,34 +379,37 @@ class _Rows:
             self.problems.append(f"in_axes {axes} of {pattern}: the inputs of a published weight are its axis 1")
             return
         n, k = shape
-        outliers = rule.outlier_count(k, self.model.config.hidden_size)
+        exact = rule.activation_bits < 16
         if outliers >= k:
             self.problems.append(f"{pattern} has {k} input columns, all of which would be outliers; use fewer than {k}")
-        elif k - outliers > MAX_BASE:
+        elif exact and k - outliers > MAX_BASE:
             self.problems.append(
                 f"{pattern} has {k - outliers} base columns; int32 accumulators are exact up to {MAX_BASE}, "
                 f"so at least {k - MAX_BASE} must be outliers"
             )
         base = k - outliers
-        legal = 0 < base <= MAX_BASE
+        legal = base > 0 and (base <= MAX_BASE or not exact)
         self.layers.append(
             LayerPlan(
                 pattern=pattern,
+                format=abstract_weight(rule, shape, base).label,
                 count=count,
                 outputs=n,
                 inputs=k,
                 method=rule.method,
                 weight_bits=rule.weight_bits,
                 activation_bits=rule.activation_bits,
-                level_clip=rule.level_clip,
+                level_clip=None if isinstance(rule, CodebookRule) else rule.level_clip,
                 outliers=outliers,
-                bytes=_packed(shape, rule, base).bits() // 8,
+                bytes=abstract_weight(rule, shape, base).bits() // 8,
                 prefill=self._choose(pattern, shape, rule, base, self.batch * self.length) if legal else None,
                 decode=self._choose(pattern, shape, rule, base, self.batch) if legal else None,
             )
         )
 
-    def _choose(self, pattern: str, shape: tuple[int, ...], rule: Rule, base: int, rows: int) -> Choice | None:
+    def _choose(self, pattern: str, shape: tuple[int, ...], rule: AnyRule, base: int, rows: int) -> Choice | None:
+        if isinstance(rule, CodebookRule):
+            return dequantized_choice()
         problem = Problem(
             rows=rows,
             inputs=shape[1],
@@ -422,7 +443,7 @@ class _Rows:
             if rule is None or len(leaf.shape) != 2:
                 running_bytes += leaf.size * self.dtype.itemsize
                 continue
-            stored = self._held(shapes[path], rule)
+            stored = self._held(shapes[path], rule, self._outliers[path])
             packed_weights[number] += leaf.size
             packed_bytes[number] += stored
             running_bytes += stored
@@ -442,28 +463,24 @@ class _Rows:
             block_packed=max(packed_bytes.values(), default=0),
             block_bytes=running_bytes,
             rest_bytes=rest,
+            dequantized=max(
+                (
+                    sum(
+                        self.dtype.itemsize * math.prod(shapes[path])
+                        for path in (f"{self._prefix}{number}.{layer}.weight" for layer in layers)
+                        if isinstance(self._rules.get(path), CodebookRule)
+                    )
+                    for number in self.model.blocks
+                    for layers in self._block.groups.values()
+                ),
+                default=0,
+            ),
         )
 
-    def _held(self, shape: tuple[int, ...], rule: Rule) -> int:
+    def _held(self, shape: tuple[int, ...], rule: AnyRule, outliers: int) -> int:
         """Bytes of a packed weight in the device's memory: as stored; before JAX 0.11.2 a CPU gives each 4-bit code a byte."""
-        base = shape[1] - rule.outlier_count(shape[1], self.model.config.hidden_size)
-        unpacked = self.device.platform == "cpu" and jax.__version_info__ < (0, 11, 2)
+        base = shape[1] - outliers
+        planes = isinstance(rule, CodebookRule)
+        unpacked = not planes and self.device.platform == "cpu" and jax.__version_info__ < (0, 11, 2)
         wider = shape[0] * base * (8 - rule.weight_bits) // 8 if unpacked else 0
-        return _packed(shape, rule, base).bits() // 8 + wider
-
-
-def _packed(shape: tuple[int, ...], rule: Rule, base: int) -> QuikWeight:
-    """The packed weight without its arrays: its own `bits` counts what it stores."""
-    return QuikWeight(
-        qweight=None,
-        scale=None,
-        reduced=None,
-        outliers=None,
-        columns=None,
-        weight_bits=rule.weight_bits,
-        activation_bits=rule.activation_bits,
-        shape=shape,
-        in_axes=(1,),
-        base=base,
-        group=None,
-    )
+        return abstract_weight(rule, shape, base).bits() // 8 + wider

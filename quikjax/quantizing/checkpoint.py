@@ -36,7 +36,7 @@ from quikjax.quantizing import memory
 from quikjax.quantizing.activation_store import ActivationStore, Batch
 from quikjax.quantizing.layer_log import LayerLog
 from quikjax.quantizing.model import embed_batches, quantize_blocks
-from quikjax.quantizing.params import LayerResult
+from quikjax.quantizing.params import LayerResult, abstract_weight
 from quikjax.quantizing.recipe import Recipe, find_recipe
 from quikjax.texts import tokens_fingerprint
 
@@ -185,9 +185,8 @@ def expected_bytes(model: CausalLM, recipe: Recipe) -> int:
         if rule is None or len(leaf.shape) != 2:
             total += leaf.size * leaf.dtype.itemsize
             continue
-        n, k = leaf.shape
-        outliers = rule.outlier_count(k, model.config.hidden_size)
-        total += n * (k - outliers) * rule.weight_bits // 8 + n * outliers * 2 + 8 * n + 4 * k
+        k = leaf.shape[1]
+        total += abstract_weight(rule, leaf.shape, k - rule.outlier_count(k, model.config.hidden_size)).bits() // 8
     return total + (8 << 20)
 
 

@@ -30,8 +30,9 @@ class Footprint:
 
     `groups` are those of one block, `quantized` those of them with at least one quantized layer. Of the largest block:
     `block_parameters`, how many of them are in quantized layers, and the bytes of these packed. Of the whole model:
-    `block_bytes` (all blocks as they run, packed or not) and `rest_bytes` (embeddings, head, last norm). `itemsize`: bytes of
-    one activation and of one parameter that is not quantized.
+    `block_bytes` (all blocks as they run, packed or not) and `rest_bytes` (embeddings, head, last norm). `dequantized`: bytes of
+    the dense weights that one group of codebook layers is multiplied as. `itemsize`: bytes of one activation and of one
+    parameter that is not quantized.
     """
 
     config: Config
@@ -43,6 +44,7 @@ class Footprint:
     block_packed: int
     block_bytes: int
     rest_bytes: int
+    dequantized: int = 0
 
 
 class Quantizing(NamedTuple):
@@ -88,6 +90,7 @@ def temporaries(footprint: Footprint, batch: int, length: int) -> int:
     2 M H d                                  the hidden state and its residual, M = batch length rows
     + the largest of
       M (K (d + 1) + sum N (8 + d))          a group of layers: input, its codes; int32 sums, float32 results, outputs
+      + sum N K d                            and, of codebook layers, their dense weights
       12 batch heads min(512, length) length + 2 M heads head d
                                              attention in chunks of 512 queries: scores, exponentials and a copy, float32
       4 batch vocabulary                     logits of each text's last token
@@ -95,6 +98,7 @@ def temporaries(footprint: Footprint, batch: int, length: int) -> int:
     config, d = footprint.config, footprint.itemsize
     rows = batch * length
     layers = max(rows * (group.inputs * (d + 1) + sum(group.outputs) * (8 + d)) for group in footprint.groups)
+    layers += footprint.dequantized
     scores = 12 * batch * config.heads * min(ATTENTION_CHUNK, length) * length
     attention = scores + 2 * rows * config.heads * config.head_size * d
     return 2 * rows * config.hidden_size * d + max(layers, attention, 4 * batch * config.vocab_size)

@@ -22,10 +22,12 @@ from quikjax.models.base import Block, CausalLM, Positions, default_positions
 from quikjax.models.registry import dotted, nested, pure_params
 from quikjax.models.tokens import checked_model, checked_tokens
 from quikjax.quantizing.activation_store import Activations, Batch, read
+from quikjax.quantizing.codebook_rule import wants_proxies
 from quikjax.quantizing.params import LayerResult, OnLayer, quantize_block
+from quikjax.quantizing.proxies import block_proxies, written_layers
 from quikjax.quantizing.recipe import Recipe, find_recipe
 from quikjax.quantizing.statistics import LayerStats, empty_stats, observe
-from quikjax.weights.quik import QuikWeight, dequantize
+from quikjax.weights.formats import dequantize, is_packed
 
 # The parameters of one block, flat, by dotted path within it.
 BlockParams = dict[str, Any]
@@ -62,7 +64,7 @@ def quantize_model(
         on_layer: called with each layer's `LayerResult` as it is done.
 
     Returns:
-        The parameters as nested dictionaries with `QuikWeight`s, for `nnx.merge(nnx.split(model)[0], ...)`.
+        The parameters as nested dictionaries with packed weights, for `nnx.merge(nnx.split(model)[0], ...)`.
 
     Raises:
         QuikError: there is nothing to calibrate on, `batches` are not what `embed_batches` takes, or weights or activations are
@@ -147,9 +149,12 @@ def quantize_blocks(
         skip: names of leading blocks that are finished already (`hidden` is what left the last of them).
     """
     store = store or Activations()
+    proxied, before = wants_proxies(recipe.rules), None
     for key, block in model.blocks.items():
         name = ".".join((*model.block_path, key))
         if name in skip:
+            if proxied:
+                before = written_layers(model, load(name))
             continue
         results: list[LayerResult] = []
 
@@ -159,13 +164,25 @@ def quantize_blocks(
                 on_layer(layer)
 
         params = load(name)
-        prefix, width = name + ".", model.config.hidden_size
+        width = model.config.hidden_size
+        proxies = None
+        if proxied:
+            proxies = block_proxies(model, params, before)
+            before = written_layers(model, params)
         if not hidden:
-            quantized = quantize_block(params, recipe, dict.fromkeys(params), prefix=prefix, hidden_size=width, on_layer=note)
+            quantized = quantize_block(
+                params,
+                recipe,
+                dict.fromkeys(params),
+                prefix=name + ".",
+                hidden_size=width,
+                proxies=proxies,
+                on_layer=note,
+            )
             yield QuantizedBlock(name, quantized, results)
             continue
         blockdef = nnx.split(block)[0]
-        quantized, hidden = _quantize_block_in_order(blockdef, block, params, recipe, hidden, name, width, store, note)
+        quantized, hidden = _quantize_block_in_order(blockdef, block, params, recipe, hidden, name, width, proxies, store, note)
         yield QuantizedBlock(name, quantized, results)
 
 
@@ -177,6 +194,7 @@ def _quantize_block_in_order(
     hidden: Sequence[Batch],
     name: str,
     hidden_size: int,
+    proxies: Mapping[str, Array] | None,
     store: Activations,
     on_layer: OnLayer,
 ) -> tuple[BlockParams, list[Batch]]:
@@ -189,10 +207,16 @@ def _quantize_block_in_order(
             continue
         stats = _observe_all(blockdef, nested(dense), hidden, kept, group, store)
         packed = quantize_block(
-            packed, recipe, dict.fromkeys(paths, stats), prefix=prefix, hidden_size=hidden_size, on_layer=on_layer
+            packed,
+            recipe,
+            dict.fromkeys(paths, stats),
+            prefix=prefix,
+            hidden_size=hidden_size,
+            proxies=proxies,
+            on_layer=on_layer,
         )
         for path in paths:
-            if isinstance(packed[path], QuikWeight):
+            if is_packed(packed[path]):
                 dense[path] = dequantize(packed[path]).astype(params[path].dtype)
     return packed, store.put(name, _forward_all(blockdef, nested(dense), hidden, kept))
 

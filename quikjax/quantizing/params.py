@@ -20,11 +20,15 @@ from quikjax.algorithms.numerics import reduced_rows, relative_error, signal_to_
 from quikjax.algorithms.rtn import rtn
 from quikjax.errors import QuikError
 from quikjax.quantizing import outliers as choosing
+from quikjax.quantizing.codebook import Order, abstract_codebook, quantize_matrix
+from quikjax.quantizing.codebook_rule import CodebookRule, wants_proxies
 from quikjax.quantizing.level_clip import search_level_clip
-from quikjax.quantizing.recipe import Recipe, Rule, find_recipe
+from quikjax.quantizing.recipe import AnyRule, Recipe, Rule, find_recipe
 from quikjax.quantizing.statistics import LayerStats
+from quikjax.weights.codebook import CodebookWeight
+from quikjax.weights.formats import PackedWeight, dequantize, is_packed
 from quikjax.weights.linear import linear
-from quikjax.weights.quik import QuikWeight, as_matrix, dequantize
+from quikjax.weights.quik import QuikWeight, as_matrix
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,10 +37,11 @@ class LayerResult:
 
     `relative_error` is `||y - y_hat|| / ||y||` of the layer's output on sampled calibration rows, weights and activations
     quantized (without statistics: of the weights alone); `snr_db` the same in decibels. `damping` is what GPTQ took, `None` for
-    RTN. `level_clip`: that of 4-bit activations, `None` without one.
+    RTN. `level_clip`: that of 4-bit activations, `None` without one. `format` names the packed format in a word.
     """
 
     path: str
+    format: str
     outputs: int
     inputs: int
     method: str
@@ -67,23 +72,29 @@ def quantize_params(
     stats: Mapping[str, LayerStats] | None = None,
     *,
     hidden_size: int | None = None,
+    proxies: Mapping[str, Float32[Array, " k"]] | None = None,
     on_layer: OnLayer | None = None,
 ) -> Any:
-    """Replace every kernel that a rule of `recipe` matches by a `QuikWeight`; the tree's structure and other leaves stay.
+    """Replace every kernel that a rule of `recipe` matches by a packed weight; the tree's structure and other leaves stay.
 
     Args:
         params: any pytree of arrays: our models' nested dictionaries, an `nnx.State`, a Linen `params` collection.
         recipe: rules over dotted paths, or a recipe's name.
         stats: statistics of each matched kernel's input, by dotted path. May be `None` for a recipe that needs no data.
         hidden_size: the model's width, to which numbers of outliers refer; left out, each layer's own input width.
+        proxies: scores of each matched kernel's input columns, by dotted path, for codebook rules with proxy outliers
+            (`quantizing.proxies`). A kernel without scores gets no outliers.
         on_layer: called with one `LayerResult` per layer, in the tree's order.
 
     Raises:
         QuikError: a recipe with rules matches nothing; statistics are missing, of another width or not finite; a weight is not
-            finite, or an outlier overflows its dtype; a kernel's input axes cannot be known.
+            finite, or an outlier overflows its dtype; a kernel's input axes cannot be known; proxy outliers are wanted and
+            `proxies` left out.
     """
     recipe = find_recipe(recipe)
-    leaves, structure = jax.tree_util.tree_flatten_with_path(params, is_leaf=lambda leaf: isinstance(leaf, QuikWeight))
+    if proxies is None and wants_proxies(recipe.rules):
+        raise QuikError(f'recipe "{recipe.name}" has proxy outliers; give proxies, or quantize the model with quantize_model')
+    leaves, structure = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_packed)
     paths = [dotted_path(path) for path, _ in leaves]
     rules = [
         recipe.rule_for(path) if isinstance(leaf, jax.Array | np.ndarray) else None
@@ -96,12 +107,13 @@ def quantize_params(
     for path, rule, (_, leaf) in zip(paths, rules, leaves, strict=True):
         if rule is not None:
             inputs.expect(path, leaf, rule, (stats or {}).get(path))
+    scores = proxies or {}
     results = []
     for path, rule, (_, leaf) in zip(paths, rules, leaves, strict=True):
         if rule is None:
             results.append(leaf)
             continue
-        weight, outcome = _quantize_kernel(path, leaf, rule, (stats or {}).get(path), inputs)
+        weight, outcome = _quantize_kernel(path, leaf, rule, (stats or {}).get(path), scores.get(path), inputs)
         if on_layer is not None:
             on_layer(outcome)
         results.append(weight)
@@ -115,13 +127,14 @@ def quantize_block(
     *,
     prefix: str = "",
     hidden_size: int | None = None,
+    proxies: Mapping[str, Float32[Array, " k"]] | None = None,
     on_layer: OnLayer | None = None,
 ) -> dict[str, Any]:
     """Quantize the layers of one block that `stats` covers and the recipe matches; everything else stays.
 
     `params` are the block's own, a flat dictionary by dotted path; `stats` has the same keys, and `None` where a rule needs no
-    data. `prefix` is put before a path for the recipe's rules and the report (`model.layers.3.`). Layers sharing one `LayerStats`
-    share outliers and the Hessian's factorization.
+    data. `proxies`, as of `quantize_params`, has paths within the block too. `prefix` is put before a path for the recipe's
+    rules and the report (`model.layers.3.`). Layers sharing one `LayerStats` share outliers and the Hessian's factorization.
 
     Raises:
         QuikError: as `quantize_params`.
@@ -133,10 +146,30 @@ def quantize_block(
         inputs.expect(prefix + path, params[path], rule, stats[path])
     result = dict(params)
     for path, rule in rules.items():
-        result[path], outcome = _quantize_kernel(prefix + path, params[path], rule, stats[path], inputs)
+        score = (proxies or {}).get(path)
+        result[path], outcome = _quantize_kernel(prefix + path, params[path], rule, stats[path], score, inputs)
         if on_layer is not None:
             on_layer(outcome)
     return result
+
+
+def abstract_weight(rule: AnyRule, shape: tuple[int, ...], base: int) -> PackedWeight:
+    """The packed weight `[N, K]` that a rule makes, without its arrays: its `bits` counts what it stores."""
+    if isinstance(rule, CodebookRule):
+        return abstract_codebook(rule, shape, (1,), base)
+    return QuikWeight(
+        qweight=None,
+        scale=None,
+        reduced=None,
+        outliers=None,
+        columns=None,
+        weight_bits=rule.weight_bits,
+        activation_bits=rule.activation_bits,
+        shape=shape,
+        in_axes=(1,),
+        base=base,
+        group=None,
+    )
 
 
 def dotted_path(path: tuple[Any, ...]) -> str:
@@ -163,7 +196,7 @@ class Factor:
     damping: float
 
 
-def input_axes(path: str, rule: Rule, ndim: int) -> tuple[int, ...]:
+def input_axes(path: str, rule: AnyRule, ndim: int) -> tuple[int, ...]:
     """Find the input axes of the kernel at `path`, which has `ndim`: the rule's, or by the convention of its name.
 
     Raises:
@@ -194,7 +227,7 @@ class _Inputs:
         self._clips: dict[Any, tuple[int, int] | None] = {}
         self._factors: dict[Any, Factor] = {}
 
-    def expect(self, path: str, kernel: Float[Array, "..."], rule: Rule, stats: LayerStats | None) -> None:
+    def expect(self, path: str, kernel: Float[Array, "..."], rule: AnyRule, stats: LayerStats | None) -> None:
         """Announce a layer. Its weight is kept if a choice depends on it."""
         if stats is None:
             return
@@ -202,7 +235,10 @@ class _Inputs:
         k = math.prod(kernel.shape[axis] for axis in in_axes)
         if stats.absmax.shape != (k,):
             raise QuikError(f"the statistics for {path} are of {stats.absmax.shape[0]} columns, the kernel has {k}")
-        self._matrices.setdefault(self._key(path, rule, stats), []).append((kernel, in_axes))
+        if isinstance(rule, CodebookRule):
+            choosing.has_outliers(path, stats, 0.0)  # says so if an activation is not finite
+        else:
+            self._matrices.setdefault(self._key(path, rule, stats), []).append((kernel, in_axes))
 
     def count(self, path: str, rule: Rule, stats: LayerStats) -> int:
         """Count the outliers of a layer."""
@@ -248,6 +284,15 @@ class _Inputs:
             self._factors[key] = _factor(path, rule, stats, self.columns(path, rule, stats), self.count(path, rule, stats))
         return self._factors[key]
 
+    def codebook_factor(
+        self, path: str, rule: CodebookRule, stats: LayerStats, columns: Int32[Array, " k"], count: int
+    ) -> "Factor":
+        """Return the Hessian's factor in GPTQ's order of these columns."""
+        key = (id(stats), np.asarray(columns[columns.shape[0] - count :]).tobytes(), rule.damping, rule.order)
+        if key not in self._factors:
+            self._factors[key] = _factor(path, rule, stats, columns, count)
+        return self._factors[key]
+
     def _key(self, path: str, rule: Rule, stats: LayerStats) -> tuple[int, int, str]:
         return id(stats), self.count(path, rule, stats), rule.outlier_score
 
@@ -255,9 +300,9 @@ class _Inputs:
         return [as_matrix(kernel, in_axes).astype(jnp.float32) for kernel, in_axes in self._matrices[key]]
 
 
-def _factor(path: str, rule: Rule, stats: LayerStats, columns: Int32[Array, " k"], count: int) -> Factor:
+def _factor(path: str, rule: AnyRule, stats: LayerStats, columns: Int32[Array, " k"], count: int) -> Factor:
     base = columns[: columns.shape[0] - count]
-    order = choosing.rounding_order(stats, base, rule.order)
+    order = jnp.arange(base.shape[0]) if rule.order == "stored" else choosing.rounding_order(stats, base, rule.order)
     rounded = jnp.concatenate([base[order], columns[base.shape[0] :]])
     H, dead = permuted_hessian(stats.hessian, stats.count, rounded)
     U, damping = inverse_factor(H, rule.damping)
@@ -280,10 +325,11 @@ def permuted_hessian(
 def _quantize_kernel(
     path: str,
     kernel: Float[Array, "..."],
-    rule: Rule,
+    rule: AnyRule,
     stats: LayerStats | None,
+    scores: Float32[Array, " columns"] | None,
     inputs: _Inputs,
-) -> tuple[QuikWeight, LayerResult]:
+) -> tuple[PackedWeight, LayerResult]:
     if stats is None and rule.needs_data():
         raise QuikError(
             f"{path} cannot be quantized without statistics of its input; calibrate, or use a recipe that needs no data"
@@ -293,10 +339,69 @@ def _quantize_kernel(
     n, k = W.shape
     if not bool(jnp.isfinite(W).all()):
         raise QuikError(f"{path} has weights that are not finite; the checkpoint is damaged")
-    count = 0 if stats is None else inputs.count(path, rule, stats)
-    base = k - count
+    weight: PackedWeight
+    if isinstance(rule, CodebookRule):
+        weight, damping = _codebook_weight(path, W, rule, stats, scores, kernel.shape, in_axes, inputs)
+    else:
+        weight, damping = _quik_weight(path, W, rule, stats, kernel.shape, in_axes, inputs)
+    error = float(_layer_error(weight, W, None if stats is None else stats.sample[: int(stats.filled)]))
+    return weight, LayerResult(
+        path=path,
+        format=weight.label,
+        outputs=n,
+        inputs=k,
+        method=rule.method,
+        weight_bits=weight.weight_bits,
+        activation_bits=weight.activation_bits,
+        outliers=k - weight.base,
+        relative_error=error,
+        snr_db=signal_to_noise(error),
+        damping=damping,
+        bits_per_weight=weight.bits() / (n * k),
+        level_clip=weight.level_clip if isinstance(weight, QuikWeight) else None,
+    )
 
-    damping = None
+
+def _codebook_weight(
+    path: str,
+    W: Float32[Array, "n k"],
+    rule: CodebookRule,
+    stats: LayerStats | None,
+    scores: Float32[Array, " columns"] | None,
+    shape: tuple[int, ...],
+    in_axes: tuple[int, ...],
+    inputs: _Inputs,
+) -> tuple[CodebookWeight, float | None]:
+    """A `CodebookWeight`, and the damping that GPTQ took."""
+    k = W.shape[1]
+    if scores is not None and scores.shape != (k,):
+        raise QuikError(f"the proxies for {path} are of {scores.shape[0]} columns, the kernel has {k}")
+    count = 0 if scores is None else rule.outlier_count(k)
+    columns = jnp.arange(k, dtype=jnp.int32)
+    if scores is not None:
+        chosen = choosing.largest_last(scores, count)
+        columns = jnp.concatenate([jnp.sort(chosen[: k - count]), jnp.sort(chosen[k - count :])])
+    empty = abstract_codebook(rule, shape, in_axes, k - count, None if stats is None else stats.group)
+    if rule.method == "rtn":
+        return quantize_matrix(path, W, rule, columns, empty), None
+    assert stats is not None
+    shared = inputs.codebook_factor(path, rule, stats, columns, count)
+    order = Order(shared.rounded, shared.restore, shared.U, shared.dead)
+    return quantize_matrix(path, W, rule, columns, empty, order), shared.damping
+
+
+def _quik_weight(
+    path: str,
+    W: Float32[Array, "n k"],
+    rule: Rule,
+    stats: LayerStats | None,
+    shape: tuple[int, ...],
+    in_axes: tuple[int, ...],
+    inputs: _Inputs,
+) -> tuple[QuikWeight, float | None]:
+    """A `QuikWeight`, and the damping that GPTQ took."""
+    k, damping = W.shape[1], None
+    base = k - (0 if stats is None else inputs.count(path, rule, stats))
     if rule.method == "gptq":
         assert stats is not None
         shared = inputs.factor(path, rule, stats)
@@ -311,28 +416,14 @@ def _quantize_kernel(
         q, s, outliers = rtn(W[:, columns], base=base, bits=rule.weight_bits, clip=rule.clip)
 
     group = None if stats is None else inputs.group(path, rule, stats)
-    weight = pack(q, s, outliers, columns, rule, kernel.shape, in_axes, group)
+    weight = pack(q, s, outliers, columns, rule, shape, in_axes, group)
     if stats is not None:
         weight = dataclasses.replace(weight, level_clip=inputs.level_clip(path, rule, stats))
     elif rule.level_clip != "search":
         weight = dataclasses.replace(weight, level_clip=rule.level_clip)
     if not bool(jnp.isfinite(weight.outliers.astype(jnp.float32)).all()):
         raise QuikError(f'an outlier weight of {path} overflows {rule.outlier_dtype}; set outlier_dtype to "bfloat16"')
-    error = float(_layer_error(weight, W, None if stats is None else stats.sample[: int(stats.filled)]))
-    return weight, LayerResult(
-        path=path,
-        outputs=n,
-        inputs=k,
-        method=rule.method,
-        weight_bits=rule.weight_bits,
-        activation_bits=rule.activation_bits,
-        outliers=count,
-        relative_error=error,
-        snr_db=signal_to_noise(error),
-        damping=damping,
-        bits_per_weight=weight.bits() / (n * k),
-        level_clip=weight.level_clip,
-    )
+    return weight, damping
 
 
 def pack(
@@ -361,7 +452,7 @@ def pack(
     )
 
 
-def _layer_error(weight: QuikWeight, W: Float32[Array, "n k"], sample: Float32[Array, "rows k"] | None) -> Array:
+def _layer_error(weight: PackedWeight, W: Float32[Array, "n k"], sample: Float32[Array, "rows k"] | None) -> Array:
     if sample is None or sample.shape[0] == 0:
         return relative_error(W, as_matrix(dequantize(weight), weight.in_axes))
     y_hat = linear(sample.reshape(-1, *weight.in_shape), weight).reshape(sample.shape[0], -1)

@@ -7,13 +7,15 @@ rule matches stays as it is. Recipes are data: they serialize to JSON and travel
 import os
 import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, field_validator, model_validator
 
+from quikjax.algorithms.codebooks import DataType
 from quikjax.errors import QuikError, did_you_mean
 from quikjax.files import described, read_text, user_path
 from quikjax.pallas_kernels.reference import checked_level_clip
+from quikjax.quantizing.codebook_rule import CodebookRule, is_codebook
 from quikjax.quantizing.outliers import Order, Score, count_outliers
 
 Count = Annotated[int, Field(strict=True, ge=0)]
@@ -100,15 +102,20 @@ class Rule(BaseModel):
         return outputs * ((inputs - outliers) * self.weight_bits + outliers * 16 + 64) + inputs * 32
 
 
+AnyRule = Rule | CodebookRule
+
+
 class Recipe(BaseModel):
     """An ordered list of rules with a name. Unknown fields are refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str
-    rules: tuple[Rule, ...]
+    rules: tuple[
+        Annotated[Annotated[Rule, Tag("quik")] | Annotated[CodebookRule, Tag("codebook")], Discriminator(is_codebook)], ...
+    ]
 
-    def rule_for(self, path: str) -> Rule | None:
+    def rule_for(self, path: str) -> AnyRule | None:
         """The first rule whose pattern is found in `path`, or `None`: the parameter stays as it is."""
         return next((rule for rule in self.rules if re.search(rule.match, path)), None)
 
@@ -117,11 +124,34 @@ class Recipe(BaseModel):
         return any(rule.needs_data() for rule in self.rules)
 
     def with_outliers(self, outliers: int | float) -> "Recipe":
-        """The same recipe with another number (int) or fraction (float) of outliers in every rule."""
+        """The same recipe with another number (int) or fraction (float) of outliers in every rule.
+
+        Raises:
+            QuikError: the number is none, or the recipe has codebook rules, whose outliers are `proxy`.
+        """
+        if any(isinstance(rule, CodebookRule) for rule in self.rules):
+            raise QuikError(f'recipe "{self.name}" has codebooks, whose outlier columns need no data: give them with --proxy')
         try:
             rules = [Rule(**{**rule.model_dump(), "outliers": outliers}) for rule in self.rules]
         except ValidationError:
             raise QuikError(f"outliers must be a count or a fraction between 0 and 1, not {outliers}") from None
+        return self.model_copy(update={"rules": tuple(rules)})
+
+    def with_codebook(self, **fields: Any) -> "Recipe":
+        """The same recipe with other fields (`block`, `proxy`, `absmax`, `method`, ...) in every codebook rule.
+
+        Raises:
+            QuikError: the recipe has no codebooks, or a value is not one that `CodebookRule` takes.
+        """
+        names = " and ".join(f"--{name}" for name in fields)
+        if not self.rules or not all(isinstance(rule, CodebookRule) for rule in self.rules):
+            raise QuikError(f'recipe "{self.name}" has no codebooks; {names} belongs to recipes such as int4, float4 or nf4')
+        try:
+            rules = [CodebookRule(**{**rule.model_dump(), **fields}) for rule in self.rules]
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(step) for step in first["loc"][:1])
+            raise QuikError(f"{where} cannot be {fields.get(where, '?')}: {first['msg'].removeprefix('Value error, ')}") from None
         return self.model_copy(update={"rules": tuple(rules)})
 
 
@@ -146,6 +176,25 @@ def _uniform(name: str, rule: Rule) -> Recipe:
     return Recipe(name=name, rules=_rules(rule, rule))
 
 
+def codebook_recipe(data_type: DataType, bits: int, **fields: Any) -> Recipe:
+    """A recipe that writes every linear layer of a block in one data type; `fields` are those of `CodebookRule`.
+
+    Raises:
+        QuikError: the data type does not have as many bits, or a field is not one that `CodebookRule` takes.
+    """
+    name = data_type if data_type == "fp4" else f"{data_type}{bits}"
+    try:
+        rule = CodebookRule(match="", data_type=data_type, bits=bits)
+        rules = tuple(
+            rule.model_copy(update={"match": match, "damping": damping})
+            for match, damping in ((_FALCON_WIDE, 0.5), (_FALCON, 0.5), (_WIDE, 0.01), (_LAYERS, 0.01))
+        )
+    except ValidationError as error:
+        raise QuikError(f"there is no data type {name}: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from None
+    recipe = Recipe(name=name, rules=rules)
+    return recipe.with_codebook(**fields) if fields else recipe
+
+
 _W4A4 = Rule(match="", weight_bits=4, activation_bits=4)
 _W8A8 = Rule(match="", weight_bits=8, activation_bits=8)
 # What pays without training (benchmarks/notes-accuracy.md): finer steps, outliers that many tokens share, better codes.
@@ -163,6 +212,12 @@ RECIPES: dict[str, Recipe] = {
         _uniform("rtn-w4a4", Rule(match="", weight_bits=4, activation_bits=4, method="rtn", outliers=0, clip=False)),
         _uniform("rtn-w8a8", Rule(match="", weight_bits=8, activation_bits=8, method="rtn", outliers=0, clip=False)),
         _uniform("gptq-w4a16", Rule(match="", weight_bits=4, activation_bits=16, outliers=0, clip=False)),
+        *(codebook_recipe("int", bits) for bits in range(3, 9)),
+        *(codebook_recipe("float", bits) for bits in range(3, 9)),
+        codebook_recipe("dynamic", 4),
+        codebook_recipe("quantile", 4),
+        codebook_recipe("nf", 4),
+        codebook_recipe("fp4", 4),
         Recipe(name="fp", rules=()),
     )
 }
@@ -184,7 +239,8 @@ def find_recipe(name: str | Path | Recipe) -> Recipe:
             return Recipe.model_validate_json(read_text(path))
         except ValidationError as error:
             first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"])
+            # Which kind of rule it was taken for is no part of the file's own path.
+            where = ".".join(str(part) for part in first["loc"] if part not in ("quik", "codebook"))
             raise QuikError(f"{path} is not a recipe: {where}: {first['msg']}") from None
     if name not in RECIPES:
         raise QuikError(f'there is no recipe "{name}"; {did_you_mean(name, RECIPES)}, or a .json file')

@@ -19,7 +19,7 @@ WORST = 5  # how many layers are named
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LayerKind:
-    """Quantized layers that are equal but for the number of their block, which is `*` in `pattern`.
+    """Quantized layers that are equal but for the number of their block, which is `*` in `pattern`. `format` is a word.
 
     `bytes` are those of all of them as stored. Errors are relative, `||y - y_hat|| / ||y||` of the layer's output: the root of
     the mean square over the layers, and the largest, with its layer. They are `None` where the artifact has no report or the
@@ -29,6 +29,7 @@ class LayerKind:
 
     pattern: str
     count: int
+    format: str
     outputs: int
     inputs: int
     weight_bits: int
@@ -123,8 +124,7 @@ def read_report(path: str | os.PathLike[str]) -> ArtifactReport:
             data = {array.rpartition(".")[2]: row for array, row in part.arrays.items() if array.rpartition(".")[0] == owner}
             weight = rebuild(static, data, owner)
             method = by_path.get(owner, {}).get("method")
-            bits = (weight.weight_bits, weight.activation_bits)
-            packed[pattern_of(name, owner), weight.shape, weight.base, bits, method].append((owner, weight))
+            packed[pattern_of(name, owner), weight.shape, weight.base, weight.label, method].append((owner, weight))
         for array, row in part.arrays.items():
             if array.rpartition(".")[0] not in part.packed:
                 dense[pattern_of(name, array), row.shape, row.dtype, _reason(manifest.recipe, name, array)].append(array)
@@ -163,6 +163,7 @@ def _kind(pattern: str, method: str | None, members: list[tuple[str, Any]], rows
     return LayerKind(
         pattern=pattern,
         count=len(members),
+        format=weight.label,
         outputs=weight.outputs,
         inputs=weight.inputs,
         weight_bits=weight.weight_bits,
@@ -174,7 +175,9 @@ def _kind(pattern: str, method: str | None, members: list[tuple[str, Any]], rows
         worst_error=None if worst is None else worst["relative_error"],
         worst_layer=None if worst is None else worst["path"],
         damping=max((row["damping"] for row in found if row["damping"] is not None), default=None),
-        level_clips=tuple(sorted({weight.level_clip for _, weight in members}, key=lambda clip: clip or (0, 0))),
+        level_clips=tuple(
+            sorted({getattr(weight, "level_clip", None) for _, weight in members}, key=lambda clip: clip or (0, 0))
+        ),
     )
 
 

@@ -7,6 +7,7 @@ import numpy as np
 
 from quikjax.checkpoint import Reader
 from quikjax.reports.artifact import pattern_of
+from quikjax.weights.formats import is_packed
 from quikjax.weights.quik import QuikWeight
 
 
@@ -48,13 +49,16 @@ def codes_use(reader: Reader) -> tuple[list[CodesUse], dict[str, list[int]]]:
     outliers: dict[str, list[int]] = {}
     for name in reader.parts:
         for path, leaf in reader.read_part(name).items():
+            if is_packed(leaf):
+                columns = np.asarray(leaf.columns)
+                outliers[path] = np.sort(columns[len(columns) - (leaf.inputs - leaf.base) :]).tolist()
+            # Which value a codebook's code stands for is not told by its number.
             if not isinstance(leaf, QuikWeight):
                 continue
             half = 2 ** (leaf.weight_bits - 1)
             found = np.bincount(np.asarray(leaf.qweight).astype(np.int16).reshape(-1) + half, minlength=2 * half)
             key = (pattern_of(name, path), leaf.weight_bits)
             counts[key] = counts.get(key, np.zeros(2 * half, np.int64)) + found
-            outliers[path] = np.sort(np.asarray(leaf.columns)[leaf.base :]).tolist()
     uses = [
         CodesUse(pattern=pattern, bits=bits, lowest=-(2 ** (bits - 1)), counts=tuple(int(n) for n in found))
         for (pattern, bits), found in counts.items()

@@ -24,7 +24,7 @@ from quikjax.models.base import CausalLM
 from quikjax.models.registry import dotted, pure_params
 from quikjax.quantizing.model import calibrate, quantize_model
 from quikjax.quantizing.params import quantize_params
-from quikjax.quantizing.recipe import Recipe, Rule, find_recipe
+from quikjax.quantizing.recipe import AnyRule, Recipe, Rule, find_recipe
 from quikjax.quantizing.smoothing import smooth_params
 from quikjax.quantizing.weight_only import weight_only
 from quikjax.reports.charts import LineChart, Point
@@ -171,8 +171,10 @@ def varied_recipe(parameters: Parameters) -> Recipe:
     """
     recipe = find_recipe(parameters.get("recipe", "quik-4b"))
     fields = {name: parameters[name] for name in _FIELDS if name in parameters}
-    rules = []
+    rules: list[AnyRule] = []
     for rule in recipe.rules:
+        if not isinstance(rule, Rule):
+            raise QuikError(f'recipe "{recipe.name}" has codebooks; quikjax study scaling is about those')
         own = dict(fields)
         if rule.scale_outliers and "down_proj" in parameters:
             weights, _, activations = parameters["down_proj"][1:].partition("A")

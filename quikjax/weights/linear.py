@@ -11,7 +11,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
 
 from quikjax.pallas_kernels import api
-from quikjax.weights.quik import QuikWeight, Weight
+from quikjax.weights.codebook import CodebookWeight
+from quikjax.weights.formats import PackedWeight, Weight
+from quikjax.weights.quik import QuikWeight
 from quikjax.weights.tiled import TiledWeight, packed
 
 
@@ -61,7 +63,8 @@ def linear(
 
     A dense `weight` is `[N, K]` (outputs, inputs) and multiplies in its promoted dtype with float32 accumulation. A
     `QuikWeight` may stand for a kernel with several axes: `x` ends in its `in_shape`, the result in its `out_shape`. It runs on
-    the first backend that can (`pallas_kernels.choice`), or on the one named.
+    the first backend that can (`pallas_kernels.choice`), or on the one named. So may a `CodebookWeight`, which XLA dequantizes
+    when its turn comes.
 
     Raises:
         BackendError: the named backend cannot run this layer.
@@ -87,6 +90,8 @@ def linears(
         elif isinstance(weight, QuikWeight | TiledWeight):
             shared = weight.group if weight.group is not None else ("alone", i)
             groups.setdefault((shared, weight.base, weight.activation_bits, weight.level_clip, weight.in_shape), []).append(i)
+        elif isinstance(weight, CodebookWeight):
+            results[i] = _codebook(made(), weight, bias, backend)
         else:
             results[i] = _dense(made(), weight, bias)
     for members in trained.values():
@@ -101,7 +106,7 @@ def linears(
 
 
 def explain(
-    weight: QuikWeight | TiledWeight, rows: int, dtype: Any, backend: str | None = None, device: api.Device | None = None
+    weight: PackedWeight | TiledWeight, rows: int, dtype: Any, backend: str | None = None, device: api.Device | None = None
 ) -> api.Choice:
     """Name the backend that multiplies `rows` tokens of `dtype` by a packed weight on this device (or another), and say why.
 
@@ -110,7 +115,21 @@ def explain(
     Raises:
         BackendError: the named backend cannot run this layer.
     """
+    if isinstance(weight, CodebookWeight):
+        return dequantized_choice(backend)
     return api.explain(rows, packed(weight), weight.activation_bits, dtype, backend=backend, device=device)
+
+
+def dequantized_choice(backend: str | None = None) -> api.Choice:
+    """The only way there is to multiply by codebook weights: XLA dequantizes them.
+
+    Raises:
+        BackendError: another backend is named.
+    """
+    refused = dict.fromkeys((name for name in api.BACKENDS if name != "xla"), "it has no kernel for codebook weights")
+    if backend is not None and backend != "xla":
+        raise api.BackendError(f"{backend} cannot run codebook weights: {refused.get(backend, 'there is no such backend')}")
+    return api.Choice("xla", "codebook weights are dequantized and multiplied by XLA", refused)
 
 
 def _dense(x: Float[Array, "..."], weight: Array, bias: Float[Array, "..."] | None) -> Float[Array, "..."]:
@@ -118,6 +137,44 @@ def _dense(x: Float[Array, "..."], weight: Array, bias: Float[Array, "..."] | No
     if bias is not None:
         y = y + bias.astype(jnp.float32)
     return y.astype(x.dtype)
+
+
+def _codebook(
+    x: Float[Array, "..."], weight: CodebookWeight, bias: Float[Array, "..."] | None, backend: str | None
+) -> Float[Array, "..."]:
+    dequantized_choice(backend)
+    batch = _batch_shape(x.shape, weight.in_shape)
+    flat = None if bias is None else bias.reshape(-1).astype(jnp.float32)
+    y = jax.lax.platform_dependent(
+        x.reshape(*batch, weight.inputs), weight, cpu=_multiply_in_turn, default=_multiply_behind_barrier
+    )
+    return (y if flat is None else y + flat).astype(x.dtype).reshape(*batch, *weight.out_shape)
+
+
+# Dense weights must not be made before `x` is there: XLA would else move what does not depend on it out of a loop over tokens, or
+# to the beginning, and hold every layer's at once. On a GPU a barrier is enough. On a CPU XLA drops barriers before it schedules,
+# so there the product is a branch: a product with nothing but zeros is zeros, and whether there is anything else is known only
+# when `x` is. (On a GPU a branch would wait for the host.)
+def _multiply_in_turn(x: Float[Array, "*batch k"], weight: CodebookWeight) -> Float[Array, "*batch n"]:
+    def zeros(x: Float[Array, "*batch k"], weight: CodebookWeight) -> Float[Array, "*batch n"]:
+        return jnp.zeros((*x.shape[:-1], weight.outputs), jnp.float32)
+
+    return jax.lax.cond(jnp.any(x != 0), _multiply, zeros, x, weight)
+
+
+def _multiply_behind_barrier(x: Float[Array, "*batch k"], weight: CodebookWeight) -> Float[Array, "*batch n"]:
+    return _multiply(*jax.lax.optimization_barrier((x, weight)))
+
+
+def _multiply(x: Float[Array, "*batch k"], weight: CodebookWeight) -> Float[Array, "*batch n"]:
+    return dense_product(x, weight.matrix().astype(x.dtype))
+
+
+def _batch_shape(shape: tuple[int, ...], in_shape: tuple[int, ...]) -> tuple[int, ...]:
+    batch = shape[: len(shape) - len(in_shape)]
+    if shape[len(batch) :] != in_shape:
+        raise ValueError(f"x ends in {shape[len(batch) :]}, the weight reads {in_shape}")
+    return batch
 
 
 def dense_product(x: Float[Array, "*batch k"], weight: Float[Array, "n k"]) -> Float32[Array, "*batch n"]:
@@ -134,10 +191,7 @@ def _quik(
     backend: str | None,
 ) -> list[Float[Array, "..."]]:
     first = weights[0]
-    shape = x.inputs[0].shape
-    batch = shape[: len(shape) - len(first.in_axes)]
-    if shape[len(batch) :] != first.in_shape:
-        raise ValueError(f"x ends in {shape[len(batch) :]}, the weight reads {first.in_shape}")
+    batch = _batch_shape(x.inputs[0].shape, first.in_shape)
     results = api.linears(
         tuple(tensor.reshape(*batch, first.inputs) for tensor in x.inputs),
         [packed(weight) for weight in weights],

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Float32
 
 from quikjax.errors import QuikError
 from quikjax.pallas_kernels.reference import MAX_BASE, checked_level_clip
+from quikjax.weights.kernel import Kernel
 
 VERSION = 1
 
@@ -24,7 +25,7 @@ def _static() -> Any:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class QuikWeight:
+class QuikWeight(Kernel):
     """A kernel in QUIK format. With `W` its matrix view `[N, K]` (outputs, inputs), `B` base and `O = K - B` outlier columns:
 
         W[:, columns[:B]] ~ qweight * scale[:, None]          (integers times one scale per output)
@@ -67,24 +68,9 @@ class QuikWeight:
         return checked_level_clip(self.activation_bits, self.level_clip).lowest
 
     @property
-    def inputs(self) -> int:
-        """`K`, the number of input columns."""
-        return math.prod(self.shape[axis] for axis in self.in_axes)
-
-    @property
-    def outputs(self) -> int:
-        """`N`, the number of output rows."""
-        return math.prod(self.out_shape)
-
-    @property
-    def in_shape(self) -> tuple[int, ...]:
-        """The input axes' lengths: the trailing dimensions of an activation."""
-        return tuple(self.shape[axis] for axis in self.in_axes)
-
-    @property
-    def out_shape(self) -> tuple[int, ...]:
-        """The output axes' lengths: the trailing dimensions of a result."""
-        return tuple(length for axis, length in enumerate(self.shape) if axis not in self.in_axes)
+    def label(self) -> str:
+        """The format in a word: bits of weights and of activations."""
+        return f"W{self.weight_bits}A{self.activation_bits}"
 
     def bits(self) -> int:
         """Size of everything stored, in bits: codes, outliers, scale, reduced, columns."""
@@ -136,9 +122,6 @@ class QuikWeight:
             raise QuikError(f"{name}.reduced is not scale times the sum of the codes")
 
 
-Weight = Array | QuikWeight
-
-
 def as_matrix(kernel: Float[Array, "..."], in_axes: tuple[int, ...]) -> Float[Array, "n k"]:
     """The `[N, K]` view of a kernel with any number of axes: output axes first, then the input axes, each side flattened."""
     out_axes = [axis for axis in range(kernel.ndim) if axis not in in_axes]
@@ -162,12 +145,3 @@ def dequantize(weight: QuikWeight) -> Float32[Array, "..."]:
     permuted = jnp.concatenate([base, weight.outliers.astype(jnp.float32)], axis=1)
     matrix = jnp.zeros_like(permuted).at[:, weight.columns].set(permuted, unique_indices=True)
     return from_matrix(matrix, weight.shape, weight.in_axes)
-
-
-def dequantize_params(params: Any) -> Any:
-    """A parameter tree with every packed weight replaced by its float32 kernel; other leaves stay as they are."""
-    return jax.tree.map(
-        lambda leaf: dequantize(leaf) if isinstance(leaf, QuikWeight) else leaf,
-        params,
-        is_leaf=lambda leaf: isinstance(leaf, QuikWeight),
-    )

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_artifacts import CONFIG, assert_same_bits, build, pack, random_params, read_directory, tiny_tokenizer
+from tiny_artifacts import CONFIG, assert_same_bits, build, pack, pack_codebook, random_params, read_directory, tiny_tokenizer
 
 from quikjax import checkpoint
 from quikjax.checkpoint.parts import DTYPES
@@ -191,6 +191,23 @@ class Packed:
         return pack(rng, self.shape, bits=self.bits, outliers=outliers, dtype=jnp.dtype(self.dtype), group=self.group)
 
 
+@dataclasses.dataclass(frozen=True)
+class Codebook:
+    """A codebook weight."""
+
+    shape: tuple[int, int]
+    data_type: str
+    bits: int
+    block: int
+    outliers: float
+    absmax: str
+    centered: bool
+
+    def make(self, rng: np.random.Generator) -> Any:
+        fields = dataclasses.asdict(self) | {"outliers": round(self.outliers * self.shape[1])}
+        return pack_codebook(rng, fields.pop("shape"), **fields)
+
+
 dense = st.builds(
     Dense, st.sampled_from(sorted(DTYPES)), st.lists(st.integers(0, 5), max_size=3).map(tuple), on_device=st.booleans()
 )
@@ -202,12 +219,22 @@ packed = st.builds(
     dtype=st.sampled_from(["float16", "bfloat16"]),
     group=st.none() | st.text(),
 )
+codebook = st.builds(
+    Codebook,
+    shape=st.tuples(st.integers(1, 9), st.integers(1, 9)),
+    data_type=st.sampled_from(["nf", "dynamic", "quantile"]),
+    bits=st.integers(3, 8),
+    block=st.sampled_from([1, 8, 64]),
+    outliers=st.sampled_from([0.0, 1.0, 0.3]),
+    absmax=st.sampled_from(["float16", "float32", "double"]),
+    centered=st.booleans(),
+)
 names = st.text("abcdefgh_0123456789", min_size=1, max_size=5)
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.dictionaries(names, st.dictionaries(names, dense | packed, max_size=4), max_size=3), st.integers(0, 2**32))
-def test_any_tree_comes_back(kinds: dict[str, dict[str, Dense | Packed]], seed: int) -> None:
+@given(st.dictionaries(names, st.dictionaries(names, dense | packed | codebook, max_size=4), max_size=3), st.integers(0, 2**32))
+def test_any_tree_comes_back(kinds: dict[str, dict[str, Dense | Packed | Codebook]], seed: int) -> None:
     rng = np.random.default_rng(seed)
     tree = {name: {key: kind.make(rng) for key, kind in members.items()} for name, members in kinds.items()}
     with tempfile.TemporaryDirectory() as place:

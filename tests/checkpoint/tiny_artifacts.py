@@ -1,5 +1,6 @@
 """Tiny random models, dense and packed by hand."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,9 @@ from flax import nnx
 
 from quikjax.models.base import CausalLM
 from quikjax.models.registry import abstract_model, dotted, nested, pure_params
+from quikjax.quantizing.codebook import abstract_codebook
+from quikjax.quantizing.codebook_rule import CodebookRule
+from quikjax.weights.codebook import CodebookWeight
 from quikjax.weights.quik import QuikWeight
 
 CONFIG: dict[str, Any] = {
@@ -57,16 +61,49 @@ def pack(
     )
 
 
+def pack_codebook(
+    rng: np.random.Generator,
+    shape: tuple[int, ...],
+    *,
+    data_type: Any = "nf",
+    bits: int = 3,
+    block: int = 48,
+    outliers: int = 2,
+    absmax: Any = "float16",
+    centered: bool = False,
+    group: str | None = None,
+) -> CodebookWeight:
+    """A valid codebook weight `[N, K]` of random codes. Its data type must have all `2^bits` of them."""
+    rule = CodebookRule(match="", data_type=data_type, bits=bits, block=block, absmax=absmax, centered=centered)
+    empty = abstract_codebook(rule, shape, (1,), shape[1] - outliers, group)
+    data: dict[str, Any] = {}
+    for field, (extent, dtypes) in empty.layout().items():
+        if dtypes[0] == "uint8":
+            data[field] = rng.integers(0, 256, extent).astype(np.uint8)
+        else:
+            data[field] = rng.uniform(0.01, 1, extent).astype(jnp.dtype(dtypes[0]))
+    data["codebook"] = np.sort(data["codebook"])
+    data["columns"] = np.sort(rng.choice(shape[1], outliers, replace=False)).astype(np.int32)
+    fields: Any = {field: jnp.asarray(array) for field, array in data.items()}
+    return dataclasses.replace(empty, **fields)
+
+
 def random_params(
     seed: int = 0, *, packed: bool = True, dtype: Any = jnp.float32, config: dict[str, Any] = CONFIG
 ) -> dict[str, Any]:
-    """Parameters of the tiny model by full name; with `packed`, its linear layers in QUIK format, down_proj in 8 bits, o_proj
-    with a level clip."""
+    """Parameters of the tiny model by full name; with `packed`, its linear layers in QUIK format, down_proj in 8 bits and
+    k_proj with a level clip; o_proj and gate_proj are in codebooks."""
     rng = np.random.default_rng(seed)
     params: dict[str, Any] = {}
     for path, leaf in dotted(pure_params(abstract_model(config, dtype))).items():
-        if packed and "proj" in path:
-            clip = (17, 1) if "o_proj" in path else None
+        if packed and "o_proj" in path:
+            params[path] = pack_codebook(rng, leaf.shape)
+        elif packed and "gate_proj" in path:
+            params[path] = pack_codebook(
+                rng, leaf.shape, data_type="quantile", bits=5, outliers=0, absmax="double", centered=True
+            )
+        elif packed and "proj" in path:
+            clip = (17, 1) if "k_proj" in path else None
             params[path] = pack(rng, leaf.shape, bits=8 if "down_proj" in path else 4, level_clip=clip)
         else:
             params[path] = jnp.asarray(rng.normal(size=leaf.shape).astype(leaf.dtype))

@@ -22,7 +22,7 @@ from quikjax.quantizing.checkpoint import quantize_checkpoint
 from quikjax.quantizing.recipe import Recipe, Rule
 from quikjax.reports.artifact import read_report
 from quikjax.testing import tiny_config, tiny_model
-from quikjax.weights.quik import dequantize_params
+from quikjax.weights.formats import dequantize_params
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 

@@ -101,6 +101,7 @@ def test_exact_is_exact_in_both_places(capsys: pytest.CaptureFixture[str]) -> No
     for error, snr, shown in ((0.0, float("inf"), "exact"), (float("nan"), float("nan"), "?"), (0.1, 20.0, "20.0 dB")):
         result = LayerResult(
             path="model.layers.0.mlp.up_proj.weight",
+            format="W4A4",
             outputs=8,
             inputs=16,
             method="rtn",

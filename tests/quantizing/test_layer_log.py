@@ -102,6 +102,7 @@ def test_a_full_disk_ends_the_run_so_that_it_can_go_on(tiny_checkpoint: Path, tm
 def test_an_error_that_is_not_finite_is_null(tmp_path: Path) -> None:
     report = LayerResult(
         path="x",
+        format="W4A4",
         outputs=8,
         inputs=16,
         method="rtn",

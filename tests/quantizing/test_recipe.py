@@ -10,6 +10,7 @@ from quikjax.errors import QuikError
 from quikjax.quantizing.recipe import RECIPES, Recipe, Rule, find_recipe
 
 LLAMA = "model.layers.3.mlp.down_proj.weight"
+CODEBOOKS = {f"{kind}{bits}" for kind in ("int", "float") for bits in range(3, 9)} | {"dynamic4", "quantile4", "nf4", "fp4"}
 
 
 @pytest.mark.parametrize(
@@ -28,7 +29,7 @@ LLAMA = "model.layers.3.mlp.down_proj.weight"
 )
 def test_quik_4b_is_the_papers_choice_for_each_family(path: str, bits: int, damping: float, scaled: bool) -> None:
     rule = RECIPES["quik-4b"].rule_for(path)
-    assert rule is not None
+    assert isinstance(rule, Rule)
     assert (rule.weight_bits, rule.activation_bits, rule.damping, rule.scale_outliers) == (bits, bits, damping, scaled)
 
 
@@ -102,6 +103,6 @@ def test_what_is_refused() -> None:
 
 
 def test_which_recipes_need_data() -> None:
-    assert {name for name, recipe in RECIPES.items() if not recipe.needs_data()} == {"rtn-w4a4", "rtn-w8a8", "fp"}
+    assert {name for name, recipe in RECIPES.items() if not recipe.needs_data()} == {"rtn-w4a4", "rtn-w8a8", "fp", *CODEBOOKS}
     assert RECIPES["rtn-w4a4"].with_outliers(0.25).needs_data()
-    assert [rule.outliers for rule in RECIPES["quik-4b"].with_outliers(0.25).rules] == [0.25] * 4
+    assert [rule.model_dump()["outliers"] for rule in RECIPES["quik-4b"].with_outliers(0.25).rules] == [0.25] * 4

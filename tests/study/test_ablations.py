@@ -25,10 +25,11 @@ def setting(tiny_checkpoint: Path, tmp_path: Path) -> Setting:
 
 def test_parameters_become_recipes() -> None:
     assert varied_recipe({}) == find_recipe("quik-4b")
-    assert {rule.outliers for rule in varied_recipe({"outliers": 0.125}).rules} == {0.125}
+    assert {rule.model_dump()["outliers"] for rule in varied_recipe({"outliers": 0.125}).rules} == {0.125}
     assert varied_recipe({"recipe": "rtn-w4a4"}) == find_recipe("rtn-w4a4")
     wide = [
-        (rule.weight_bits, rule.activation_bits, rule.clip) for rule in varied_recipe({"down_proj": "W4A16", "clip": False}).rules
+        (rule.weight_bits, rule.activation_bits, rule.model_dump()["clip"])
+        for rule in varied_recipe({"down_proj": "W4A16", "clip": False}).rules
     ]
     assert wide == [(4, 16, False), (4, 4, False), (4, 16, False), (4, 4, False)]
     for ablation in ABLATIONS.values():

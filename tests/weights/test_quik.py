@@ -10,8 +10,9 @@ import pytest
 from quikjax.errors import QuikError
 from quikjax.quantizing.params import pack
 from quikjax.quantizing.recipe import Rule
+from quikjax.weights.formats import dequantize, dequantize_params
 from quikjax.weights.linear import linear, linears
-from quikjax.weights.quik import QuikWeight, as_matrix, dequantize, dequantize_params, from_matrix
+from quikjax.weights.quik import QuikWeight, as_matrix, from_matrix
 
 
 def packed(

@@ -28,7 +28,7 @@ from quikjax.checkpoint.writer import stored_shapes
 from quikjax.errors import QuikError
 from quikjax.loading.source import GENERATION_CONFIG
 from quikjax.models.registry import abstract_model
-from quikjax.weights.quik import QuikWeight, dequantize
+from quikjax.weights.formats import dequantize, is_packed
 
 SHARD_BYTES = 5 * 10**9
 _NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
@@ -224,7 +224,7 @@ def _dense(part: Mapping[str, Any], order: Shapes, dtype: str) -> Iterator[tuple
     """A part's tensors in `order`, dequantized and in `dtype`, one at a time."""
     for tensor in order:
         leaf = part[tensor]
-        if isinstance(leaf, QuikWeight):
+        if is_packed(leaf):
             leaf = dequantize(jax.tree.map(jnp.asarray, leaf))
         wide = np.asarray(leaf)
         with np.errstate(over="ignore"):  # reported below, by name

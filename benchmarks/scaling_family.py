@@ -1,0 +1,139 @@
+"""Train a family of small LLaMAs on a text, for `quikjax study scaling` where there is no network: seeds fixed, bytes for tokens.
+
+    python benchmarks/scaling_family.py --text train.txt --held-out test.txt --out family --sizes 0.4 1 3
+
+writes `family/0.4m`, `family/1m`, ... as Hugging Face directories (they are made, not committed), each with the same byte
+tokenizer, and one JSON line per model on stdout: parameters, tokens seen, losses, perplexity on the held-out text, seconds.
+Same machine and arguments, same bytes. Every model sees the same tokens in the same order.
+"""
+
+import argparse
+import json
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jaxtyping import Array, Float32, Int32
+
+from quikjax.evaluation import evaluate, windows
+from quikjax.models.base import CausalLM, count_parameters
+from quikjax.models.registry import abstract_model, dotted, nested, pure_params
+from quikjax.testing import END, tiny_config, tiny_tokenizer
+
+# Millions of parameters: width, MLP width, blocks, heads, peak learning rate.
+SIZES: dict[str, tuple[int, int, int, int, float]] = {
+    "0.1": (48, 144, 3, 4, 6e-3),
+    "0.4": (96, 288, 3, 4, 4e-3),
+    "1": (144, 384, 4, 4, 3e-3),
+    "3": (192, 512, 7, 6, 2e-3),
+    "8": (288, 768, 8, 8, 1.5e-3),
+}
+WARMUP = 50
+
+
+def configuration(size: str) -> dict[str, Any]:
+    """The `config.json` of one member of the family."""
+    hidden, intermediate, layers, heads, _ = SIZES[size]
+    return tiny_config(
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        max_position_embeddings=512,
+    )
+
+
+def initial(model: CausalLM, seed: int) -> dict[str, Any]:
+    """Normal weights of deviation 0.02, those that write to the residual smaller by its depth; norms 1."""
+    params, key = {}, jax.random.key(seed)
+    depth = (2 * model.config.layers) ** -0.5
+    for path, leaf in sorted(dotted(pure_params(model)).items()):
+        key, own = jax.random.split(key)
+        deviation = 0.02 * (depth if path.endswith(("o_proj.weight", "down_proj.weight")) else 1)
+        params[path] = jnp.ones(leaf.shape) if len(leaf.shape) == 1 else deviation * jax.random.normal(own, leaf.shape)
+    return nested(params)
+
+
+def train(size: str, tokens: Int32[np.ndarray, " bytes"], args: argparse.Namespace) -> tuple[CausalLM, dict[str, Any]]:
+    """A trained model, and its figures."""
+    model = abstract_model(configuration(size))
+    graphdef = nnx.split(model)[0]
+    params = initial(model, args.seed)
+    schedule = optax.warmup_cosine_decay_schedule(0.0, SIZES[size][4], WARMUP, max(args.steps, WARMUP + 1), SIZES[size][4] / 20)
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.95, weight_decay=0.1, mask=_matrices))
+    state = optimizer.init(params)
+
+    @partial(jax.jit, donate_argnums=(0, 1))
+    def step(params: Any, state: Any, ids: Int32[Array, "batch length"]) -> tuple[Any, Any, Float32[Array, ""]]:
+        def loss(params: Any) -> Float32[Array, ""]:
+            logits = nnx.merge(graphdef, params)(ids[:, :-1])
+            return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, ids[:, 1:]))
+
+        value, gradient = jax.value_and_grad(loss)(params)
+        updates, state_after = optimizer.update(gradient, state, params)
+        return optax.apply_updates(params, updates), state_after, value
+
+    rng, losses, began = np.random.default_rng(args.seed), [], time.perf_counter()
+    for index in range(args.steps):
+        starts = rng.integers(0, len(tokens) - args.length - 1, args.batch)
+        ids = np.stack([tokens[start : start + args.length + 1] for start in starts])
+        params, state, value = step(params, state, jnp.asarray(ids))
+        losses.append(value)
+        if (index + 1) % 50 == 0:
+            mean = float(jnp.mean(jnp.stack(losses[-50:])))
+            print(f"{size}m step {index + 1} loss {mean:.4f} {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
+    figures = {
+        "size": size,
+        "parameters": count_parameters(params),
+        "tokens": args.steps * args.batch * args.length,
+        "train_loss": float(jnp.mean(jnp.stack(losses[-50:]))),
+        "seconds": time.perf_counter() - began,
+    }
+    return nnx.merge(graphdef, params), figures
+
+
+def _matrices(params: Any) -> Any:
+    return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
+
+
+def as_tokens(text: str) -> Int32[np.ndarray, " bytes"]:
+    """The tokens of the family's tokenizer."""
+    return np.asarray(tiny_tokenizer()(text.replace(END, ""), verbose=False)["input_ids"], np.int32)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--text", type=Path, required=True, help="UTF-8 text to train on")
+    parser.add_argument("--held-out", type=Path, required=True, help="UTF-8 text to report perplexity on")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
+    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    from safetensors.numpy import save_file
+
+    tokens, held_out = (as_tokens(path.read_text(encoding="utf-8")) for path in (args.text, args.held_out))
+    ids = windows(held_out, args.length, 20)
+    for size in args.sizes:
+        model, figures = train(size, tokens, args)
+        figures["held_out_perplexity"] = evaluate(model, ids).perplexity
+        directory = args.out / f"{size}m"
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / "config.json").write_text(json.dumps(configuration(size), indent=2))
+        save_file({path: np.asarray(leaf) for path, leaf in dotted(pure_params(model)).items()}, directory / "model.safetensors")
+        tiny_tokenizer().save_pretrained(str(directory))
+        print(json.dumps(figures), flush=True)
+
+
+if __name__ == "__main__":
+    main()

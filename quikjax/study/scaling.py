@@ -1,0 +1,380 @@
+"""k-bit scaling laws: with a fixed number of model bits, which precision is best (Dettmers & Zettlemoyer, arXiv 2212.09720)?
+
+A cell is one model written in one data type, block and share of proxy outliers. Every linear layer of the blocks is quantized,
+without data, and everything else stays in 16 bits; *all* bits are counted. Perplexity is that of the dequantized weights, in
+float32, on the same windows of text for all cells.
+"""
+
+import dataclasses
+import hashlib
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Int32
+
+from quikjax.algorithms.codebooks import MAX_BITS, MIN_BITS
+from quikjax.errors import QuikError, did_you_mean
+from quikjax.evaluation import evaluate, windows
+from quikjax.loading import load_params, open_source
+from quikjax.loading.source import Source
+from quikjax.models.base import CausalLM
+from quikjax.models.registry import abstract_model, dotted, nested, pure_params
+from quikjax.quantizing.model import quantize_blocks
+from quikjax.quantizing.recipe import Recipe, codebook_recipe
+from quikjax.reports.charts import LineChart, Point
+from quikjax.study.grid import Cell, Row
+from quikjax.study.results import Study
+from quikjax.study.scaling_curves import Measured, Winner, budgets, pearson, winners
+from quikjax.texts import Text, tokenize, tokens_fingerprint
+from quikjax.version import __version__
+from quikjax.weights.formats import dequantize, is_packed
+
+# The mean accuracy of a model with its tokenizer on zero-shot tasks.
+ZeroShot = Callable[[CausalLM, Any], float]
+
+TYPES = ("int", "float", "quantile", "dynamic", "nf")
+FLOAT = 16  # the precision that is not quantized
+
+
+@dataclasses.dataclass(frozen=True)
+class Member:
+    """A model of the family: its name in tables, what was given for it, what opens it, and its tokens of the text."""
+
+    name: str
+    given: str
+    source: Source
+    abstract: CausalLM
+    ids: Int32[np.ndarray, "count length"]
+    tokenizer: Any
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers it has."""
+        return sum(leaf.size for leaf in dotted(pure_params(self.abstract)).values())
+
+    @property
+    def outside(self) -> int:
+        """How many of them are in no block: embeddings, head, last norm. They stay in 16 bits."""
+        prefix = ".".join(self.abstract.block_path) + "."
+        return sum(leaf.size for path, leaf in dotted(pure_params(self.abstract)).items() if not path.startswith(prefix))
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """Models to compare, and what is to be said of them first."""
+
+    members: tuple[Member, ...]
+    warnings: tuple[str, ...]
+
+    @property
+    def comparable(self) -> bool:
+        """Whether all read the same tokens, so that losses per token can be compared."""
+        return len({member.ids.tobytes() for member in self.members}) == 1
+
+
+def open_family(models: Sequence[str], text: Text, *, window: int, count: int | None) -> Family:
+    """Open models by name and tokenize the text for each. No weight is read.
+
+    Raises:
+        QuikError: two models have the same name, one has no tokenizer or a shorter context than `window`, or the text is short.
+    """
+    members: list[Member] = []
+    warnings: list[str] = []
+    tokenizers: dict[str, str] = {}
+    for model in models:
+        source = open_source(model)
+        name = Path(str(model).rstrip("/")).name
+        if any(member.name == name for member in members):
+            raise QuikError(f'two models are called "{name}"; rename one of their directories')
+        abstract = abstract_model(source.config)
+        tokenizer = source.tokenizer()
+        if tokenizer is None:
+            raise QuikError(f"{model} has no tokenizer, so it cannot read text; put its tokenizer.json beside it")
+        if window > abstract.config.context_length:
+            raise QuikError(f"--window {window} exceeds the context of {name}, {abstract.config.context_length} tokens")
+        tokens = tokenize(tokenizer, text.content)
+        member = Member(name, str(model), source, abstract, windows(tokens, window, count), tokenizer)
+        members.append(member)
+        tokenizers[name] = tokens_fingerprint(tokens)
+        share = member.outside / member.parameters
+        if share > 0.5:
+            warnings.append(
+                f"{share:.0%} of the parameters of {name} are embeddings and head, which stay in 16 bits: its curve is about them"
+            )
+    if len(set(tokenizers.values())) > 1:
+        groups: dict[str, list[str]] = {}
+        for name, tokens_of in tokenizers.items():
+            groups.setdefault(tokens_of, []).append(name)
+        parts = "; ".join(", ".join(names) for names in groups.values())
+        warnings.append(
+            f"the models have different tokenizers ({parts}): their perplexities are per token of their own and are not compared"
+        )
+    return Family(tuple(members), tuple(warnings))
+
+
+def grid(
+    family: Family,
+    *,
+    bits: Sequence[int],
+    types: Sequence[str],
+    blocks: Sequence[int | str],
+    proxies: Sequence[float],
+    exponent_bits: int | None = None,
+    command: str = "",
+) -> list[Cell]:
+    """The cells, model by model: each data type at each precision, block and share of proxy outliers, and the model in 16 bits.
+
+    Raises:
+        QuikError: a precision, a data type, a block or a share is none.
+    """
+    for k in bits:
+        if k != FLOAT and not MIN_BITS <= k <= MAX_BITS:
+            raise QuikError(f"--bits takes numbers from {MIN_BITS} to {MAX_BITS}, and {FLOAT}; not {k}")
+    for name in types:
+        if name not in TYPES:
+            raise QuikError(f'there is no data type "{name}" for a study; {did_you_mean(name, TYPES)}')
+    for share in proxies:
+        if not 0 <= share <= 1:
+            raise QuikError(f"--proxy takes shares between 0 and 1, not {share:g}")
+    cells = []
+    for member in family.members:
+        whole = {"model": member.name, "source": member.source.fingerprint()[:16]}
+        for k in bits:
+            if k == FLOAT:
+                cells.append(Cell({**whole, "bits": k}, f"{command} --models {member.given} --bits {k}".strip()))
+                continue
+            for name, block, share in itertools.product(types, blocks, proxies):
+                fields = {"type": name, "bits": k, "block": block, "proxy": share}
+                if name == "float" and exponent_bits is not None:
+                    fields["exponent_bits"] = min(exponent_bits, k - 1)
+                alone = f"--models {member.given} --bits {k} --types {name} --blocks {block} --proxy {share:g}"
+                cells.append(Cell({**whole, **fields}, f"{command} {alone}".strip()))
+    if not cells:
+        raise QuikError("the grid has no cells; give at least one model and one precision")
+    return cells
+
+
+def recipe_of(parameters: Mapping[str, Any]) -> Recipe | None:
+    """The recipe of a cell, `None` in 16 bits."""
+    if parameters["bits"] == FLOAT:
+        return None
+    fields = {"block": parameters["block"], "proxy": parameters["proxy"]}
+    if "exponent_bits" in parameters:
+        fields["exponent_bits"] = parameters["exponent_bits"]
+    return codebook_recipe(parameters["type"], parameters["bits"], **fields)
+
+
+class Compute:
+    """What a cell gives: bits counted, and perplexity. Keeps the parameters of the model that the last cell was of."""
+
+    def __init__(self, family: Family, zero_shot: ZeroShot | None = None) -> None:
+        self._zero_shot = zero_shot
+        self._members = {member.name: member for member in family.members}
+        self._loaded: tuple[str, dict[str, Any]] | None = None
+
+    def __call__(self, cell: Cell) -> dict[str, Any]:
+        """Bits in all and per quantized weight, loss of each window in nats per token, and their perplexity."""
+        member = self._members[cell.parameters["model"]]
+        params, total, in_codes, weights = self._written(member, recipe_of(cell.parameters))
+        model = nnx.merge(nnx.split(member.abstract)[0], nested(params))
+        losses: list[float] = []
+
+        def note(done: int, _count: int, perplexity: float) -> None:
+            # The mean so far, from which each window's own follows.
+            losses.append(done * math.log(perplexity) - math.fsum(losses))
+
+        found = evaluate(model, member.ids, batch=1, on_batch=note)
+        tasks = {} if self._zero_shot is None else {"zero_shot": self._zero_shot(model, member.tokenizer)}
+        return {
+            **tasks,
+            "total_bits": total,
+            "bits_per_weight": in_codes / weights if weights else float(FLOAT),
+            "parameters": member.parameters,
+            "perplexity": found.perplexity,
+            "stderr": found.stderr,
+            "window_losses": [round(loss, 7) for loss in losses],
+        }
+
+    def _written(self, member: Member, recipe: Recipe | None) -> tuple[dict[str, Any], int, int, int]:
+        """Dequantized parameters, all bits, those of the quantized layers, and how many weights these have."""
+        if self._loaded is None or self._loaded[0] != member.name:
+            self._loaded = None  # before the next model is read
+            # In 16 bits first: that is the model that all precisions start from.
+            loaded = dotted(load_params(member.source, member.abstract, dtype=jnp.float16))
+            self._loaded = (member.name, {path: leaf.astype(jnp.float32) for path, leaf in loaded.items()})
+        params = dict(self._loaded[1])
+        total, in_codes, weights = FLOAT * member.parameters, 0, 0
+        if recipe is None:
+            return params, total, in_codes, weights
+
+        def load(name: str) -> dict[str, Any]:
+            return {path.removeprefix(name + "."): leaf for path, leaf in params.items() if path.startswith(name + ".")}
+
+        for block in quantize_blocks(member.abstract, load, recipe, []):
+            for path, leaf in block.params.items():
+                if is_packed(leaf):
+                    count = leaf.inputs * leaf.outputs
+                    total, in_codes, weights = total + leaf.bits() - FLOAT * count, in_codes + leaf.bits(), weights + count
+                    params[f"{block.name}.{path}"] = dequantize(leaf)
+        return params, total, in_codes, weights
+
+
+def scaling_study(
+    family: Family,
+    cells: Sequence[Cell],
+    text: Text,
+    zero_shot: ZeroShot | None = None,
+    tasks: Mapping[str, Any] | None = None,
+) -> Study:
+    """The study of a family's cells, ready to run.
+
+    Args:
+        zero_shot: measures each cell on tasks too.
+        tasks: what tells these tasks from others, as JSON.
+    """
+    used = {member.name: hashlib.sha256(member.ids.tobytes()).hexdigest()[:16] for member in family.members}
+    # A cell depends on its own model's tokens alone: another model beside it must not undo its row.
+    named = [Cell({**cell.parameters, "tokens": used[cell.parameters["model"]]}, cell.command) for cell in cells]
+    shape = family.members[0].ids.shape
+    return Study(
+        name="scaling",
+        title=f"Perplexity over model bits, {shape[0]} windows of {shape[1]} tokens of {text.origin}.",
+        inputs={"quikjax": __version__, "window": shape[1], "windows": shape[0], **({"tasks": dict(tasks)} if tasks else {})},
+        cells=named,
+        compute=Compute(family, zero_shot),
+        table=lambda rows: _table(rows, family.comparable),
+        chart=lambda rows: charts(rows, comparable=family.comparable)["precisions"],
+        notes=family.warnings,
+    )
+
+
+def best_per_model(rows: Sequence[Row], **fixed: Any) -> dict[str, list[Measured]]:
+    """For every precision its points, one per model: of the cells that agree with `fixed` the one with the lowest loss.
+
+    The best of several is a little better than it should be; windows are the same for all, so the bias is shared.
+    """
+    found: dict[str, dict[str, Row]] = {}
+    for row in rows:
+        if all(row.parameters.get(name, value) == value for name, value in fixed.items()):
+            models = found.setdefault(f"{row.parameters['bits']} bit", {})
+            best = models.get(row.parameters["model"])
+            if best is None or row.result["perplexity"] < best.result["perplexity"]:
+                models[row.parameters["model"]] = row
+    order = sorted(found, key=lambda name: int(name.split()[0]))
+    return {
+        name: [Measured(row.result["total_bits"], tuple(row.result["window_losses"])) for row in found[name].values()]
+        for name in order
+    }
+
+
+def verdict(rows: Sequence[Row]) -> list[Winner]:
+    """The winning precision at budgets that several precisions reach, over all data types, blocks and proxies."""
+    curves = best_per_model(rows)
+    return winners(curves, budgets(curves))
+
+
+def charts(rows: Sequence[Row], *, comparable: bool = True) -> dict[str, LineChart]:
+    """Loss over all bits: a line per precision; and where there are several, per data type, block or share of proxy outliers."""
+    made = {"precisions": _chart("Precisions", best_per_model(rows), lines=comparable)}
+    for name, key in (("types", "type"), ("blocks", "block"), ("proxies", "proxy")):
+        values = list(dict.fromkeys(row.parameters[key] for row in rows if key in row.parameters))
+        if len(values) < 2:
+            continue
+        for k in sorted({row.parameters["bits"] for row in rows} - {FLOAT}):
+            curves = {
+                f"{key} {value}": best_per_model([row for row in rows if row.parameters["bits"] == k], **{key: value})
+                for value in values
+            }
+            lines = {label: points for label, found in curves.items() for points in found.values()}
+            made[f"{name}-{k}"] = _chart(f"{k} bits, by {key}", lines, lines=comparable)
+    return made
+
+
+def task_correlation(rows: Sequence[Row]) -> float | None:
+    """Pearson of perplexity (capped at 100) and mean zero-shot accuracy, over the rows that have both."""
+    pairs = [(min(row.result["perplexity"], 100.0), row.result["zero_shot"]) for row in rows if "zero_shot" in row.result]
+    return pearson([pair[0] for pair in pairs], [pair[1] for pair in pairs])
+
+
+def _chart(title: str, curves: Mapping[str, Sequence[Measured]], *, lines: bool) -> LineChart:
+    def points(measured: Sequence[Measured]) -> list[Point]:
+        ordered = sorted(measured, key=lambda point: point.bits)
+        return [Point(point.bits, min(math.exp(float(np.mean(point.losses))), 100.0)) for point in ordered]
+
+    return LineChart(
+        title=title,
+        x="model bits",
+        y="perplexity (100 at most)",
+        series={name: points(measured) for name, measured in curves.items()},
+        log_x=True,
+        log_y=True,
+        lines=lines,
+    )
+
+
+def _table(rows: Sequence[Row], comparable: bool) -> tuple[Sequence[str], Sequence[Sequence[str]]]:
+    head: tuple[str, ...] = ("model", "data type", "bits", "block", "proxy", "bits per weight", "Mbit in all", "perplexity", "±")
+    lines: list[tuple[str, ...]] = [
+        (
+            str(row.parameters["model"]),
+            str(row.parameters.get("type", "16 bit")),
+            str(row.parameters["bits"]),
+            str(row.parameters.get("block", "")),
+            f"{row.parameters['proxy']:g}" if "proxy" in row.parameters else "",
+            f"{row.result['bits_per_weight']:.3f}",
+            f"{row.result['total_bits'] / 1e6:.3f}",
+            f"{row.result['perplexity']:.4f}",
+            f"{row.result['stderr']:.4f}" if row.result["stderr"] is not None else "",
+        )
+        for row in rows
+    ]
+    if any("zero_shot" in row.result for row in rows):
+        head = (*head, "zero-shot")
+        lines = [(*line, f"{row.result['zero_shot']:.4f}") for line, row in zip(lines, rows, strict=True)]
+        correlation = task_correlation(rows)
+        if correlation is not None:
+            lines.append((*("Pearson of perplexity and zero-shot", *[""] * 8), f"{correlation:.3f}"))
+    if comparable:
+        for winner in verdict(rows):
+            share = winner.wins[winner.precision]
+            lines.append(
+                (
+                    *("at a budget", winner.precision, "", "", "", "", f"{winner.budget / 1e6:.3f}"),
+                    *(f"{math.exp(winner.losses[winner.precision]):.4f}", f"best in {share:.0%} of resamples"),
+                    *[""] * (len(head) - 9),
+                )
+            )
+    return head, lines
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """What a grid will take: cells in all and those still to run, hours and bytes of disk, by estimate."""
+
+    models: int
+    cells: int
+    missing: int
+    hours: float
+    bytes: int
+
+
+def estimate(family: Family, cells: Sequence[Cell], done: Sequence[bool], *, flops: float = 3e10) -> Cost:
+    """Hours and disk of the cells that are not done: two operations per weight and token at `flops` a second, and quantizing.
+
+    Args:
+        flops: what this machine sustains; the default is that of two ordinary cores.
+    """
+    members = {member.name: member for member in family.members}
+    seconds = 0.0
+    for cell, finished in zip(cells, done, strict=True):
+        if not finished:
+            member = members[cell.parameters["model"]]
+            rate = 150e6 / 2 ** max(cell.parameters["bits"] - 4, 0) if cell.parameters["bits"] != FLOAT else math.inf
+            seconds += 2 * member.parameters * member.ids.size / flops + member.parameters / rate + 1
+    return Cost(len(members), len(cells), len(cells) - sum(done), seconds / 3600, 2000 * len(cells))

@@ -1,0 +1,61 @@
+"""The packed formats: what may take the place of a kernel array inside a parameter tree. A new one is a class and a row here."""
+
+from collections.abc import Callable
+from typing import Any, Protocol, TypeGuard
+
+import jax
+from jaxtyping import Array, Float32
+
+from quikjax.weights import codebook, quik
+from quikjax.weights.codebook import CodebookWeight
+from quikjax.weights.quik import QuikWeight
+
+
+class PackedFormat(Protocol):
+    """What every packed format is: a frozen dataclass registered as a pytree, with these beside its own fields."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def in_axes(self) -> tuple[int, ...]: ...
+    @property
+    def inputs(self) -> int: ...
+    @property
+    def outputs(self) -> int: ...
+    @property
+    def base(self) -> int: ...
+    @property
+    def group(self) -> str | None: ...
+    @property
+    def weight_bits(self) -> int: ...
+    @property
+    def activation_bits(self) -> int: ...
+    @property
+    def label(self) -> str: ...
+
+    def bits(self) -> int: ...
+    def validate(self, name: str = "weight") -> None: ...
+
+
+# By class name, as artifacts record it.
+PACKED: dict[str, type[PackedFormat]] = {"QuikWeight": QuikWeight, "CodebookWeight": CodebookWeight}
+
+_DEQUANTIZE: dict[type[Any], Callable[[Any], Array]] = {QuikWeight: quik.dequantize, CodebookWeight: codebook.dequantize}
+
+PackedWeight = QuikWeight | CodebookWeight
+Weight = Array | PackedWeight
+
+
+def is_packed(leaf: Any) -> TypeGuard[PackedWeight]:
+    """Whether a leaf is a packed weight of any format. Fits `is_leaf` of JAX's tree functions."""
+    return type(leaf) in _DEQUANTIZE
+
+
+def dequantize(weight: PackedWeight) -> Float32[Array, "..."]:
+    """The float32 kernel that a packed weight stands for, in the shape of the array it replaced."""
+    return _DEQUANTIZE[type(weight)](weight)
+
+
+def dequantize_params(params: Any) -> Any:
+    """A parameter tree with every packed weight replaced by its float32 kernel; other leaves stay as they are."""
+    return jax.tree.map(lambda leaf: dequantize(leaf) if is_packed(leaf) else leaf, params, is_leaf=is_packed)

@@ -1,0 +1,189 @@
+"""The scaling study: bits counted to the bit, curves and winners by hand, rows that a kill does not change, what is warned of."""
+
+import json
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from quikjax import checkpoint
+from quikjax.checkpoint.load import load
+from quikjax.errors import QuikError
+from quikjax.evaluation import evaluate
+from quikjax.quantizing.checkpoint import quantize_checkpoint
+from quikjax.study.grid import Row, run_grid
+from quikjax.study.scaling import Family, best_per_model, charts, estimate, grid, open_family, recipe_of, scaling_study
+from quikjax.study.scaling_curves import Measured, budgets, interpolate, pearson, winners
+from quikjax.study.scaling_page import PAGE, WINNERS, write_page
+from quikjax.testing import write_tiny_checkpoint
+from quikjax.texts import Text
+
+TEXT = Text("a text", "The quick brown fox jumps over the lazy dog, and again. " * 20)
+TINY: dict[str, Any] = {"num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 48, "num_key_value_heads": 4}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Two models that read bytes."""
+    place = tmp_path_factory.mktemp("family")
+    small = write_tiny_checkpoint(place / "small", 1, **TINY)
+    large = write_tiny_checkpoint(place / "large", 2, **{**TINY, "num_hidden_layers": 2})
+    return [str(small), str(large)]
+
+
+@pytest.fixture(scope="module")
+def family(models: list[str]) -> Family:
+    return open_family(models, TEXT, window=64, count=3)
+
+
+def test_bits_are_those_of_the_file_and_perplexity_that_of_the_artifact(
+    family: Family, models: list[str], tmp_path: Path
+) -> None:
+    cells = grid(family, bits=[5, 16], types=["quantile"], blocks=[40], proxies=[0.1])
+    assert len(cells) == 4
+    study = scaling_study(family, cells[:2], TEXT)
+    coded, whole = run_grid(study.cells, study.compute, tmp_path / "rows", inputs=study.inputs)
+    recipe = recipe_of(coded.parameters)
+    assert recipe is not None
+    quantize_checkpoint(models[0], tmp_path / "a", recipe, dtype=jnp.float16)
+    sizes = checkpoint.sizes(tmp_path / "a")
+    assert coded.result["total_bits"] == sizes.all_bits
+    assert coded.result["bits_per_weight"] == sizes.bits_per_weight
+    assert whole.result["total_bits"] == 16 * sizes.all_parameters == 16 * family.members[0].parameters
+    for row, found in ((coded, load(tmp_path / "a")[0]), (whole, load(models[0])[0])):
+        expected = evaluate(found, family.members[0].ids)
+        # Random weights, loud norms: losses of 25 nats, of float16 artifacts that compute in float16.
+        assert math.log(row.result["perplexity"]) == pytest.approx(math.log(expected.perplexity), rel=2e-3)
+        assert math.exp(np.mean(row.result["window_losses"])) == pytest.approx(row.result["perplexity"], rel=1e-5)
+    assert len(coded.result["window_losses"]) == 3
+
+
+def test_a_killed_study_goes_on_to_the_same_rows_and_writes_a_page(family: Family, tmp_path: Path) -> None:
+    cells = grid(family, bits=[3, 8, 16], types=["int", "nf"], blocks=[64], proxies=[0.0])
+    study = scaling_study(family, cells, TEXT, lambda _model, tokenizer: len(tokenizer) / 1000, {"names": ["length"]})
+    result = study.run(tmp_path / "whole")
+    rows = (tmp_path / "whole" / "rows.jsonl").read_bytes()
+    shutil.copytree(tmp_path / "whole", tmp_path / "half")
+    (tmp_path / "half" / "rows.jsonl").write_bytes(rows[: len(rows) // 2])
+    done = study.finished(tmp_path / "half")
+    assert 0 < sum(done) < len(done) == 10
+    again = scaling_study(family, cells, TEXT, lambda _model, tokenizer: len(tokenizer) / 1000, {"names": ["length"]})
+    again.run(tmp_path / "half")
+    assert (tmp_path / "half" / "rows.jsonl").read_bytes() == rows
+    cost = estimate(family, study.cells, done)
+    assert (cost.models, cost.cells, cost.missing) == (2, 10, 10 - sum(done))
+    assert cost.hours > 0
+
+    files = write_page(result, tmp_path / "whole", comparable=family.comparable)
+    assert {PAGE, WINNERS, "precisions.svg", "types-3.svg", "types-8.svg"} <= set(files)
+    found = json.loads((tmp_path / "whole" / WINNERS).read_text())
+    assert found
+    assert all(abs(sum(winner["share_of_resamples"].values()) - 1) < 1e-9 for winner in found)
+    page = (tmp_path / "whole" / PAGE).read_text()
+    assert page.count("<svg") == 3
+    assert "Mbit: " in page
+    assert "zero-shot" in (tmp_path / "whole" / "table.md").read_text()
+    assert {name: len(points) for name, points in best_per_model(result.rows).items()} == {"3 bit": 2, "8 bit": 2, "16 bit": 2}
+    assert set(charts(result.rows)["precisions"].series) == {"3 bit", "8 bit", "16 bit"}
+
+
+def test_curves_and_winners_by_hand() -> None:
+    assert interpolate([(1e6, 4.0), (1e8, 2.0), (1e7, 3.5)], 10**6.5) == pytest.approx(3.75)
+    assert interpolate([], 5.0) is None
+    four = [Measured(10, (2.0, 2.2)), Measured(1000, (1.0, 1.2))]
+    eight = [Measured(20, (3.0, 3.2)), Measured(2000, (0.9, 1.3))]
+    curves = {"4 bit": four, "8 bit": eight, "16 bit": [Measured(4000, (0.5, 0.5))]}
+    at = budgets(curves, 3)
+    np.testing.assert_allclose(at, [20, math.sqrt(20 * 1000), 1000])
+    found = winners(curves, at, resamples=200)
+    assert [winner.precision for winner in found] == ["4 bit"] * 3
+    share = math.log(20 / 10) / math.log(100)
+    assert found[0].losses == pytest.approx({"4 bit": 2.1 - share, "8 bit": 3.1})
+    assert found[0].wins == {"4 bit": 1.0, "8 bit": 0.0}
+    # Where one is better on one window and the other on the other, the text decides.
+    split = winners({"a": [Measured(10, (1.0, 2.0))], "b": [Measured(10, (2.0, 1.1))]}, [10.0])
+    assert split[0].precision == "a"
+    assert 0.6 < split[0].wins["a"] < 0.9
+    # A model that broke down counts as perplexity 100, however far it is.
+    broken = winners({"a": [Measured(10, (50.0,))], "b": [Measured(10, (4.7,))]}, [10.0])
+    assert broken[0].losses["a"] == pytest.approx(math.log(100))
+    assert winners({"a": four}, [20.0]) == []
+    assert budgets({"a": four}) == []
+    x, y = np.random.default_rng(0).normal(size=(2, 20))
+    assert pearson(x.tolist(), y.tolist()) == pytest.approx(np.corrcoef(x, y)[0, 1])
+    assert pearson([1.0, 1.0, 1.0], [1.0, 2.0, 3.0]) is None
+
+
+def test_models_that_are_not_comparable_are_said(models: list[str], tmp_path: Path) -> None:
+    headed = write_tiny_checkpoint(tmp_path / "headed", 3, **{**TINY, "vocab_size": 3000})
+    other = write_tiny_checkpoint(tmp_path / "other", 4, **TINY)
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    tokenizer["model"]["vocab"] = {letter: 255 - index for letter, index in tokenizer["model"]["vocab"].items()}
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    found = open_family([models[0], str(headed), str(other)], TEXT, window=64, count=2)
+    assert not found.comparable
+    first, second = found.warnings
+    assert "% of the parameters of headed are embeddings and head, which stay in 16 bits: its curve is about them" in first
+    assert (
+        "different tokenizers (small, headed; other): their perplexities are per token of their own and are not compared"
+        in second
+    )
+
+
+def test_what_is_refused(family: Family, models: list[str]) -> None:
+    good: dict[str, Any] = {"bits": [4], "types": ["int"], "blocks": [64], "proxies": [0.0]}
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({"bits": [2]}, "--bits takes numbers from 3 to 8, and 16; not 2"),
+        ({"types": ["nf4"]}, 'there is no data type "nf4" for a study; did you mean "nf"'),
+        ({"proxies": [2.0]}, "--proxy takes shares between 0 and 1, not 2"),
+        ({"types": []}, "the grid has no cells"),
+    ]
+    for fields, message in wrong:
+        with pytest.raises(QuikError, match=message):
+            grid(family, **{**good, **fields})
+    with pytest.raises(QuikError, match='two models are called "small"'):
+        open_family([models[0], models[0] + "/"], TEXT, window=64, count=1)
+    with pytest.raises(QuikError, match="--window 512 exceeds the context of small, 256 tokens"):
+        open_family(models, TEXT, window=512, count=1)
+    with pytest.raises(QuikError, match="the text has"):
+        open_family(models, Text("short", "abc"), window=64, count=1)
+
+
+def test_rows_do_not_depend_on_the_models_beside(family: Family, models: list[str]) -> None:
+    fields: dict[str, Any] = {"bits": [4], "types": ["int"], "blocks": ["tensor"], "proxies": [0.0]}
+    alone = open_family(models[:1], TEXT, window=64, count=3)
+    one, both = (scaling_study(members, grid(members, **fields), TEXT) for members in (alone, family))
+    assert one.cells[0].parameters == both.cells[0].parameters
+    assert one.inputs == both.inputs
+    assert isinstance(one.cells[0].parameters["block"], str)
+
+
+def test_the_command_counts_before_it_runs(quikjax_command: Callable[..., Any], models: list[str], tmp_path: Path) -> None:
+    text = tmp_path / "text"
+    text.write_text(TEXT.content)
+    arguments = ["study", "scaling", "--models", ",".join(models), "--out", tmp_path / "out", "--perplexity", text]
+    arguments += ["--window", "64", "--windows", "2"]
+    dry = quikjax_command(*arguments, "--dry-run")
+    assert dry.returncode == 0, dry.stderr
+    assert "2 models, 162 cells, 162 to run: about" in dry.stderr  # 5 precisions x 4 types x 4 blocks, and 16 bits, of each
+    assert "kB on disk" in dry.stderr
+    assert not (tmp_path / "out").exists()
+    assert f"--models {models[0]} --bits 3 --types int --blocks 64 --proxy 0" in dry.stdout
+    done = quikjax_command(*arguments, "--bits", "4,16", "--types", "int", "--blocks", "64")
+    assert done.returncode == 0, done.stderr
+    assert "| small | " in done.stdout
+    assert len((tmp_path / "out" / "seconds.jsonl").read_text().splitlines()) == 4
+    assert (tmp_path / "out" / PAGE).exists()
+    refused = quikjax_command(*arguments, "--bits", "x")
+    assert refused.returncode == 1
+    assert refused.stderr.endswith('--bits takes numbers with commas between them, not "x"\n')
+
+
+def test_a_row_of_another_study_is_no_cell_of_this() -> None:
+    row = Row("k", {"model": "m", "source": "s", "bits": 4, "type": "int", "block": 64, "proxy": 0.0}, "", {"perplexity": 2.0})
+    assert best_per_model([row], type="nf") == {}
