@@ -61,6 +61,7 @@ def check_kills(place: Path, kills: int, seed: int, monkeypatch: pytest.MonkeyPa
         assert read_directory(place / "out") == expected
 
 
+@pytest.mark.slow
 def test_a_killed_recovery_goes_on_to_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     check_kills(tmp_path, 3, 0, monkeypatch)
 
