@@ -20,6 +20,7 @@ from quikjax.models.registry import abstract_model
 from quikjax.training.blocks import KEPT_BYTES
 from quikjax.training.distill import CHUNK
 from quikjax.training.settings import RecoverySettings
+from quikjax.weights.quik import QuikWeight
 
 # The share of a large product's speed that a whole step reaches: the rest goes into everything that is no product. From one run
 # of SmolLM2-135M on two busy cores, 26 s a step of 2048 tokens where the products alone would have taken 14.
@@ -74,6 +75,7 @@ def estimate(artifact: str | os.PathLike[str], settings: RecoverySettings) -> Es
     reader = Reader(artifact, verify=False)
     if reader.manifest.config is None:
         raise QuikError(f"{reader.path} holds parameters without a model; only artifacts of `quantize` can be recovered")
+    check_formats(reader)
     config = abstract_model(reader.manifest.config).config
     weights = rest = moves = outputs = inputs = 0
     for name, part in reader.parts.items():
@@ -119,6 +121,18 @@ def estimate(artifact: str | os.PathLike[str], settings: RecoverySettings) -> Es
         evaluation_seconds=an_evaluation / rate,
         seconds=(settings.steps * a_step + evaluations * an_evaluation + teaching) / rate,
     )
+
+
+def check_formats(reader: Reader) -> None:
+    """Look, in its manifests alone, whether everything packed in an artifact can be trained.
+
+    Raises:
+        QuikError: a layer is packed in another format than QUIK's.
+    """
+    for part in reader.parts.values():
+        for path, static in part.packed.items():
+            if static["class"] != QuikWeight.__name__:
+                raise QuikError(f"{path} is a {static['class']}; only layers in QUIK format can be recovered")
 
 
 def product_rate(size: int = 1024, times: int = 5) -> float:

@@ -35,6 +35,7 @@ from quikjax.quantizing.checkpoint import refuse_existing
 from quikjax.texts import tokens_fingerprint
 from quikjax.training import blocks, distill, moving
 from quikjax.training.blocks import Skeleton, Tree
+from quikjax.training.memory import check_formats
 from quikjax.training.settings import RecoverySettings, cut, optimizer, order
 from quikjax.training.state import State, Store
 from quikjax.version import __version__
@@ -128,6 +129,7 @@ def recover(
     target = Path(os.path.realpath(out))
     refuse_existing(target, force=force)
     reader = Reader(artifact)
+    check_formats(reader)
     source = find_original(reader, original)
     train, held_out = _windows(reader, tokens, settings)
     known = {

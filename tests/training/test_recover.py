@@ -18,7 +18,7 @@ from quikjax.loading import load_published
 from quikjax.models.registry import dotted, pure_params
 from quikjax.testing import write_tiny_checkpoint
 from quikjax.training import recover as recovery
-from quikjax.training.memory import estimate
+from quikjax.training.memory import check_formats, estimate
 from quikjax.training.recover import NoProgress, Recovered, recover
 from quikjax.training.settings import cut
 from quikjax.training.state import INPUTS
@@ -198,6 +198,10 @@ def test_what_cannot_be_recovered_is_said_at_once(place: Path, tmp_path: Path) -
         recover(place / "artifact", tmp_path / "out", lambda _: tokens() + 1000, SETTINGS, original=place / "model")
     with pytest.raises(QuikError, match="exists"):
         recover(place / "artifact", place / "model", tokens, SETTINGS, original=place / "model")
+    other_format = Reader(place / "artifact")
+    other_format.parts["model.layers.0"].packed["model.layers.0.mlp.up_proj.weight"]["class"] = "CodebookWeight"
+    with pytest.raises(QuikError, match=r"up_proj.weight is a CodebookWeight; only layers in QUIK format can be recovered"):
+        check_formats(other_format)
     dense = quantize(place / "model", tmp_path / "dense", "fp", off=1.0)
     with pytest.raises(QuikError, match="has no quantized layer"):
         recover(dense, tmp_path / "out", tokens, SETTINGS, original=place / "model")
