@@ -40,7 +40,7 @@ def bench(
         raise QuikError(f'there is no output "{output}"; {did_you_mean(output, FORMATS)}')
 
     from quikjax.checkpoint.load import load
-    from quikjax.cli.printing import say, size, table
+    from quikjax.cli.printing import say, show, size, table
     from quikjax.generation import Generator, speed
     from quikjax.generation.executables import keep_executables
 
@@ -67,15 +67,15 @@ def bench(
         base = next(r for r in rows if r["model"] == against and (r["test"], r["batch"]) == (row["test"], row["batch"]))
         row["over_against"] = row["mean"] / base["mean"]
     if output == "json":
-        print(json.dumps(rows, indent=2))
+        show(json.dumps(rows, indent=2))
     elif output == "jsonl":
-        print("\n".join(json.dumps(row) for row in rows))
+        show("\n".join(json.dumps(row) for row in rows))
     elif output == "csv":
         text = io.StringIO()
         writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows({**row, "samples": " ".join(map(str, row["samples"]))} for row in rows)
-        print(text.getvalue(), end="")
+        show(text.getvalue(), end="")
     else:
         head = [
             "model",
@@ -86,7 +86,7 @@ def bench(
             "of the bandwidth",
             *([f"over {against}"] if against else []),
         ]
-        print(table(head, [_cells(row) for row in rows]))
+        show(table(head, [_cells(row) for row in rows]))
 
 
 def _leaves(params: Any) -> list[Any]:

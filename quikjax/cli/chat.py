@@ -55,7 +55,7 @@ def chat(
     chat_template = read_template(template)
 
     from quikjax.checkpoint.load import load
-    from quikjax.cli.printing import say
+    from quikjax.cli.printing import say, show
     from quikjax.generation import Generator
     from quikjax.generation.chat import Conversation
     from quikjax.generation.executables import keep_executables
@@ -86,10 +86,10 @@ def chat(
                     sampling=sampling,
                     # Each turn draws with a number of its own.
                     seed=(seed + turn) % 2**32,
-                    on_text=lambda piece: print(piece, end="", flush=True),
+                    on_text=lambda piece: show(piece, end=""),
                 )
             except KeyboardInterrupt:
-                print(flush=True)
+                show()
                 say("(ended)")
                 continue
             except QuikError as error:
@@ -97,7 +97,7 @@ def chat(
                 continue
             finally:
                 turn += 1
-            print(flush=True)
+            show()
             say(_footer(answer))
 
 

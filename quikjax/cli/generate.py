@@ -61,7 +61,7 @@ def generate(
     chat_template = read_template(template)
 
     from quikjax.checkpoint.load import load
-    from quikjax.cli.printing import print_json, say
+    from quikjax.cli.printing import print_json, say, show
     from quikjax.generation import Generator
     from quikjax.generation.chat import render
     from quikjax.generation.executables import keep_executables
@@ -81,12 +81,12 @@ def generate(
     alone = len(texts) * samples == 1 and not as_json
     printed = False
 
-    def show(_row: int, piece: str) -> None:
+    def print_piece(_row: int, piece: str) -> None:
         nonlocal printed
         printed = True
-        print(piece, end="", flush=True)
+        show(piece, end="")
 
-    with interrupted(lambda: print() if printed else None):
+    with interrupted(lambda: show() if printed else None):
         out = generator.generate(
             prompts,
             max_new_tokens=max_new_tokens,
@@ -95,7 +95,7 @@ def generate(
             samples=samples,
             stop_strings=stop or (),
             logprobs=logprobs,
-            on_text=show if alone else None,
+            on_text=print_piece if alone else None,
             step=4 if alone else 16,
         )
     assert out.texts is not None
@@ -119,11 +119,11 @@ def generate(
         ]
         print_json({"text": out.texts[0], **figures, "rows": rows})
     elif alone:
-        print()
+        show()
     else:
         for i, text in enumerate(out.texts):
-            print(f"--- prompt {i // samples + 1}" + (f", sample {i % samples + 1}" if samples > 1 else ""))
-            print(text)
+            show(f"--- prompt {i // samples + 1}" + (f", sample {i % samples + 1}" if samples > 1 else ""))
+            show(text)
     say(
         f"prefill {out.prompt_tokens} tokens at {out.prefill_tokens_per_second:.0f} tokens/s, "
         f"decode {int(out.lengths.sum())} at {out.decode_tokens_per_second:.1f} tokens/s, compiled in {out.compile_seconds:.1f} s"

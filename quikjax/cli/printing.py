@@ -37,7 +37,7 @@ def say(line: str = "") -> None:
         print(line, file=sys.stderr, flush=True)
 
 
-def show(text: str) -> None:
+def show(text: str = "", end: str = "\n") -> None:
     """Results on stdout. Where it cannot be written (a full disk), they are on stderr, so that the work was not for nothing.
 
     Raises:
@@ -45,7 +45,7 @@ def show(text: str) -> None:
         BrokenPipeError: whoever read it has gone.
     """
     try:
-        print(text, flush=True)
+        print(text, end=end, flush=True)
     except BrokenPipeError:
         raise
     except OSError as error:

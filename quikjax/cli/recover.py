@@ -62,7 +62,7 @@ def recover(
         first = error.errors()[0]
         raise QuikError(f"--{str(first['loc'][0]).replace('_', '-').replace('sigma', 'scale')}: {first['msg']}") from None
 
-    from quikjax.cli.printing import RecoveryLines, duration, print_json, say, size
+    from quikjax.cli.printing import RecoveryLines, duration, print_json, say, show, size
 
     if plan:
         from quikjax.training.memory import estimate
@@ -71,7 +71,7 @@ def recover(
         if as_json:
             print_json({"artifact": artifact, **made.as_json()})
         else:
-            print(made.text(size, duration))
+            show(made.text(size, duration))
         return
     if out is None:
         raise QuikError("say where the result goes with --out, or ask for --plan")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from quikjax.cli.options import Json, parse_block
-from quikjax.cli.printing import duration, say, size
+from quikjax.cli.printing import duration, say, show, size
 from quikjax.cli.study import DryRun, GridLines, Out, carry_out
 from quikjax.errors import QuikError
 
@@ -72,7 +72,7 @@ def scaling(
         files = write_page(result, out, comparable=family.comparable)
         say(f"page and charts: {', '.join(files)}")
     elif not as_json:
-        print(f"{cost.models} models, {cost.hours:.2f} hours, {cost.bytes} bytes")
+        show(f"{cost.models} models, {cost.hours:.2f} hours, {cost.bytes} bytes")
 
 
 class _Timed(GridLines):

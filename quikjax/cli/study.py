@@ -63,8 +63,8 @@ def carry_out(
             print_json({"study": study.name, "cells": cells})
             return None
         for cell, finished in zip(study.cells, done, strict=True):
-            print(f"{'done   ' if finished else 'missing'}  {cell.label}\n         {cell.command}")
-        print(f"{len(done)} cells, {sum(done)} done")
+            show(f"{'done   ' if finished else 'missing'}  {cell.label}\n         {cell.command}")
+        show(f"{len(done)} cells, {sum(done)} done")
         return None
     check_directory(out)
     result = study.run(out, progress or GridLines())

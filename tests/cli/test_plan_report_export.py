@@ -229,7 +229,11 @@ def test_an_export_that_cannot_be_leaves_nothing(artifact: Path, tmp_path: Path)
     (tmp_path / "z.exporting").mkdir()
     (tmp_path / "z.exporting" / "model-00001-of-00002.safetensors").write_bytes(b"half")
     export_safetensors(tmp_path / "large", tmp_path / "z")
-    assert sorted(path.name for path in (tmp_path / "z").iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(path.name for path in (tmp_path / "z").iterdir()) == [
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+    ]
 
 
 def test_export_by_command(quikjax_command: Run, artifact: Path, tmp_path: Path) -> None:
