@@ -364,7 +364,7 @@ class _Judge:
         teacher = self._teaching.teacher
         rest = moving.student(teacher.still[REST], {})
         hidden = [
-            np.asarray(self._teaching.hidden(("held out", index), ids, keep=True)) for index, ids in enumerate(self._held_out)
+            np.asarray(self._teaching.hidden(("held out", index), ids, keep=True))[0] for index, ids in enumerate(self._held_out)
         ]
         graphdef = self._student.skeleton.graphdef
         mine = nnx.merge(graphdef, nested(params))
