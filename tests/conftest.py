@@ -1,6 +1,7 @@
 """What all tests share: the CPU, quiet libraries, one tiny checkpoint per session."""
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,9 +11,16 @@ from pathlib import Path
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
+# A shell that starts the tests in the background leaves Ctrl-C ignored, in every process below them too; some send it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 import pytest
 
 from quikjax.testing import write_tiny_checkpoint
+
+# A script for a process of its own, with Triton installed (test_triton.py).
+collect_ignore = ["kernels/triton_interpreted.py"]
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
