@@ -1,27 +1,53 @@
-"""`quikjax export`: an artifact in a format that others read."""
+"""`quikjax export`: a model in a format that others read."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from quikjax.cli.generation_options import KvCache
 from quikjax.cli.options import Artifact, Json, parse_dtype
 from quikjax.cli.printing import megabytes, print_json, say, show
 from quikjax.errors import QuikError, did_you_mean
 
-FORMATS = ("safetensors-dequantized",)
+FORMATS = ("safetensors-dequantized", "jax-export")
 
 
 def export(
     artifact: Artifact,
     out: Annotated[Path, typer.Option(help="Directory to write; it must not exist, or be empty.")],
-    format: Annotated[str, typer.Option(help="safetensors-dequantized: a Hugging Face directory, weights dequantized.")],
+    format: Annotated[
+        str,
+        typer.Option(
+            help="safetensors-dequantized: a Hugging Face directory, weights dequantized. jax-export: compiled generation with "
+            "its parameters and a run.py, for a process without quikjax."
+        ),
+    ],
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; left out, the artifact's own.")] = None,
+    length: Annotated[int | None, typer.Option(help="jax-export: tokens that prompts are padded to; left out, 128.")] = None,
+    context: Annotated[
+        int | None,
+        typer.Option(help="jax-export: tokens of prompt and continuation at most; left out, 1024, or the model's own if less."),
+    ] = None,
+    batch: Annotated[int | None, typer.Option(help="jax-export: rows generated together; left out, 1.")] = None,
+    kv_cache: KvCache = None,
+    platform: Annotated[
+        list[str] | None, typer.Option(help="jax-export: cpu or cuda (plain XLA); may be given twice. Left out, cpu.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Write an artifact in a format that others read. One transformer block is in memory at a time."""
+    """Write a model in a format that others read. Dequantized, one transformer block is in memory at a time."""
     if format not in FORMATS:
         raise QuikError(f'there is no format "{format}" to export to; {did_you_mean(format, FORMATS)}')
+    if format == "jax-export":
+        if dtype is not None:
+            raise QuikError("--dtype is of safetensors-dequantized; exported programs compute in what the artifact is in")
+        _programs(artifact, out, length, context, 1 if batch is None else batch, kv_cache, platform or ["cpu"], as_json)
+        return
+    others = {"--length": length, "--context": context, "--batch": batch, "--kv-cache": kv_cache, "--platform": platform}
+    for option, value in others.items():
+        if value is not None:
+            raise QuikError(f"{option} is of jax-export; {format} has no programs")
     if dtype is not None:
         parse_dtype(dtype)
 
@@ -35,3 +61,29 @@ def export(
         print_json({"out": str(out), "files": list(done.files), "bytes": done.bytes, "dtype": done.dtype})
     else:
         show(f"{out}: {len(done.files)} file{'s' if len(done.files) > 1 else ''}, {megabytes(done.bytes)} in {done.dtype}")
+
+
+def _programs(
+    artifact: str,
+    out: Path,
+    length: int | None,
+    context: int | None,
+    batch: int,
+    kv_cache: str | None,
+    platforms: list[str],
+    as_json: bool,
+) -> None:
+    from quikjax.checkpoint.export.programs import NOT_EXPORTED, export_jax
+
+    done = export_jax(artifact, out, length=length, context=context, batch=batch, cache=kv_cache, platforms=platforms)
+    made = done.programs
+    for what, reason in NOT_EXPORTED.items():
+        say(f"  not exported: {what}: {reason}")
+    if as_json:
+        figures = {"length": made.length, "context": made.context, "batch": made.batch, "kv_cache": made.cache}
+        print_json({"out": str(out), "files": list(done.files), "bytes": done.bytes, "platforms": list(made.programs), **figures})
+    else:
+        show(
+            f"{out}: {len(done.files)} files, {megabytes(done.bytes)}, for {' and '.join(made.programs)}: {made.batch} "
+            f"row{'s' if made.batch > 1 else ''}, prompts up to {made.length} tokens, {made.context} with their continuation"
+        )
