@@ -157,8 +157,8 @@ def carried(array: np.ndarray) -> np.ndarray:
     """
     if array.dtype == jnp.int4:
         codes = array.reshape(-1).astype(np.int8)
-        codes = np.append(codes, np.zeros(codes.size % 2, np.int8)).reshape(-1, 2)
-        return (codes[:, 0] & 15) | (codes[:, 1] << 4)
+        pairs = np.append(codes, np.zeros(codes.size % 2, np.int8)).reshape(-1, 2)
+        return (pairs[:, 0] & 15) | (pairs[:, 1] << 4)
     if array.dtype.isbuiltin != 1:
         return array.view(f"u{array.dtype.itemsize}")
     return array
