@@ -37,5 +37,11 @@ def test_an_accumulator_before_its_wait_is_found() -> None:
     assert _code(other="FADD R1, R2, R70.64") == ["FADD R1, R2, R70.64 touches R70"]
 
 
+def test_a_half_that_nobody_reads_is_no_touch() -> None:
+    assert _code(early="PRMT R73, R73, 0x7610, R27") == []
+    assert _code(early="PRMT R27, R73, 0x7610, R3") == ["PRMT R27, R73, 0x7610, R3 touches R27"]
+    assert _code(early="PRMT R73, R73, 0x5410, R27") == ["PRMT R73, R73, 0x5410, R27 touches R27"]
+
+
 def test_a_wait_may_leave_the_last_group() -> None:
     assert _code(late="I2FP.F32.S32 R5, R27", left=1) == ["I2FP.F32.S32 R5, R27 touches R27"]

@@ -66,6 +66,10 @@ def touched_too_early(text: str) -> list[str]:
 
 
 def _registers(opcode: str, operands: str) -> set[int]:
+    if opcode == "PRMT":
+        # Lower half of the second register, upper half of the last: LLVM widens an int8 inside a vector whose upper half is
+        # undefined, ptxas takes any register for it, and the permutation behind it selects no byte of that half.
+        operands = re.sub(r"(0x7610,\s*)R\d+", r"\1RZ", operands)
     width = next((count for suffix, count in _WIDTH.items() if suffix in opcode), 1)
     found: set[int] = set()
     for number, pair in _REGISTER.findall(operands):
