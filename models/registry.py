@@ -31,8 +31,6 @@ _OTHER_NAMES = {"fp32": "float32", "f32": "float32", "bf16": "bfloat16", "fp16":
 def floating_dtype(dtype: Any) -> Any:
     """The NumPy dtype that parameters are held and computed in, from its name or from a dtype.
 
-    Its `stops` are those that this file names; a checkpoint's other files may name more.
-
     Raises:
         QuikError: it is none of "float32", "bfloat16" and "float16"; the nearest name is offered.
     """
@@ -52,7 +50,8 @@ def floating_dtype(dtype: Any) -> Any:
 def abstract_model(fields: Mapping[str, Any], dtype: Any = jnp.float32, *, context: int | None = None) -> CausalLM:
     """The model that a `config.json` describes, its parameters `ShapeDtypeStruct`s of `dtype`: no memory, no weights.
 
-    `context` takes the place of the context length that the configuration declares.
+    `context` takes the place of the context length that the configuration declares. The model's `stops` are those that the
+    configuration names; a checkpoint's other files may name more.
 
     Raises:
         QuikError: `model_type` is missing or unknown, the family refuses a field, or the model's positions do not reach as far

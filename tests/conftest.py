@@ -15,9 +15,16 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+import hypothesis
 import pytest
 
 from quikjax.testing import write_tiny_checkpoint
+
+# The examples of property tests are the same in every run, so that what passed on one machine passes on the next. To look for
+# others: `pytest --hypothesis-profile=search --hypothesis-seed=N`.
+hypothesis.settings.register_profile("fixed", derandomize=True, deadline=None)
+hypothesis.settings.register_profile("search", deadline=None)
+hypothesis.settings.load_profile("fixed")
 
 # A script for a process of its own, with Triton installed (test_triton.py).
 collect_ignore = ["kernels/triton_interpreted.py"]

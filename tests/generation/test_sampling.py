@@ -28,7 +28,10 @@ def test_logits_are_those_of_transformers(case: str) -> None:
     np.testing.assert_allclose(np.where(np.isinf(found), 0, found), np.where(np.isinf(expected), 0, expected), rtol=1e-6)
 
 
-rows = st.lists(st.floats(-30, 30, width=32), min_size=40, max_size=40).map(lambda row: np.asarray([row], np.float32))
+# No subnormals: XLA takes them for zero, and says so of its floats.
+rows = st.lists(st.floats(-30, 30, width=32, allow_subnormal=False), min_size=40, max_size=40).map(
+    lambda row: np.asarray([row], np.float32)
+)
 
 
 @settings(max_examples=40, deadline=None)
@@ -54,7 +57,7 @@ def test_top_p_keeps_the_fewest_that_are_enough(logits: np.ndarray, p: float) ->
 
 
 @settings(max_examples=20, deadline=None)
-@given(logits=rows, share=st.floats(0, 1, width=32))
+@given(logits=rows, share=st.floats(0, 1, width=32, allow_subnormal=False))
 def test_min_p_is_relative_to_the_most_likely(logits: np.ndarray, share: float) -> None:
     kept = np.isfinite(np.asarray(MIN_P(logits, np.float32(share))))[0]
     ratio = np.exp(np.float64(logits[0]) - logits[0].max())
