@@ -1,5 +1,6 @@
 """A generator against reading everything again: ragged prompts, buckets, caches, determinism, stops, and no compiling twice."""
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -107,6 +108,18 @@ def test_programs_know_the_memory_they_take() -> None:
     programs.largest = 0
     programs.run(lambda y: y + 1, (), (x[:1],))
     assert 0 < programs.largest < x.nbytes
+
+
+def test_codes_in_whole_bytes_multiply_to_the_same_bits() -> None:
+    model = packed_model(QUANTIZED)
+    ids, lengths = np.asarray([PROMPTS[1]], np.int32), np.array([len(PROMPTS[1])], np.int32)
+    logits = []
+    for widen in (False, True):
+        layout, params = stacked.stack(model, widen=widen)
+        held = {leaf.dtype for leaf in jax.tree.leaves(params["runs"])}
+        assert (jnp.dtype(jnp.int4) in held) is not widen
+        logits.append(np.asarray(jax.jit(partial(stacked.read, layout))(params, ids, lengths)[0]))
+    np.testing.assert_array_equal(*logits)
 
 
 def test_int8_codes_are_within_half_a_step() -> None:
