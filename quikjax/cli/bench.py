@@ -57,8 +57,8 @@ def bench(
         held = sum(leaf.nbytes for leaf in _leaves(generators[name].params))
         say(f"{name}: parameters take {size(held)} of memory, KV cache in {generators[name].cache}")
         if generators[name].cache != cache_error.EXACT:
-            text = tokenize(tokenizer, calibration_text("pydoc").content)[: min(_ERROR_TOKENS, generators[name].context)]
-            off = cache_error.cache_error(generators[name], text)
+            ids = tokenize(tokenizer, calibration_text("pydoc").content)[: min(_ERROR_TOKENS, generators[name].context)]
+            off = cache_error.cache_error(generators[name], ids)
             say(
                 f"{name}: against a float32 cache, keys are off by {off.keys:.2%}, values by {off.values:.2%}, "
                 f"and the next token's distribution by KL {off.kl:.1e} ({off.tokens} tokens of the demo text)"

@@ -119,7 +119,7 @@ def test_codes_in_whole_bytes_multiply_to_the_same_bits() -> None:
         held = {leaf.dtype for leaf in jax.tree.leaves(params["runs"])}
         assert (jnp.dtype(jnp.int4) in held) is not widen
         logits.append(np.asarray(jax.jit(partial(stacked.read, layout))(params, ids, lengths)[0]))
-    np.testing.assert_array_equal(*logits)
+    np.testing.assert_array_equal(logits[0], logits[1])
 
 
 def test_int8_codes_are_within_half_a_step() -> None:
