@@ -68,8 +68,8 @@ class SparseWeight(Kernel):
 
     def expanded(self) -> QuikWeight:
         """The `QuikWeight` that this stands for, every zero written out. Under `jit`, or by itself."""
-        kept = self.kept.astype(jnp.int8)
-        return self._quik(decompress(kept, self.places).astype(self.kept.dtype))
+        kept = jnp.asarray(self.kept).astype(jnp.int8)
+        return self._quik(decompress(kept, jnp.asarray(self.places)).astype(self.kept.dtype))
 
     def validate(self, name: str = "weight") -> None:
         """Check the invariant above on concrete arrays.
