@@ -30,8 +30,9 @@ from quikjax.algorithms.numerics import clipped_scales
 from quikjax.models.registry import abstract_model, dotted, nested, pure_params
 from quikjax.quantizing.model import _forward_all, _inputs
 from quikjax.quantizing.outliers import largest_last
-from quikjax.quantizing.params import pack, permuted_hessian
+from quikjax.quantizing.params import pack
 from quikjax.quantizing.recipe import Rule, find_recipe
+from quikjax.quantizing.shared_inputs import permuted_hessian
 from quikjax.quantizing.statistics import LayerStats, empty_stats, observe
 from quikjax.weights.quik import dequantize
 

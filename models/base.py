@@ -18,9 +18,8 @@ from quikjax.errors import QuikError
 from quikjax.files import described
 from quikjax.models.cache import BlockCache, KeyValues
 from quikjax.pallas_kernels import api
-from quikjax.weights.codebook import CodebookWeight
+from quikjax.weights.formats import is_packed
 from quikjax.weights.linear import Produced, dense_product, linears
-from quikjax.weights.quik import QuikWeight
 from quikjax.weights.tiled import TiledWeight
 
 # Called by a block with the name of a group of layers and the tensor they all read; the block goes on with what it returns.
@@ -259,6 +258,9 @@ def unembed(hidden: Float[Array, "*batch width"], weight: Float[Array, "vocab wi
 
 def count_parameters(params: Any) -> int:
     """Count the parameters of a tree, packed weights by the kernels that they replaced."""
-    packed = QuikWeight | CodebookWeight | TiledWeight
-    leaves = jax.tree.leaves(params, is_leaf=lambda leaf: isinstance(leaf, packed))
-    return sum(leaf.outputs * leaf.inputs if isinstance(leaf, packed) else leaf.size for leaf in leaves)
+
+    def is_kernel(leaf: Any) -> bool:
+        return isinstance(leaf, TiledWeight) or is_packed(leaf)
+
+    leaves = jax.tree.leaves(params, is_leaf=is_kernel)
+    return sum(leaf.outputs * leaf.inputs if is_kernel(leaf) else leaf.size for leaf in leaves)

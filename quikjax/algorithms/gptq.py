@@ -27,6 +27,11 @@ PANEL = 16
 # What a column becomes when it is rounded, given its place.
 Rounding = Callable[[Array, Array], Array]
 
+# Which weights of a few columns `[columns, n]`, side by side, are kept, given their part of the diagonal of `U`.
+Pruning = Callable[[Array, Array], Array]
+# How many columns side by side are pruned together (2:4 sparsity); divides PANEL.
+PRUNED = 4
+
 # The products behind a block have a static shape, so they run over columns that are already done. Cutting the loop into
 # phases, each with its own shorter matrix, bounds the waste: 1 + 1/_PHASES of the products that cannot be avoided.
 _PHASES = 4
@@ -136,11 +141,19 @@ def gptq_codebook(
 
 
 def compensate(
-    W: Float32[Array, "n k"], U: Float32[Array, "k k"], rounded: Rounding, *, base: int, block: int
+    W: Float32[Array, "n k"],
+    U: Float32[Array, "k k"],
+    rounded: Rounding,
+    *,
+    base: int,
+    block: int,
+    pruned: Pruning | None = None,
 ) -> tuple[Float32[Array, "n base"], Float32[Array, "n outliers"]]:
     """GPTQ's loop: `(W_hat, outliers)`, the base columns rounded one after the other, the error of each passed on to all later.
 
     `rounded(w, column)` is what a column `w` `[n]` becomes; `column` is its place in `W`, up to the next multiple of `block`.
+    `pruned` says, whenever the loop comes to the first of PRUNED base columns, which weights of these are kept; the others become
+    zero when their turn comes. `base` is then a multiple of PRUNED.
     """
     k = W.shape[1]
     blocks = -(-base // block)
@@ -153,7 +166,9 @@ def compensate(
     for first in range(0, blocks, phase):
         last = min(first + phase, blocks)
         offset = first * block
-        tail = _quantize_blocks(rows[offset:], factor[offset:, offset:], rounded, offset, base, blocks=last - first, block=block)
+        tail = _quantize_blocks(
+            rows[offset:], factor[offset:, offset:], rounded, pruned, offset, base, blocks=last - first, block=block
+        )
         rows = jnp.concatenate([rows[:offset], tail])
     return rows[:base].T, rows[base:k].T
 
@@ -162,6 +177,7 @@ def _quantize_blocks(
     rows: Float32[Array, "k n"],
     U: Float32[Array, "k k"],
     rounded: Rounding,
+    pruned: Pruning | None,
     offset: int,
     base: int,
     *,
@@ -180,7 +196,7 @@ def _quantize_blocks(
         strip = jax.lax.dynamic_slice(U, (start, 0), (block, k))
         square = jax.lax.dynamic_slice(strip, (0, start), (block, block))
         live = offset + start + jnp.arange(block) < base
-        part, E = _quantize_block(part, square, rounded, offset + start, live)
+        part, E = quantize_block(part, square, rounded, pruned, offset + start, live)
         behind = jnp.where(jnp.arange(k) >= start + block, strip, 0.0)
         rows = rows - product(behind, E)
         return jax.lax.dynamic_update_slice(rows, part, (start, 0))
@@ -188,10 +204,11 @@ def _quantize_blocks(
     return jax.lax.fori_loop(0, blocks, one_block, rows)
 
 
-def _quantize_block(
+def quantize_block(
     part: Float32[Array, "block n"],
     U: Float32[Array, "block block"],
     rounded: Rounding,
+    pruned: Pruning | None,
     offset: Int32[Array, ""],
     live: Bool[Array, " block"],
 ) -> tuple[Float32[Array, "block n"], Float32[Array, "block n"]]:
@@ -206,10 +223,12 @@ def _quantize_block(
         square = jax.lax.dynamic_slice(strip, (0, start), (PANEL, PANEL))
         alive = jax.lax.dynamic_slice(live, (start,), (PANEL,))
 
-        def column(i: Int32[Array, ""], state: tuple[Array, Array]) -> tuple[Array, Array]:
+        def column(i: Int32[Array, ""], state: tuple[Array, Array], kept: Array | None = None) -> tuple[Array, Array]:
             columns, errors = state
             w = columns[i]
             w_hat = rounded(w, offset + start + i)
+            if kept is not None:
+                w_hat = jnp.where(kept[i % PRUNED], w_hat, 0.0)
             diagonal = jnp.where(alive[i], square[i, i], 1.0)
             e = jnp.where(alive[i], (w - w_hat) / diagonal, 0.0)
             later = jnp.where(jnp.arange(PANEL) > i, square[i], 0.0)
@@ -217,7 +236,18 @@ def _quantize_block(
             columns = columns.at[i].set(jnp.where(alive[i], w_hat, w))
             return columns, errors.at[i].set(e)
 
-        columns, errors = jax.lax.fori_loop(0, PANEL, column, (columns, jnp.zeros_like(columns)))
+        def few(g: Int32[Array, ""], state: tuple[Array, Array]) -> tuple[Array, Array]:
+            assert pruned is not None
+            first = g * PRUNED
+            diagonal = jax.lax.dynamic_slice(jnp.diagonal(square), (first,), (PRUNED,))
+            kept = pruned(jax.lax.dynamic_slice(state[0], (first, 0), (PRUNED, n)), diagonal)
+            return jax.lax.fori_loop(first, first + PRUNED, partial(column, kept=kept), state)
+
+        begun = (columns, jnp.zeros_like(columns))
+        if pruned is None:
+            columns, errors = jax.lax.fori_loop(0, PANEL, column, begun)
+        else:
+            columns, errors = jax.lax.fori_loop(0, PANEL // PRUNED, few, begun)
         behind = jnp.where(jnp.arange(block) >= start + PANEL, strip, 0.0)
         part = part - product(behind, errors)
         part = jax.lax.dynamic_update_slice(part, columns, (start, 0))

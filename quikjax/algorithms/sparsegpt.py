@@ -13,73 +13,85 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float32, Int8, Int32
+from jaxtyping import Array, Bool, Float32, Int8, Int32, UInt8
 
+from quikjax.algorithms.gptq import PANEL, PRUNED, compensate
 from quikjax.algorithms.numerics import clipped_scales, codes, largest_code, row_scales
 
-GROUP, KEPT = 4, 2
+GROUP, KEPT = PRUNED, 2
+# Two bits tell a place among four, so a byte has as many places.
+PLACES = 4
 
 
-@partial(jax.jit, static_argnames=("base", "bits", "clip"))
+@partial(jax.jit, static_argnames=("base", "bits", "clip", "block"))
 def sparse_gptq(
-    W: Float32[Array, "n k"], U: Float32[Array, "k k"], dead: Bool[Array, " k"], *, base: int, bits: int, clip: bool
+    W: Float32[Array, "n k"],
+    U: Float32[Array, "k k"],
+    dead: Bool[Array, " k"],
+    *,
+    base: int,
+    bits: int,
+    clip: bool,
+    block: int = 128,
 ) -> tuple[Int8[Array, "n base"], Float32[Array, " n"], Float32[Array, "n outliers"]]:
-    """Quantize the first `base` columns of a permuted `W`, two of every four codes zero: `(codes, s, outliers)`.
+    """Quantize the first `base` columns of a permuted `W`, two of every four codes zero: `(codes, s, outliers)`, as `gptq` does.
 
-    `base` is a multiple of 4. Scales come from the base columns before any update.
+    `base` is a multiple of 4, `block` of 16. Scales come from the base columns before any update.
 
     Raises:
-        ValueError: `base` is not a multiple of 4.
+        ValueError: `base` or `block` is not such a multiple.
     """
     if base % GROUP:
         raise ValueError(f"2:4 sparsity takes columns by four; {base} base columns are not a multiple")
+    if block % PANEL:
+        raise ValueError(f"block must be a multiple of {PANEL}, not {block}")
     W = jnp.where(dead, 0.0, W)
     s = (clipped_scales if clip else row_scales)(W[:, :base], bits)
+    if base == 0:
+        return jnp.zeros((W.shape[0], 0), jnp.int8), s, W
     qmax, inverse = largest_code(bits), 1 / s
-    k = W.shape[1]
 
-    def four(g: Int32[Array, ""], rows: Float32[Array, "k n"]) -> Float32[Array, "k n"]:
-        start = g * GROUP
-        part = jax.lax.dynamic_slice(rows, (start, 0), (GROUP, rows.shape[1]))
-        strip = jax.lax.dynamic_slice(U, (start, 0), (GROUP, k))
-        square = jax.lax.dynamic_slice(strip, (0, start), (GROUP, GROUP))
-        kept = kept_of_four(part, jnp.diagonal(square))
-        errors = []
-        for i in range(GROUP):
-            w = part[i]
-            w_hat = jnp.where(kept[i], jnp.clip(jnp.round(w * inverse), -qmax - 1, qmax) * s, 0.0)
-            e = (w - w_hat) / square[i, i]
-            part = (part - jnp.where(jnp.arange(GROUP) > i, square[i], 0.0)[:, None] * e).at[i].set(w_hat)
-            errors.append(e)
-        behind = jnp.where(jnp.arange(k) >= start + GROUP, strip, 0.0)
-        rows = rows - jnp.matmul(behind.T, jnp.stack(errors), precision=jax.lax.Precision.HIGHEST)
-        return jax.lax.dynamic_update_slice(rows, part, (start, 0))
+    def rounded(w: Float32[Array, " n"], column: Int32[Array, ""]) -> Float32[Array, " n"]:
+        del column
+        return jnp.clip(jnp.round(w * inverse), -qmax - 1, qmax) * s
 
-    rows = jax.lax.fori_loop(0, base // GROUP, four, W.T)
-    return codes(rows[:base].T, s, bits), s, rows[base:].T
+    W_hat, outliers = compensate(W, U, rounded, base=base, block=block, pruned=kept_of_four)
+    return codes(W_hat, s, bits), s, outliers
 
 
 def kept_of_four(part: Float32[Array, "four n"], diagonal: Float32[Array, " four"]) -> Bool[Array, "four n"]:
     """Choose, for each row of `W` (a column here), the two columns of four with the largest `w^2 / U_jj^2`; ties to the first."""
     score = (part / diagonal[:, None]) ** 2
-    order = jnp.argsort(-score, axis=0, stable=True)
-    return jnp.argsort(order, axis=0) < KEPT
+    first = jnp.arange(GROUP)
+    # How many of the four come before each: those that score more, and of equal ones the first.
+    before = (score[:, None] > score) | ((score[:, None] == score) & (first[:, None] < first)[..., None])
+    return jnp.sum(before, axis=0) < KEPT
 
 
-def compress(codes: Int8[Array, "n base"]) -> tuple[Int8[Array, "n half"], Int8[Array, "n half"]]:
-    """Keep two codes of every four, and their places 0-3 among the four (two bits each); zeros fill up where fewer are left."""
+def compress(codes: Int8[Array, "n base"]) -> tuple[Int8[Array, "n half"], UInt8[Array, "n places"]]:
+    """Keep two codes of every four, and their places 0-3 among the four, ascending, four places to a byte from the lowest bits.
+
+    Where fewer than two are left, zeros fill up. `places` has `ceil(base / 8)` bytes a row.
+    """
     n, base = codes.shape
-    fours = codes.reshape(n, -1, GROUP)
-    order = jnp.argsort(fours == 0, axis=2, stable=True)[..., :KEPT]
-    places = jnp.sort(order, axis=2)
-    kept = jnp.take_along_axis(fours, places, axis=2)
-    return kept.reshape(n, base // 2), places.astype(jnp.int8).reshape(n, base // 2)
+    fours = codes.reshape(n, base // GROUP, GROUP)
+    places = jnp.sort(jnp.argsort(fours == 0, axis=2, stable=True)[..., :KEPT], axis=2)
+    kept = jnp.take_along_axis(fours, places, axis=2).reshape(n, base // GROUP * KEPT)
+    flat = places.astype(jnp.uint8).reshape(kept.shape)
+    bytes_of = jnp.pad(flat, ((0, 0), (0, -kept.shape[1] % PLACES))).reshape(n, -(-kept.shape[1] // PLACES), PLACES)
+    shifted = bytes_of << (2 * jnp.arange(PLACES, dtype=jnp.uint8))
+    return kept, jnp.sum(shifted, axis=2, dtype=jnp.uint8)
 
 
-def decompress(kept: Int8[Array, "n half"], places: Int8[Array, "n half"]) -> Int8[Array, "n base"]:
+def read_places(places: UInt8[Array, "n places"], half: int) -> UInt8[Array, "n half"]:
+    """The places 0-3 of `half` kept codes a row, one in each element."""
+    each = (places[..., None] >> (2 * jnp.arange(PLACES, dtype=jnp.uint8))) & 3
+    return each.reshape(places.shape[0], places.shape[1] * PLACES)[:, :half]
+
+
+def decompress(kept: Int8[Array, "n half"], places: UInt8[Array, "n places"]) -> Int8[Array, "n base"]:
     """Undo `compress`."""
     n, half = kept.shape
-    fours = jnp.zeros((n, half // KEPT, GROUP), jnp.int8)
-    where = places.reshape(n, -1, KEPT).astype(jnp.int32)
-    rows, groups = jnp.meshgrid(jnp.arange(n), jnp.arange(half // KEPT), indexing="ij")
-    return fours.at[rows[..., None], groups[..., None], where].set(kept.reshape(n, -1, KEPT)).reshape(n, half * 2)
+    where = read_places(places, half).reshape(n, half // KEPT, KEPT, 1) == jnp.arange(GROUP, dtype=jnp.uint8)
+    fours = jnp.where(where, kept.reshape(n, half // KEPT, KEPT, 1), jnp.int8(0))
+    return jnp.sum(fours, axis=2, dtype=jnp.int8).reshape(n, half // KEPT * GROUP)

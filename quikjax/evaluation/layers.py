@@ -23,8 +23,10 @@ from quikjax.evaluation.forward import checked_windows
 from quikjax.models.base import Block, CausalLM, Positions, default_positions
 from quikjax.models.registry import dotted
 from quikjax.weights.formats import PackedWeight, dequantize, is_packed
+from quikjax.weights.groups import GroupWeight
 from quikjax.weights.linear import linear
 from quikjax.weights.quik import QuikWeight
+from quikjax.weights.sparse import SparseWeight
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -205,7 +207,11 @@ def rounded_activations(x: Float[Array, "*batch k"], weight: PackedWeight) -> Fl
 
     Read off the layer itself, with the identity in place of its codes, so that no second account of its rounding is kept here.
     """
+    if isinstance(weight, SparseWeight):
+        weight = weight.expanded()
     base, x = weight.base, x.astype(jnp.float32)
+    if isinstance(weight, GroupWeight):
+        return weight.rounded(x)
     if not isinstance(weight, QuikWeight) or weight.activation_bits == 16 or base == 0:
         return x
     identity = dataclasses.replace(

@@ -28,9 +28,13 @@ from quikjax.pallas_kernels.reference import MAX_BASE
 from quikjax.planning.advice import PlannedLayers, advise
 from quikjax.quantizing import memory
 from quikjax.quantizing.codebook_rule import CodebookRule, wants_proxies
-from quikjax.quantizing.params import abstract_weight, input_axes
+from quikjax.quantizing.group_rule import GroupRule
+from quikjax.quantizing.params import abstract_weight
 from quikjax.quantizing.proxies import gaps, has_proxies
-from quikjax.quantizing.recipe import AnyRule, Recipe, find_recipe
+from quikjax.quantizing.recipe import AnyRule, Recipe, Rule, find_recipe
+from quikjax.quantizing.shared_inputs import input_axes
+from quikjax.weights.codebook import CodebookWeight
+from quikjax.weights.groups import GroupWeight
 from quikjax.weights.linear import dequantized_choice
 
 # Devices that can be planned for without having one, and the bytes they are sold with.
@@ -399,7 +403,7 @@ class _Rows:
                 method=rule.method,
                 weight_bits=rule.weight_bits,
                 activation_bits=rule.activation_bits,
-                level_clip=None if isinstance(rule, CodebookRule) else rule.level_clip,
+                level_clip=rule.level_clip if isinstance(rule, Rule) else None,
                 outliers=outliers,
                 bytes=abstract_weight(rule, shape, base).bits() // 8,
                 prefill=self._choose(pattern, shape, rule, base, self.batch * self.length) if legal else None,
@@ -408,8 +412,8 @@ class _Rows:
         )
 
     def _choose(self, pattern: str, shape: tuple[int, ...], rule: AnyRule, base: int, rows: int) -> Choice | None:
-        if isinstance(rule, CodebookRule):
-            return dequantized_choice()
+        if not isinstance(rule, Rule):
+            return dequantized_choice(kind=CodebookWeight if isinstance(rule, CodebookRule) else GroupWeight)
         problem = Problem(
             rows=rows,
             inputs=shape[1],
@@ -468,7 +472,7 @@ class _Rows:
                     sum(
                         self.dtype.itemsize * math.prod(shapes[path])
                         for path in (f"{self._prefix}{number}.{layer}.weight" for layer in layers)
-                        if isinstance(self._rules.get(path), CodebookRule)
+                        if isinstance(self._rules.get(path), CodebookRule | GroupRule)
                     )
                     for number in self.model.blocks
                     for layers in self._block.groups.values()
@@ -478,9 +482,11 @@ class _Rows:
         )
 
     def _held(self, shape: tuple[int, ...], rule: AnyRule, outliers: int) -> int:
-        """Bytes of a packed weight in the device's memory: as stored; before JAX 0.11.2 a CPU gives each 4-bit code a byte."""
+        """Bytes of a packed weight in the device's memory: as stored, sparse codes expanded; before JAX 0.11.2 a CPU gives each
+        4-bit code a byte."""
         base = shape[1] - outliers
-        planes = isinstance(rule, CodebookRule)
-        unpacked = not planes and self.device.platform == "cpu" and jax.__version_info__ < (0, 11, 2)
+        if isinstance(rule, Rule) and rule.sparsity is not None:
+            rule = rule.model_copy(update={"sparsity": None})
+        unpacked = isinstance(rule, Rule) and self.device.platform == "cpu" and jax.__version_info__ < (0, 11, 2)
         wider = shape[0] * base * (8 - rule.weight_bits) // 8 if unpacked else 0
         return abstract_weight(rule, shape, base).bits() // 8 + wider

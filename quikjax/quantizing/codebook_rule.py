@@ -1,28 +1,24 @@
 """The rule for codebook weights: a data type, a block and an algorithm, each chosen independently of the others."""
 
 import math
-import re
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from quikjax.algorithms import codebooks
 from quikjax.algorithms.codebooks import MAX_BITS, MIN_BITS, DataType
 from quikjax.errors import QuikError
+from quikjax.quantizing.layer_rule import LayerRule
 from quikjax.weights.codebook import AbsmaxFormat
 
 
-class CodebookRule(BaseModel):
-    """How one kind of layer is written in a data type of k bits, block by block. Weights only; unknown fields are refused.
+class CodebookRule(LayerRule):
+    """How one kind of layer is written in a data type of k bits, block by block. Weights only.
 
     In a recipe it is told from the rule of a QUIK layer by its `data_type`.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    match: str
-    """Regular expression, searched in the dotted path."""
     data_type: DataType
     bits: Annotated[int, Field(strict=True, ge=MIN_BITS, le=MAX_BITS)] = 4
     exponent_bits: Annotated[int, Field(strict=True, ge=1)] | None = None
@@ -38,22 +34,8 @@ class CodebookRule(BaseModel):
     outlier_dtype: Literal["float16", "bfloat16"] = "float16"
     method: Literal["rtn", "gptq"] = "rtn"
     """Round to the nearest value, or GPTQ, which needs calibration data."""
-    damping: float = Field(0.01, gt=0)
-    """GPTQ: added to the Hessian's diagonal, relative to its mean."""
     order: Literal["hessian", "stored"] = "hessian"
     """GPTQ: round columns by falling diagonal of the Hessian, or as they are stored."""
-    column_block: int = Field(128, gt=0, multiple_of=16)
-    in_axes: tuple[int, ...] | None = None
-    """Input axes of the kernel, as for a QUIK rule."""
-
-    @field_validator("match")
-    @classmethod
-    def _compiles(cls, value: str) -> str:
-        try:
-            re.compile(value)
-        except re.error as error:
-            raise ValueError(f"not a regular expression: {error}") from None
-        return value
 
     @model_validator(mode="after")
     def _is_a_data_type(self) -> "CodebookRule":
@@ -85,12 +67,8 @@ class CodebookRule(BaseModel):
         """Whether the rule wants statistics of activations: GPTQ does. Proxy outliers do not."""
         return self.method == "gptq"
 
-    def outlier_count(self, inputs: int, hidden_size: int | None = None) -> int:
-        """`ceil(proxy * inputs)` columns in 16 bits, of a layer whose producing layer is known."""
-        return min(self.wanted_outliers(inputs, hidden_size), inputs)
-
     def wanted_outliers(self, inputs: int, hidden_size: int | None = None) -> int:
-        """`outlier_count`: a share of the columns never exceeds them."""
+        """`ceil(proxy * inputs)` columns in 16 bits, of a layer whose producing layer is known."""
         del hidden_size
         # A product such as 0.1 * 30 lies a little above the whole number that is meant.
         return math.ceil(round(self.proxy * inputs, 6))
@@ -99,9 +77,3 @@ class CodebookRule(BaseModel):
 def wants_proxies(rules: Iterable[Any]) -> bool:
     """Whether any of a recipe's rules keeps proxy outliers."""
     return any(isinstance(rule, CodebookRule) and rule.proxy > 0 for rule in rules)
-
-
-def is_codebook(value: Any) -> str:
-    """Tell the two kinds of rule apart, as an object or as JSON: "codebook" or "quik"."""
-    found = "data_type" in value if isinstance(value, dict) else isinstance(value, CodebookRule)
-    return "codebook" if found else "quik"

@@ -5,30 +5,34 @@ is what the sequential pipeline loops over.
 """
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Float32, Int8, Int32
+from jaxtyping import Array, Float, Float32, Int8
 
-from quikjax.algorithms.descent import curvature, descend
-from quikjax.algorithms.gptq import gptq, inverse_factor, revive_dead_columns
+from quikjax.algorithms.descent import descend
+from quikjax.algorithms.gptq import gptq
 from quikjax.algorithms.numerics import reduced_rows, relative_error, signal_to_noise
 from quikjax.algorithms.rtn import rtn
+from quikjax.algorithms.sparsegpt import sparse_gptq
 from quikjax.errors import QuikError
 from quikjax.quantizing import outliers as choosing
 from quikjax.quantizing.codebook import Order, abstract_codebook, quantize_matrix
 from quikjax.quantizing.codebook_rule import CodebookRule, wants_proxies
-from quikjax.quantizing.level_clip import search_level_clip
+from quikjax.quantizing.group_rule import GroupRule
+from quikjax.quantizing.groups import abstract_groups, quantize_groups
 from quikjax.quantizing.recipe import AnyRule, Recipe, Rule, find_recipe
+from quikjax.quantizing.shared_inputs import SharedInputs, input_axes
 from quikjax.quantizing.statistics import LayerStats
 from quikjax.weights.codebook import CodebookWeight
 from quikjax.weights.formats import PackedWeight, dequantize, is_packed
+from quikjax.weights.groups import GroupWeight
 from quikjax.weights.linear import linear
 from quikjax.weights.quik import QuikWeight, as_matrix
+from quikjax.weights.sparse import SparseWeight, sparse
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -103,7 +107,7 @@ def quantize_params(
     if recipe.rules and not any(rules):
         some = ", ".join(paths[:3])
         raise QuikError(f'recipe "{recipe.name}" matches none of the {len(paths)} parameters ({some}, ...)')
-    inputs = _Inputs(hidden_size)
+    inputs = SharedInputs(hidden_size)
     for path, rule, (_, leaf) in zip(paths, rules, leaves, strict=True):
         if rule is not None:
             inputs.expect(path, leaf, rule, (stats or {}).get(path))
@@ -140,7 +144,7 @@ def quantize_block(
         QuikError: as `quantize_params`.
     """
     recipe = find_recipe(recipe)
-    inputs = _Inputs(hidden_size)
+    inputs = SharedInputs(hidden_size)
     rules = {path: rule for path in stats if (rule := recipe.rule_for(prefix + path)) is not None}
     for path, rule in rules.items():
         inputs.expect(prefix + path, params[path], rule, stats[path])
@@ -157,8 +161,12 @@ def abstract_weight(rule: AnyRule, shape: tuple[int, ...], base: int) -> PackedW
     """The packed weight `[N, K]` that a rule makes, without its arrays: its `bits` counts what it stores."""
     if isinstance(rule, CodebookRule):
         return abstract_codebook(rule, shape, (1,), base)
-    return QuikWeight(
-        qweight=None,
+    if isinstance(rule, GroupRule):
+        return abstract_groups(rule, shape, (1,))
+    kind: Any = QuikWeight if rule.sparsity is None else SparseWeight
+    codes = {"qweight": None} if rule.sparsity is None else {"kept": None, "places": None}
+    weight: PackedWeight = kind(
+        **codes,
         scale=None,
         reduced=None,
         outliers=None,
@@ -170,6 +178,7 @@ def abstract_weight(rule: AnyRule, shape: tuple[int, ...], base: int) -> PackedW
         base=base,
         group=None,
     )
+    return weight
 
 
 def dotted_path(path: tuple[Any, ...]) -> str:
@@ -178,157 +187,13 @@ def dotted_path(path: tuple[Any, ...]) -> str:
     return ".".join(names[:-1] if names and names[-1] == "value" else names)
 
 
-@dataclasses.dataclass(frozen=True)
-class Factor:
-    """Shared by layers with one input: the permutation as it is stored, and GPTQ's order with the factor in that order.
-
-    `rounded` int32 `[K]`: base columns in the order in which GPTQ rounds them, then the outliers as stored. `restore` int32 `[B]`
-    puts codes in that order back into the stored one. `U`: factor of the equally permuted, damped inverse Hessian. `S`: its
-    `descent.curvature`, if the rule wants sweeps.
-    """
-
-    columns: Any
-    rounded: Any
-    restore: Any
-    U: Any
-    S: Any
-    dead: Any
-    damping: float
-
-
-def input_axes(path: str, rule: AnyRule, ndim: int) -> tuple[int, ...]:
-    """Find the input axes of the kernel at `path`, which has `ndim`: the rule's, or by the convention of its name.
-
-    Raises:
-        QuikError: the rule's do not fit, or nothing says.
-    """
-    if rule.in_axes is not None:
-        axes = tuple(axis % ndim if -ndim <= axis < ndim else axis for axis in rule.in_axes)
-        if not axes or len(set(axes)) != len(axes) or len(axes) >= ndim or max(axes) >= ndim:
-            raise QuikError(f"in_axes {rule.in_axes} do not fit {path}, which has {ndim} axes")
-        return axes
-    name = path.rpartition(".")[2]
-    if ndim == 2 and name in ("weight", "kernel"):
-        return (1,) if name == "weight" else (0,)
-    raise QuikError(f"which axes of {path} ({ndim} axes) are inputs is not known; state in_axes in the rule that matches it")
-
-
-class _Inputs:
-    """What layers that read one tensor decide together and make once: outliers, level clip, the Hessian's factor.
-
-    All layers are announced by `expect` before the first is asked for, since a choice may depend on the weights of all of them.
-    """
-
-    def __init__(self, hidden_size: int | None) -> None:
-        self._hidden_size = hidden_size
-        self._counts: dict[tuple[int, float, int], int] = {}
-        self._matrices: dict[Any, list[tuple[Array, tuple[int, ...]]]] = {}
-        self._columns: dict[Any, Array] = {}
-        self._clips: dict[Any, tuple[int, int] | None] = {}
-        self._factors: dict[Any, Factor] = {}
-
-    def expect(self, path: str, kernel: Float[Array, "..."], rule: AnyRule, stats: LayerStats | None) -> None:
-        """Announce a layer. Its weight is kept if a choice depends on it."""
-        if stats is None:
-            return
-        in_axes = input_axes(path, rule, kernel.ndim)
-        k = math.prod(kernel.shape[axis] for axis in in_axes)
-        if stats.absmax.shape != (k,):
-            raise QuikError(f"the statistics for {path} are of {stats.absmax.shape[0]} columns, the kernel has {k}")
-        if isinstance(rule, CodebookRule):
-            choosing.has_outliers(path, stats, 0.0)  # says so if an activation is not finite
-        else:
-            self._matrices.setdefault(self._key(path, rule, stats), []).append((kernel, in_axes))
-
-    def count(self, path: str, rule: Rule, stats: LayerStats) -> int:
-        """Count the outliers of a layer."""
-        threshold = rule.zero_threshold * (2 if rule.weight_bits == 8 else 1)
-        k = stats.absmax.shape[0]
-        wanted = rule.wanted_outliers(k, self._hidden_size)
-        known = (id(stats), threshold, wanted)
-        if known not in self._counts:
-            self._counts[known] = wanted if choosing.has_outliers(path, stats, threshold) else 0
-        if self._counts[known] > k:
-            raise QuikError(f"{path} has {k} input columns, fewer than the {wanted} outliers that the recipe wants; use fewer")
-        return self._counts[known]
-
-    def columns(self, path: str, rule: Rule, stats: LayerStats) -> Int32[Array, " k"]:
-        """Return the permutation with the outliers last, the same for all layers that choose them alike."""
-        key = self._key(path, rule, stats)
-        if key not in self._columns:
-            members = self._views(key) if rule.outlier_score == "range" else []
-            self._columns[key] = choosing.outliers_last(stats, self.count(path, rule, stats), rule.outlier_score, members)
-        return self._columns[key]
-
-    def group(self, path: str, rule: Rule, stats: LayerStats) -> str | None:
-        """Name the layers whose columns are these: that of the tensor, unless others on it chose otherwise."""
-        key = self._key(path, rule, stats)
-        first = next(other for other in self._matrices if other[:2] == key[:2])
-        return stats.group if stats.group is None or first == key else f"{stats.group}.{rule.outlier_score}"
-
-    def level_clip(self, path: str, rule: Rule, stats: LayerStats) -> tuple[int, int] | None:
-        """Return the rule's level clip, or the best on samples."""
-        if rule.level_clip != "search":
-            return rule.level_clip
-        key = self._key(path, rule, stats)
-        if key not in self._clips:
-            base = self.columns(path, rule, stats)[: stats.absmax.shape[0] - self.count(path, rule, stats)]
-            real = jnp.arange(stats.sample.shape[0]) < stats.filled
-            self._clips[key] = search_level_clip(stats.sample[:, base], real, [W[:, base] for W in self._views(key)])
-        return self._clips[key]
-
-    def factor(self, path: str, rule: Rule, stats: LayerStats) -> "Factor":
-        """Return the Hessian's factor in GPTQ's order."""
-        key = (self._key(path, rule, stats), rule.damping, rule.order, rule.sweeps > 0)
-        if key not in self._factors:
-            self._factors[key] = _factor(path, rule, stats, self.columns(path, rule, stats), self.count(path, rule, stats))
-        return self._factors[key]
-
-    def codebook_factor(
-        self, path: str, rule: CodebookRule, stats: LayerStats, columns: Int32[Array, " k"], count: int
-    ) -> "Factor":
-        """Return the Hessian's factor in GPTQ's order of these columns."""
-        key = (id(stats), np.asarray(columns[columns.shape[0] - count :]).tobytes(), rule.damping, rule.order)
-        if key not in self._factors:
-            self._factors[key] = _factor(path, rule, stats, columns, count)
-        return self._factors[key]
-
-    def _key(self, path: str, rule: Rule, stats: LayerStats) -> tuple[int, int, str]:
-        return id(stats), self.count(path, rule, stats), rule.outlier_score
-
-    def _views(self, key: Any) -> list[Float32[Array, "n k"]]:
-        return [as_matrix(kernel, in_axes).astype(jnp.float32) for kernel, in_axes in self._matrices[key]]
-
-
-def _factor(path: str, rule: AnyRule, stats: LayerStats, columns: Int32[Array, " k"], count: int) -> Factor:
-    base = columns[: columns.shape[0] - count]
-    order = jnp.arange(base.shape[0]) if rule.order == "stored" else choosing.rounding_order(stats, base, rule.order)
-    rounded = jnp.concatenate([base[order], columns[base.shape[0] :]])
-    H, dead = permuted_hessian(stats.hessian, stats.count, rounded)
-    U, damping = inverse_factor(H, rule.damping)
-    if not bool(jnp.isfinite(U).all()):
-        raise QuikError(f"the Hessian of {path} stays indefinite up to a damping of {damping:.3g}; calibrate on more text")
-    S = curvature(U, base=base.shape[0]) if rule.sweeps else None
-    # Seven digits are all a float32 has; the rest would only look precise.
-    return Factor(columns, rounded, jnp.argsort(order), U, S, dead, float(f"{damping:.7g}"))
-
-
-@jax.jit
-def permuted_hessian(
-    hessian: Float32[Array, "k k"], count: Array, columns: Array
-) -> tuple[Float32[Array, "k k"], Bool[Array, " k"]]:
-    """The paper's `H` from a sum over `count` sequences, permuted, dead columns revived; compiled as one, it is held once."""
-    H = hessian[columns[:, None], columns] * (2 / jnp.maximum(count, 1).astype(jnp.float32))
-    return revive_dead_columns(H)
-
-
 def _quantize_kernel(
     path: str,
     kernel: Float[Array, "..."],
     rule: AnyRule,
     stats: LayerStats | None,
     scores: Float32[Array, " columns"] | None,
-    inputs: _Inputs,
+    inputs: SharedInputs,
 ) -> tuple[PackedWeight, LayerResult]:
     if stats is None and rule.needs_data():
         raise QuikError(
@@ -342,6 +207,8 @@ def _quantize_kernel(
     weight: PackedWeight
     if isinstance(rule, CodebookRule):
         weight, damping = _codebook_weight(path, W, rule, stats, scores, kernel.shape, in_axes, inputs)
+    elif isinstance(rule, GroupRule):
+        weight, damping = _group_weight(path, W, rule, stats, kernel.shape, in_axes, inputs)
     else:
         weight, damping = _quik_weight(path, W, rule, stats, kernel.shape, in_axes, inputs)
     error = float(_layer_error(weight, W, None if stats is None else stats.sample[: int(stats.filled)]))
@@ -358,7 +225,7 @@ def _quantize_kernel(
         snr_db=signal_to_noise(error),
         damping=damping,
         bits_per_weight=weight.bits() / (n * k),
-        level_clip=weight.level_clip if isinstance(weight, QuikWeight) else None,
+        level_clip=weight.level_clip if isinstance(weight, QuikWeight | SparseWeight) else None,
     )
 
 
@@ -370,7 +237,7 @@ def _codebook_weight(
     scores: Float32[Array, " columns"] | None,
     shape: tuple[int, ...],
     in_axes: tuple[int, ...],
-    inputs: _Inputs,
+    inputs: SharedInputs,
 ) -> tuple[CodebookWeight, float | None]:
     """A `CodebookWeight`, and the damping that GPTQ took."""
     k = W.shape[1]
@@ -385,9 +252,27 @@ def _codebook_weight(
     if rule.method == "rtn":
         return quantize_matrix(path, W, rule, columns, empty), None
     assert stats is not None
-    shared = inputs.codebook_factor(path, rule, stats, columns, count)
+    shared = inputs.plain_factor(path, rule, stats, columns, count)
     order = Order(shared.rounded, shared.restore, shared.U, shared.dead)
     return quantize_matrix(path, W, rule, columns, empty, order), shared.damping
+
+
+def _group_weight(
+    path: str,
+    W: Float32[Array, "n k"],
+    rule: GroupRule,
+    stats: LayerStats | None,
+    shape: tuple[int, ...],
+    in_axes: tuple[int, ...],
+    inputs: SharedInputs,
+) -> tuple[GroupWeight, float | None]:
+    """A `GroupWeight`, and the damping that GPTQ took."""
+    empty = abstract_groups(rule, shape, in_axes, None if stats is None else stats.group)
+    if rule.method == "rtn":
+        return quantize_groups(path, W, rule, empty), None
+    assert stats is not None
+    factor = inputs.plain_factor(path, rule, stats, jnp.arange(W.shape[1], dtype=jnp.int32), 0)
+    return quantize_groups(path, W, rule, empty, factor), factor.damping
 
 
 def _quik_weight(
@@ -397,9 +282,9 @@ def _quik_weight(
     stats: LayerStats | None,
     shape: tuple[int, ...],
     in_axes: tuple[int, ...],
-    inputs: _Inputs,
-) -> tuple[QuikWeight, float | None]:
-    """A `QuikWeight`, and the damping that GPTQ took."""
+    inputs: SharedInputs,
+) -> tuple[QuikWeight | SparseWeight, float | None]:
+    """A `QuikWeight`, or a `SparseWeight` where the rule wants one, and the damping that GPTQ took."""
     k, damping = W.shape[1], None
     base = k - (0 if stats is None else inputs.count(path, rule, stats))
     if rule.method == "gptq":
@@ -407,10 +292,14 @@ def _quik_weight(
         shared = inputs.factor(path, rule, stats)
         columns, damping = shared.columns, shared.damping
         permuted, how = W[:, shared.rounded], {"bits": rule.weight_bits, "block": rule.column_block}
-        q, s, outliers = gptq(permuted, shared.U, shared.dead, base=base, clip=rule.clip, **how)
+        search = gptq if rule.sparsity is None else sparse_gptq
+        q, s, outliers = search(permuted, shared.U, shared.dead, base=base, clip=rule.clip, **how)
         if rule.sweeps:
             q, s, outliers = descend(permuted, shared.U, shared.S, shared.dead, q, s, sweeps=rule.sweeps, **how)
-        q = q[:, shared.restore]
+        if rule.sparsity is None:
+            q = q[:, shared.restore]
+        else:
+            columns = shared.rounded  # the order in which the pattern was chosen
     else:
         columns = jnp.arange(k, dtype=jnp.int32) if stats is None else inputs.columns(path, rule, stats)
         q, s, outliers = rtn(W[:, columns], base=base, bits=rule.weight_bits, clip=rule.clip)
@@ -423,7 +312,7 @@ def _quik_weight(
         weight = dataclasses.replace(weight, level_clip=rule.level_clip)
     if not bool(jnp.isfinite(weight.outliers.astype(jnp.float32)).all()):
         raise QuikError(f'an outlier weight of {path} overflows {rule.outlier_dtype}; set outlier_dtype to "bfloat16"')
-    return weight, damping
+    return weight if rule.sparsity is None else sparse(weight), damping
 
 
 def pack(

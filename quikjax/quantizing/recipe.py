@@ -9,26 +9,24 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
 from quikjax.algorithms.codebooks import DataType
 from quikjax.errors import QuikError, did_you_mean
 from quikjax.files import described, read_text, user_path
 from quikjax.pallas_kernels.reference import checked_level_clip
-from quikjax.quantizing.codebook_rule import CodebookRule, is_codebook
+from quikjax.quantizing.codebook_rule import CodebookRule
+from quikjax.quantizing.group_rule import GroupRule
+from quikjax.quantizing.layer_rule import LayerRule
 from quikjax.quantizing.outliers import Order, Score, count_outliers
 
 Count = Annotated[int, Field(strict=True, ge=0)]
 Fraction = Annotated[float, Field(strict=True, ge=0.0, le=1.0)]
 
 
-class Rule(BaseModel):
-    """One kind of layer and the way to quantize it. Unknown fields are refused."""
+class Rule(LayerRule):
+    """One kind of layer and the way to quantize it in QUIK format."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    match: str
-    """Regular expression, searched in the dotted path: `model.layers.0.mlp.down_proj.weight`, `params.Dense_0.kernel`."""
     weight_bits: Literal[4, 8] = 4
     activation_bits: Literal[4, 8, 16] = 4
     """16: weights only, activations keep their dtype."""
@@ -49,31 +47,26 @@ class Rule(BaseModel):
     outlier_dtype: Literal["float16", "bfloat16"] = "float16"
     clip: bool = True
     """Search each row's scale instead of taking its maximum."""
-    damping: float = Field(0.01, gt=0)
-    """GPTQ: added to the Hessian's diagonal, relative to its mean."""
     order: Order = "hessian"
     """GPTQ: round base columns by falling diagonal of the Hessian, so that what matters most is rounded while all others can
     still make up for it (GPTQ's own "act order"), or by rising largest activation, as QUIK's code does."""
-    column_block: int = Field(128, gt=0, multiple_of=16)
     sweeps: int = Field(0, ge=0)
     """GPTQ: passes of coordinate descent over its codes, each followed by the best scale for them. Every pass costs about what
     GPTQ does, and the first ones gain most."""
-    in_axes: tuple[int, ...] | None = None
-    """Input axes of the kernel. Left out: `(1,)` for a published `weight` `[out, in]`, `(0,)` for a Flax `kernel` `[in, out]`."""
-
-    @field_validator("match")
-    @classmethod
-    def _compiles(cls, value: str) -> str:
-        try:
-            re.compile(value)
-        except re.error as error:
-            raise ValueError(f"not a regular expression: {error}") from None
-        return value
+    sparsity: Literal["2:4"] | None = None
+    """GPTQ: two of every four base columns side by side are zero in each row (SparseGPT), and only the others are stored. Outlier
+    columns stay dense; there are up to three more of them, so that base columns are a multiple of four."""
 
     @model_validator(mode="after")
     def _sweeps_go_over_gptq(self) -> "Rule":
         if self.sweeps and self.method != "gptq":
             raise ValueError(f'sweeps go over the codes of method "gptq"; method "{self.method}" takes none')
+        return self
+
+    @model_validator(mode="after")
+    def _sparsity_is_chosen_by_gptq(self) -> "Rule":
+        if self.sparsity is not None and (self.method != "gptq" or self.sweeps):
+            raise ValueError('sparsity is chosen by method "gptq" without sweeps')
         return self
 
     @model_validator(mode="after")
@@ -88,21 +81,30 @@ class Rule(BaseModel):
         """Tell whether the rule wants statistics of activations: for GPTQ, to choose outliers, or a level clip."""
         return self.method == "gptq" or self.outliers != 0 or self.level_clip == "search"
 
-    def outlier_count(self, inputs: int, hidden_size: int | None) -> int:
-        """Count the outliers among `inputs` columns in a model of width `hidden_size`, at most all of them."""
-        return min(self.wanted_outliers(inputs, hidden_size), inputs)
-
-    def wanted_outliers(self, inputs: int, hidden_size: int | None) -> int:
+    def wanted_outliers(self, inputs: int, hidden_size: int | None = None) -> int:
         """`outlier_count`, also where that is more than there are columns (`outliers.count_outliers`)."""
-        return count_outliers(self.outliers, inputs, hidden_size, scaled=self.scale_outliers)
+        return self.fitting(count_outliers(self.outliers, inputs, hidden_size, scaled=self.scale_outliers), inputs)
+
+    def fitting(self, count: int, inputs: int) -> int:
+        """`count` outliers of `inputs` columns, or as many more as leave a number of base columns that the format takes."""
+        return count + max(0, inputs - count) % 4 if self.sparsity is not None else count
 
     def packed_bits(self, outputs: int, inputs: int, hidden_size: int | None) -> int:
         """Count the bits of a packed layer: codes, outliers in 16 bits, scale and reduced, columns."""
         outliers = self.outlier_count(inputs, hidden_size)
-        return outputs * ((inputs - outliers) * self.weight_bits + outliers * 16 + 64) + inputs * 32
+        base = inputs - outliers
+        codes = base * self.weight_bits if self.sparsity is None else base // 2 * self.weight_bits + 8 * -(-base // 8)
+        return outputs * (codes + outliers * 16 + 64) + inputs * 32
 
 
-AnyRule = Rule | CodebookRule
+AnyRule = Rule | CodebookRule | GroupRule
+
+
+def _kind(value: Any) -> str:
+    """Tell the kinds of rule apart, as objects or as JSON."""
+    if isinstance(value, dict):
+        return "codebook" if "data_type" in value else "groups" if "group_size" in value else "quik"
+    return "codebook" if isinstance(value, CodebookRule) else "groups" if isinstance(value, GroupRule) else "quik"
 
 
 class Recipe(BaseModel):
@@ -112,7 +114,11 @@ class Recipe(BaseModel):
 
     name: str
     rules: tuple[
-        Annotated[Annotated[Rule, Tag("quik")] | Annotated[CodebookRule, Tag("codebook")], Discriminator(is_codebook)], ...
+        Annotated[
+            Annotated[Rule, Tag("quik")] | Annotated[CodebookRule, Tag("codebook")] | Annotated[GroupRule, Tag("groups")],
+            Discriminator(_kind),
+        ],
+        ...,
     ]
 
     def rule_for(self, path: str) -> AnyRule | None:
@@ -127,10 +133,12 @@ class Recipe(BaseModel):
         """The same recipe with another number (int) or fraction (float) of outliers in every rule.
 
         Raises:
-            QuikError: the number is none, or the recipe has codebook rules, whose outliers are `proxy`.
+            QuikError: the number is none, or the recipe has codebook rules, whose outliers are `proxy`, or groups, without any.
         """
         if any(isinstance(rule, CodebookRule) for rule in self.rules):
             raise QuikError(f'recipe "{self.name}" has codebooks, whose outlier columns need no data: give them with --proxy')
+        if any(isinstance(rule, GroupRule) for rule in self.rules):
+            raise QuikError(f'recipe "{self.name}" has weights in groups, which have no outlier columns')
         try:
             rules = [Rule(**{**rule.model_dump(), "outliers": outliers}) for rule in self.rules]
         except ValidationError:
@@ -160,6 +168,10 @@ _FALCON_WIDE = r"\.dense_4h_to_h\.weight$"
 _FALCON = r"\.(query_key_value|dense|dense_h_to_4h)\.weight$"
 _WIDE = r"\.down_proj\.weight$"
 _LAYERS = r"\.(q_proj|k_proj|v_proj|o_proj|out_proj|gate_proj|up_proj|fc1|fc2)\.weight$"
+
+
+# Of those, the layers of attention; the others are the MLP's.
+_ATTENTION = r"\.(q_proj|k_proj|v_proj|o_proj|out_proj|query_key_value|dense)\.weight$"
 
 
 def _rules(wide: Rule, other: Rule) -> tuple[Rule, ...]:
@@ -195,15 +207,66 @@ def codebook_recipe(data_type: DataType, bits: int, **fields: Any) -> Recipe:
     return recipe.with_codebook(**fields) if fields else recipe
 
 
+def _sparse(recipe: Recipe, what: str, *, attention: bool, mlp: bool) -> Recipe:
+    """The recipe with 2:4 sparsity in the layers of attention, of the MLP, or of both."""
+    rules = []
+    for rule in recipe.rules:
+        assert isinstance(rule, Rule)
+        here, others = rule.model_copy(update={"sparsity": "2:4"}), rule
+        if rule.scale_outliers or attention == mlp:  # one of the MLP's, or all alike
+            rules.append(here if mlp else others)
+            continue
+        ahead = "(?=" if attention else "(?!"
+        rules += [here.model_copy(update={"match": f"{ahead}{_ATTENTION}){rule.match}"}), others]
+    return Recipe(name=f"{recipe.name}-{what}", rules=tuple(rules))
+
+
+def _groups(name: str, attention: GroupRule, mlp: GroupRule) -> Recipe:
+    """A recipe of weights in groups; Falcon's damping is the paper's 0.5."""
+    rules = [
+        rule.model_copy(update={"match": match, "damping": damping})
+        for rule, match, damping in (
+            (mlp, _FALCON_WIDE, 0.5),
+            (attention, f"(?={_ATTENTION}){_FALCON}", 0.5),
+            (mlp, _FALCON, 0.5),
+            (mlp, _WIDE, 0.01),
+            (attention, f"(?={_ATTENTION}){_LAYERS}", 0.01),
+            (mlp, _LAYERS, 0.01),
+        )
+    ]
+    return Recipe(name=name, rules=tuple(rules))
+
+
+def _group_recipes() -> tuple[Recipe, ...]:
+    """GPTQ's options (Frantar et al., and its authors' code), rounding to nearest beside them, and ZeroQuant's scheme."""
+
+    def uniform(name: str, **fields: Any) -> Recipe:
+        rule = GroupRule(match="", group_size=128, **fields)
+        return _groups(name, rule, rule)
+
+    nearest: dict[str, Any] = {"group_size": 128, "symmetric": True, "method": "rtn", "activation_bits": 8}
+    eight, four = GroupRule(match="", bits=8, **nearest), GroupRule(match="", bits=4, **nearest)
+    return (
+        uniform("rtn-w4a16-g128", method="rtn"),
+        uniform("gptq-w4a16-g128"),
+        uniform("gptq-w4a16-g128-actorder", order="hessian"),
+        uniform("gptq-w4a16-g128-static", order="hessian", static_groups=True),
+        _groups("zeroquant-w8a8", eight, eight),
+        _groups("zeroquant-w4a8", eight, four),  # the paper's W4/8A8: 4 bits in the MLP only
+    )
+
+
 _W4A4 = Rule(match="", weight_bits=4, activation_bits=4)
 _W8A8 = Rule(match="", weight_bits=8, activation_bits=8)
 # What pays without training (benchmarks/notes-accuracy.md): finer steps, outliers that many tokens share, better codes.
 _W4A4_PLUS = _W4A4.model_copy(update={"level_clip": (17, 1), "outlier_score": "range", "sweeps": 2})
 
+_QUIK_4B = Recipe(name="quik-4b", rules=_rules(wide=_W8A8, other=_W4A4))
+
 RECIPES: dict[str, Recipe] = {
     recipe.name: recipe
     for recipe in (
-        Recipe(name="quik-4b", rules=_rules(wide=_W8A8, other=_W4A4)),
+        _QUIK_4B,
         # The same size and speed as the paper's, nearer the original.
         Recipe(name="quik-4b+", rules=_rules(wide=_W8A8, other=_W4A4_PLUS)),
         _uniform("quik-8b", _W8A8),
@@ -212,6 +275,11 @@ RECIPES: dict[str, Recipe] = {
         _uniform("rtn-w4a4", Rule(match="", weight_bits=4, activation_bits=4, method="rtn", outliers=0, clip=False)),
         _uniform("rtn-w8a8", Rule(match="", weight_bits=8, activation_bits=8, method="rtn", outliers=0, clip=False)),
         _uniform("gptq-w4a16", Rule(match="", weight_bits=4, activation_bits=16, outliers=0, clip=False)),
+        # The paper's, with half of the base weights zero: of all layers, or where it is cheaper or dearer.
+        _sparse(_QUIK_4B, "sparse", attention=True, mlp=True),
+        _sparse(_QUIK_4B, "sparse-mlp", attention=False, mlp=True),
+        _sparse(_QUIK_4B, "sparse-attention", attention=True, mlp=False),
+        *_group_recipes(),
         *(codebook_recipe("int", bits) for bits in range(3, 9)),
         *(codebook_recipe("float", bits) for bits in range(3, 9)),
         codebook_recipe("dynamic", 4),
@@ -240,7 +308,7 @@ def find_recipe(name: str | Path | Recipe) -> Recipe:
         except ValidationError as error:
             first = error.errors()[0]
             # Which kind of rule it was taken for is no part of the file's own path.
-            where = ".".join(str(part) for part in first["loc"] if part not in ("quik", "codebook"))
+            where = ".".join(str(part) for part in first["loc"] if part not in ("quik", "codebook", "groups"))
             raise QuikError(f"{path} is not a recipe: {where}: {first['msg']}") from None
     if name not in RECIPES:
         raise QuikError(f'there is no recipe "{name}"; {did_you_mean(name, RECIPES)}, or a .json file')

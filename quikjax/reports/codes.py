@@ -9,6 +9,7 @@ from quikjax.checkpoint import Reader
 from quikjax.reports.artifact import pattern_of
 from quikjax.weights.formats import is_packed
 from quikjax.weights.quik import QuikWeight
+from quikjax.weights.sparse import SparseWeight
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,6 +53,8 @@ def codes_use(reader: Reader) -> tuple[list[CodesUse], dict[str, list[int]]]:
             if is_packed(leaf):
                 columns = np.asarray(leaf.columns)
                 outliers[path] = np.sort(columns[len(columns) - (leaf.inputs - leaf.base) :]).tolist()
+            if isinstance(leaf, SparseWeight):
+                leaf = leaf.expanded()
             # Which value a codebook's code stands for is not told by its number.
             if not isinstance(leaf, QuikWeight):
                 continue

@@ -6,9 +6,11 @@ from typing import Any, Protocol, TypeGuard
 import jax
 from jaxtyping import Array, Float32
 
-from quikjax.weights import codebook, quik
+from quikjax.weights import codebook, groups, quik, sparse
 from quikjax.weights.codebook import CodebookWeight
+from quikjax.weights.groups import GroupWeight
 from quikjax.weights.quik import QuikWeight
+from quikjax.weights.sparse import SparseWeight
 
 
 class PackedFormat(Protocol):
@@ -38,11 +40,21 @@ class PackedFormat(Protocol):
 
 
 # By class name, as artifacts record it.
-PACKED: dict[str, type[PackedFormat]] = {"QuikWeight": QuikWeight, "CodebookWeight": CodebookWeight}
+PACKED: dict[str, type[PackedFormat]] = {
+    "QuikWeight": QuikWeight,
+    "CodebookWeight": CodebookWeight,
+    "SparseWeight": SparseWeight,
+    "GroupWeight": GroupWeight,
+}
 
-_DEQUANTIZE: dict[type[Any], Callable[[Any], Array]] = {QuikWeight: quik.dequantize, CodebookWeight: codebook.dequantize}
+_DEQUANTIZE: dict[type[Any], Callable[[Any], Array]] = {
+    QuikWeight: quik.dequantize,
+    CodebookWeight: codebook.dequantize,
+    SparseWeight: sparse.dequantize,
+    GroupWeight: groups.dequantize,
+}
 
-PackedWeight = QuikWeight | CodebookWeight
+PackedWeight = QuikWeight | CodebookWeight | SparseWeight | GroupWeight
 Weight = Array | PackedWeight
 
 

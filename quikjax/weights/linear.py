@@ -13,7 +13,9 @@ from jaxtyping import Array, Float, Float32
 from quikjax.pallas_kernels import api
 from quikjax.weights.codebook import CodebookWeight
 from quikjax.weights.formats import PackedWeight, Weight
+from quikjax.weights.groups import GroupWeight
 from quikjax.weights.quik import QuikWeight
+from quikjax.weights.sparse import SparseWeight
 from quikjax.weights.tiled import TiledWeight, packed
 
 
@@ -63,8 +65,8 @@ def linear(
 
     A dense `weight` is `[N, K]` (outputs, inputs) and multiplies in its promoted dtype with float32 accumulation. A
     `QuikWeight` may stand for a kernel with several axes: `x` ends in its `in_shape`, the result in its `out_shape`. It runs on
-    the first backend that can (`pallas_kernels.choice`), or on the one named. So may a `CodebookWeight`, which XLA dequantizes
-    when its turn comes.
+    the first backend that can (`pallas_kernels.choice`), or on the one named. So may a `CodebookWeight` or a `GroupWeight`,
+    which XLA dequantizes when its turn comes, and a `SparseWeight`, whose codes are expanded to those of a `QuikWeight` first.
 
     Raises:
         BackendError: the named backend cannot run this layer.
@@ -84,22 +86,23 @@ def linears(
     results: dict[int, Float[Array, "..."]] = {}
     groups: dict[Any, list[int]] = {}
     trained: dict[Any, list[int]] = {}
-    for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
+    readable = [weight.expanded() if isinstance(weight, SparseWeight) else weight for weight in weights]
+    for i, (weight, bias) in enumerate(zip(readable, biases, strict=True)):
         if isinstance(weight, Trained):
             trained.setdefault((type(weight), weight.group if weight.group is not None else i), []).append(i)
         elif isinstance(weight, QuikWeight | TiledWeight):
             shared = weight.group if weight.group is not None else ("alone", i)
             groups.setdefault((shared, weight.base, weight.activation_bits, weight.level_clip, weight.in_shape), []).append(i)
-        elif isinstance(weight, CodebookWeight):
-            results[i] = _codebook(made(), weight, bias, backend)
+        elif isinstance(weight, CodebookWeight | GroupWeight):
+            results[i] = _dequantized(made(), weight, bias, backend)
         else:
             results[i] = _dense(made(), weight, bias)
     for members in trained.values():
-        first: Any = weights[members[0]]
-        products = first.products(made(), [weights[i] for i in members], [biases[i] for i in members])
+        first: Any = readable[members[0]]
+        products = first.products(made(), [readable[i] for i in members], [biases[i] for i in members])
         results.update(zip(members, products, strict=True))
     for members in groups.values():
-        quantized = [weight for i in members if isinstance(weight := weights[i], QuikWeight | TiledWeight)]
+        quantized = [weight for i in members if isinstance(weight := readable[i], QuikWeight | TiledWeight)]
         for i, y in zip(members, _quik(produced, quantized, [biases[i] for i in members], backend), strict=True):
             results[i] = y
     return [results[i] for i in range(len(weights))]
@@ -115,21 +118,23 @@ def explain(
     Raises:
         BackendError: the named backend cannot run this layer.
     """
-    if isinstance(weight, CodebookWeight):
-        return dequantized_choice(backend)
-    return api.explain(rows, packed(weight), weight.activation_bits, dtype, backend=backend, device=device)
+    if isinstance(weight, CodebookWeight | GroupWeight):
+        return dequantized_choice(backend, type(weight))
+    read = jax.eval_shape(SparseWeight.expanded, weight) if isinstance(weight, SparseWeight) else weight
+    return api.explain(rows, packed(read), weight.activation_bits, dtype, backend=backend, device=device)
 
 
-def dequantized_choice(backend: str | None = None) -> api.Choice:
-    """The only way there is to multiply by codebook weights: XLA dequantizes them.
+def dequantized_choice(backend: str | None = None, kind: type[CodebookWeight] | type[GroupWeight] = CodebookWeight) -> api.Choice:
+    """The only way there is to multiply by weights in codebooks, or in groups: XLA dequantizes them.
 
     Raises:
         BackendError: another backend is named.
     """
-    refused = dict.fromkeys((name for name in api.BACKENDS if name != "xla"), "it has no kernel for codebook weights")
+    named = "codebook weights" if kind is CodebookWeight else "weights in groups"
+    refused = dict.fromkeys((name for name in api.BACKENDS if name != "xla"), f"it has no kernel for {named}")
     if backend is not None and backend != "xla":
-        raise api.BackendError(f"{backend} cannot run codebook weights: {refused.get(backend, 'there is no such backend')}")
-    return api.Choice("xla", "codebook weights are dequantized and multiplied by XLA", refused)
+        raise api.BackendError(f"{backend} cannot run {named}: {refused.get(backend, 'there is no such backend')}")
+    return api.Choice("xla", f"{named} are dequantized and multiplied by XLA", refused)
 
 
 def _dense(x: Float[Array, "..."], weight: Array, bias: Float[Array, "..."] | None) -> Float[Array, "..."]:
@@ -139,34 +144,38 @@ def _dense(x: Float[Array, "..."], weight: Array, bias: Float[Array, "..."] | No
     return y.astype(x.dtype)
 
 
-def _codebook(
-    x: Float[Array, "..."], weight: CodebookWeight, bias: Float[Array, "..."] | None, backend: str | None
+def _dequantized(
+    x: Float[Array, "..."], weight: CodebookWeight | GroupWeight, bias: Float[Array, "..."] | None, backend: str | None
 ) -> Float[Array, "..."]:
-    dequantized_choice(backend)
+    dequantized_choice(backend, type(weight))
     batch = _batch_shape(x.shape, weight.in_shape)
     flat = None if bias is None else bias.reshape(-1).astype(jnp.float32)
     y = jax.lax.platform_dependent(
-        x.reshape(*batch, weight.inputs), weight, cpu=_multiply_in_turn, default=_multiply_behind_barrier
+        _as_multiplied(x.reshape(*batch, weight.inputs), weight), weight, cpu=_multiply_in_turn, default=_multiply_behind_barrier
     )
     return (y if flat is None else y + flat).astype(x.dtype).reshape(*batch, *weight.out_shape)
+
+
+def _as_multiplied(x: Float[Array, "*batch k"], weight: CodebookWeight | GroupWeight) -> Float[Array, "*batch k"]:
+    return weight.rounded(x) if isinstance(weight, GroupWeight) else x
 
 
 # Dense weights must not be made before `x` is there: XLA would else move what does not depend on it out of a loop over tokens, or
 # to the beginning, and hold every layer's at once. On a GPU a barrier is enough. On a CPU XLA drops barriers before it schedules,
 # so there the product is a branch: a product with nothing but zeros is zeros, and whether there is anything else is known only
 # when `x` is. (On a GPU a branch would wait for the host.)
-def _multiply_in_turn(x: Float[Array, "*batch k"], weight: CodebookWeight) -> Float[Array, "*batch n"]:
-    def zeros(x: Float[Array, "*batch k"], weight: CodebookWeight) -> Float[Array, "*batch n"]:
+def _multiply_in_turn(x: Float[Array, "*batch k"], weight: CodebookWeight | GroupWeight) -> Float[Array, "*batch n"]:
+    def zeros(x: Float[Array, "*batch k"], weight: CodebookWeight | GroupWeight) -> Float[Array, "*batch n"]:
         return jnp.zeros((*x.shape[:-1], weight.outputs), jnp.float32)
 
     return jax.lax.cond(jnp.any(x != 0), _multiply, zeros, x, weight)
 
 
-def _multiply_behind_barrier(x: Float[Array, "*batch k"], weight: CodebookWeight) -> Float[Array, "*batch n"]:
+def _multiply_behind_barrier(x: Float[Array, "*batch k"], weight: CodebookWeight | GroupWeight) -> Float[Array, "*batch n"]:
     return _multiply(*jax.lax.optimization_barrier((x, weight)))
 
 
-def _multiply(x: Float[Array, "*batch k"], weight: CodebookWeight) -> Float[Array, "*batch n"]:
+def _multiply(x: Float[Array, "*batch k"], weight: CodebookWeight | GroupWeight) -> Float[Array, "*batch n"]:
     return dense_product(x, weight.matrix().astype(x.dtype))
 
 

@@ -14,6 +14,7 @@ import jax
 
 from quikjax.pallas_kernels import api
 from quikjax.weights.quik import QuikWeight
+from quikjax.weights.sparse import SparseWeight
 
 
 def _static() -> Any:
@@ -111,14 +112,29 @@ def _in_form(weight: QuikWeight, arrays: api.Packed | api.Tiled) -> TiledWeight:
 def put_on_device(params: Any, device: api.Device | None = None) -> Any:
     """A parameter tree in the form that the kernels of `device` (by default this one) read; itself where they read no tiles.
 
-    On a Hopper GPU every `QuikWeight` that lies on one device becomes a `TiledWeight`. Call it once, where a model begins to run,
-    and let go of the tree it was given: both together take the memory of two models. A tree that went through it already, or
-    that is sharded over several devices, comes back as it is. Save and validate the tree before, not after.
+    A `SparseWeight`, which no kernel reads, becomes the `QuikWeight` that it stands for. On a Hopper GPU every `QuikWeight`
+    that lies on one device becomes a `TiledWeight`. Call it once, where a model begins to run, and let go of the tree it was
+    given: both together take the memory of two models. A tree that went through it already, or that is sharded over several
+    devices, comes back as it is. Save and validate the tree before, not after.
     """
     device = device or api.current_device()
+    params = _expanded(params)
     if not device.hopper:
         return params
     return _mapped(params, lambda weight: tile(weight) if _on_one_device(weight) else weight)
+
+
+def _expanded(params: Any) -> Any:
+    def is_sparse(leaf: Any) -> bool:
+        return isinstance(leaf, SparseWeight)
+
+    if not any(map(is_sparse, jax.tree.leaves(params, is_leaf=is_sparse))):
+        return params
+    return jax.tree.map(lambda leaf: _EXPAND(leaf) if is_sparse(leaf) else leaf, params, is_leaf=is_sparse)
+
+
+# One program for all layers of a shape.
+_EXPAND = jax.jit(SparseWeight.expanded)
 
 
 def _mapped(params: Any, change: Callable[[QuikWeight], Any]) -> Any:

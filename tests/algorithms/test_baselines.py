@@ -6,10 +6,11 @@ import pytest
 
 from quikjax.algorithms.awq import ALPHAS, awq, channel_scales
 from quikjax.algorithms.gptq import inverse_factor
-from quikjax.algorithms.groups import rtn_groups
+from quikjax.algorithms.gptq_groups import gptq_groups, gptq_static_groups
+from quikjax.algorithms.groups import rtn_groups, spread
 from quikjax.algorithms.llm_int8 import llm_int8
 from quikjax.algorithms.smoothquant import smoothing_scales
-from quikjax.algorithms.sparsegpt import compress, decompress, kept_of_four, sparse_gptq
+from quikjax.algorithms.sparsegpt import kept_of_four, sparse_gptq
 
 RNG = np.random.default_rng(0)
 
@@ -145,13 +146,52 @@ def test_sparse_gptq_is_its_loop() -> None:
         sparse_gptq(jnp.asarray(W), U, dead, base=15, bits=4, clip=False)
 
 
-def test_sparse_codes_are_held_in_half_and_come_back() -> None:
-    fours = RNG.integers(-8, 8, (5, 4, 4)).astype(np.int8)
-    for row in range(5):
-        for group in range(4):
-            fours[row, group, RNG.choice(4, RNG.integers(2, 5), replace=False)] = 0
-    codes = fours.reshape(5, 16)
-    kept, places = compress(jnp.asarray(codes))
-    assert kept.shape == places.shape == (5, 8)
-    assert ((np.asarray(places) >= 0) & (np.asarray(places) < 4)).all()
-    np.testing.assert_array_equal(decompress(kept, places), codes)
+def slow_grid(w: np.ndarray, bits: int, symmetric: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Scale and zero point of every row of a group, as `groups.py` states them."""
+    if symmetric:
+        return np.abs(w).max(axis=1) / (2 ** (bits - 1) - 1), np.zeros(len(w))
+    low, high = np.minimum(w.min(axis=1), 0), np.maximum(w.max(axis=1), 0)
+    s = (high - low) / (2**bits - 1)
+    return s, np.round(-low / s)
+
+
+def slow_gptq_groups(
+    W: np.ndarray, U: np.ndarray, group: int, bits: int, symmetric: bool, grids: tuple[np.ndarray, np.ndarray] | None
+) -> np.ndarray:
+    """Column by column in float64; each group's grid found when its first column comes, unless `grids` `[n, k]` are given."""
+    W = W.astype(np.float64).copy()
+    low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if symmetric else (0, 2**bits - 1)
+    for i in range(W.shape[1]):
+        if grids is not None:
+            s, z = grids[0][:, i], grids[1][:, i]
+        elif i % group == 0:
+            s, z = slow_grid(W[:, i : i + group], bits, symmetric)
+        w_hat = s * (np.clip(np.round(W[:, i] / s) + z, low, high) - z)
+        error = (W[:, i] - w_hat) / U[i, i]
+        W[:, i] = w_hat
+        W[:, i + 1 :] -= error[:, None] * U[i, i + 1 :]
+    return W
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_gptq_in_groups_is_its_loop(symmetric: bool) -> None:
+    rng = np.random.default_rng(11)
+    x = rng.normal(size=(300, 40)) @ rng.normal(size=(40, 40))
+    W = rng.normal(size=(6, 40)).astype(np.float32)
+    H = jnp.asarray(x.T @ x / 300 + np.eye(40), jnp.float32)
+    U, _ = inverse_factor(H, 0.01)
+    dead, exact = jnp.zeros(40, bool), np.asarray(U, np.float64)
+    # The last group is short.
+    found = gptq_groups(jnp.asarray(W), U, dead, bits=4, group=16, symmetric=symmetric)
+    expected = slow_gptq_groups(W, exact, 16, 4, symmetric, None)
+    np.testing.assert_allclose(found.dequantize(16), expected, rtol=1e-3, atol=1e-3)
+    # Static: the grids of rounding to nearest, in groups of any size.
+    plain = rtn_groups(jnp.asarray(W), bits=4, group=6, symmetric=symmetric)
+    scale, zero = spread(plain.scale, 6, 40), spread(plain.zero, 6, 40)
+    codes = gptq_static_groups(jnp.asarray(W), U, dead, scale, zero, bits=4, symmetric=symmetric)
+    static = slow_gptq_groups(W, exact, 6, 4, symmetric, (np.asarray(scale, np.float64), np.asarray(zero, np.float64)))
+    np.testing.assert_allclose(np.asarray(scale) * (np.asarray(codes) - np.asarray(zero)), static, rtol=1e-3, atol=1e-3)
+    # What is passed on makes up for part of what is lost.
+    assert np.linalg.norm(x @ (W - static).T) < np.linalg.norm(x @ (W - np.asarray(plain.dequantize(6))).T)
+    with pytest.raises(ValueError, match="multiple of 16"):
+        gptq_groups(jnp.asarray(W), U, dead, bits=4, group=10, symmetric=symmetric)
