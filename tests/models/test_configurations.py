@@ -18,7 +18,7 @@ from quikjax.models.falcon import alibi_slopes
 from quikjax.models.registry import abstract_model, dotted, nested, pure_params
 from quikjax.models.rope import DynamicRope, LinearRope, Llama3Rope, Rope, YarnRope, rotate
 
-ONE_EACH = {"llama": "llama-2-70b", "opt": "opt-125m", "falcon": "falcon-40b"}
+ONE_EACH = {"llama": "llama-2-70b", "opt": "opt-125m", "gpt2": "gpt2", "falcon": "falcon-40b"}
 
 
 def without(fields: dict[str, Any], name: str) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from quikjax.errors import QuikError
 from quikjax.models.registry import abstract_model, floating_dtype
 from quikjax.testing import tiny_config
 
-ONE_EACH = {"llama": "llama-2-70b", "opt": "opt-125m", "falcon": "falcon-40b"}
+ONE_EACH = {"llama": "llama-2-70b", "opt": "opt-125m", "gpt2": "gpt2", "falcon": "falcon-40b"}
 
 NOTHING: list[dict[str, Any]] = [
     {"use_sliding_window": False},
