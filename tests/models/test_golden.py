@@ -145,7 +145,9 @@ def test_half_precision(case: Case, dtype: str) -> None:
     assert error < HALF * case.golden[dtype]
 
 
-@pytest.mark.parametrize("case", ["llama-3.1", "opt-350m", "gpt2-crfm", "falcon-7b", "falcon-rw-1b"], indirect=True, scope="module")
+@pytest.mark.parametrize(
+    "case", ["llama-3.1", "opt-350m", "gpt2-crfm", "falcon-7b", "falcon-rw-1b"], indirect=True, scope="module"
+)
 def test_rows_of_unequal_length_go_on_in_one_cache(case: Case) -> None:
     ids, positions = both_rows(case.golden)
     whole = case.forward(case.params, ids, positions)

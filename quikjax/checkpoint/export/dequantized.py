@@ -226,9 +226,7 @@ def _turned(family: type[CausalLM], path: str, shape: tuple[int, ...]) -> tuple[
     return shape[::-1] if family.lies_transposed(path) else shape
 
 
-def _dense(
-    part: Mapping[str, Any], order: Shapes, dtype: str, family: type[CausalLM]
-) -> Iterator[tuple[str, np.ndarray]]:
+def _dense(part: Mapping[str, Any], order: Shapes, dtype: str, family: type[CausalLM]) -> Iterator[tuple[str, np.ndarray]]:
     """A part's tensors in `order`, dequantized and in `dtype`, one at a time."""
     for tensor in order:
         leaf = part[tensor]
