@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int, Int32
 from quikjax.models.base import PADDING, Block, CausalLM, Config, Positions
 from quikjax.models.cache import Fresh, LayerCache, StackedCache, formed
 from quikjax.weights.quik import QuikWeight
-from quikjax.weights.tiled import TiledWeight, put_on_device
+from quikjax.weights.tiled import TiledWeight, put_on_device, widened
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,8 +51,8 @@ def stack(model: CausalLM, *, release: bool = False, widen: bool = False) -> tup
         release: free each block's own arrays as soon as they are stacked (the model cannot be used afterwards), so that beside
             one copy of the parameters only one stacked array is held. Without, the blocks are held twice.
 
-        widen: hold dense matrices of 16 bits in float32, once, for a CPU that multiplies those faster. Exact: the products are
-            those of the same numbers, and the hidden state keeps its dtype.
+        widen: for a CPU, which multiplies those faster, hold dense matrices of 16 bits in float32 and codes of 4 bits in int8.
+            Exact: the products are those of the same numbers, and the hidden state keeps its dtype.
 
     Returns:
         The layout and `{"rest": ..., "runs": {"0": ...}}`: what is outside the blocks by published name (not copied), and for
@@ -102,7 +102,8 @@ def _widened(leaf: Any) -> Any:
 def _stacked(members: list[dict[str, Any]], release: bool, widen: bool) -> Any:
     def join(*leaves: Any) -> Any:
         if _is_packed(leaves[0]):
-            return jax.tree.map(join_arrays, *leaves)
+            joined = jax.tree.map(join_arrays, *leaves)
+            return widened(joined) if widen and isinstance(joined, QuikWeight) else joined
         return join_arrays(*leaves, wide=widen)
 
     def join_arrays(*leaves: Array, wide: bool = False) -> Array:

@@ -12,9 +12,10 @@ from quikjax.cli.options import Context, Model, parse_dtype
 from quikjax.errors import QuikError, did_you_mean
 
 if TYPE_CHECKING:
-    from quikjax.generation.speed import Test
+    from quikjax.generation.speed import Speed
 
 FORMATS = ("md", "json", "jsonl", "csv")
+_ERROR_TOKENS = 160  # of the demo text, on which a narrow KV cache is compared with a float32 one
 
 
 def bench(
@@ -41,8 +42,9 @@ def bench(
 
     from quikjax.checkpoint.load import load
     from quikjax.cli.printing import say, show, size, table
-    from quikjax.generation import Generator, speed
+    from quikjax.generation import Generator, cache_error, speed
     from quikjax.generation.executables import keep_executables
+    from quikjax.texts import calibration_text, tokenize
 
     tests = [speed.parse_test(name, b) for b in batch or [1] for name in test or ["pp512", "tg128", "pp512+tg128"]]
     if any(b < 1 for b in batch or []):
@@ -50,16 +52,22 @@ def bench(
     keep_executables(cache_dir)
     generators = {}
     for name in dict.fromkeys([model, *([against] if against else [])]):
-        network, _ = load(name, dtype=floating, context=context)
+        network, tokenizer = load(name, dtype=floating, context=context)
         generators[name] = Generator(network, cache=kv_cache, release=True)
         held = sum(leaf.nbytes for leaf in _leaves(generators[name].params))
         say(f"{name}: parameters take {size(held)} of memory, KV cache in {generators[name].cache}")
+        if generators[name].cache != cache_error.EXACT:
+            ids = tokenize(tokenizer, calibration_text("pydoc").content)[: min(_ERROR_TOKENS, generators[name].context)]
+            off = cache_error.cache_error(generators[name], ids)
+            say(
+                f"{name}: against a float32 cache, keys are off by {off.keys:.2%}, values by {off.values:.2%}, "
+                f"and the next token's distribution by KL {off.kl:.1e} ({off.tokens} tokens of the demo text)"
+            )
     rate = speed.bandwidth()
     say(f"this device copies at {rate / 1e9:.1f} GB/s")
     results = speed.measure(generators, tests, rounds)
     rows = [
-        _row(name, one.test, one.mean, one.deviation, one.rounds, one.compile_seconds)
-        | _reading(speed.bytes_per_token(generators[name], one.test), one, rate)
+        _row(name, one) | _reading(speed.bytes_per_token(generators[name], one.test), one, rate)
         for name, speeds in results.items()
         for one in speeds
     ]
@@ -83,6 +91,7 @@ def bench(
             "test",
             "tokens/s",
             "compiled in s",
+            "memory",
             "of the bandwidth",
             *([f"over {against}"] if against else []),
         ]
@@ -95,15 +104,16 @@ def _leaves(params: Any) -> list[Any]:
     return jax.tree.leaves(params)
 
 
-def _row(name: str, test: "Test", mean: float, deviation: float, samples: tuple[float, ...], seconds: float) -> dict[str, Any]:
+def _row(name: str, one: "Speed") -> dict[str, Any]:
     return {
         "model": name,
-        "batch": test.batch,
-        "test": test.name,
-        "mean": mean,
-        "deviation": deviation,
-        "samples": list(samples),
-        "compile_seconds": seconds,
+        "batch": one.test.batch,
+        "test": one.test.name,
+        "mean": one.mean,
+        "deviation": one.deviation,
+        "samples": list(one.rounds),
+        "compile_seconds": one.compile_seconds,
+        "peak_bytes": one.peak_bytes or None,
     }
 
 
@@ -115,6 +125,8 @@ def _reading(count: int, one: Any, rate: float) -> dict[str, Any]:
 
 
 def _cells(row: dict[str, Any]) -> list[str]:
+    from quikjax.cli.printing import size
+
     share = row["share_of_bandwidth"]
     return [
         row["model"],
@@ -122,6 +134,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
         row["test"],
         f"{row['mean']:.2f} ± {row['deviation']:.2f}",
         f"{row['compile_seconds']:.2f}",
+        "" if row["peak_bytes"] is None else size(row["peak_bytes"]),
         "" if share is None else f"{share:.0%}",
         *([f"{row['over_against']:.2f}x"] if "over_against" in row else []),
     ]

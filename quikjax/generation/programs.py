@@ -12,12 +12,14 @@ class Programs:
     """Executables by name, static arguments and the arguments' shapes. `compiled` counts them, `seconds` is what they took.
 
     A program is traced and compiled when it is first asked for; JAX's compilation cache, where one is set up
-    (`generation.executables`), spares the compiling.
+    (`generation.executables`), spares the compiling. `largest` is the most memory in bytes that any program run since it was
+    last set to 0 has at its peak, arguments and results included, by the compiler's own account; 0 where that keeps none.
     """
 
     def __init__(self) -> None:
         self.compiled = 0
         self.seconds = 0.0
+        self.largest = 0
         self._kept: dict[Any, Any] = {}
 
     def run(
@@ -41,12 +43,22 @@ class Programs:
             structure,
             tuple((leaf.shape, leaf.dtype) for leaf in leaves),
         )
-        program = self._kept.get(key)
-        if program is None:
+        if key not in self._kept:
             start = time.perf_counter()
             bound = jax.jit(functools.partial(function, *static, **(named or {})), donate_argnums=tuple(donate))
             program = bound.lower(*arguments).compile()
-            self._kept[key] = program
+            self._kept[key] = program, peak_bytes(program)
             self.seconds += time.perf_counter() - start
             self.compiled += 1
+        program, needed = self._kept[key]
+        self.largest = max(self.largest, needed)
         return program(*arguments)
+
+
+def peak_bytes(program: Any) -> int:
+    """Bytes of a compiled program's arguments, results and temporary arrays together; 0 where the compiler does not say."""
+    sizes = program.memory_analysis()
+    if sizes is None:
+        return 0
+    held = sizes.argument_size_in_bytes + sizes.output_size_in_bytes + sizes.temp_size_in_bytes - sizes.alias_size_in_bytes
+    return int(held)

@@ -58,11 +58,13 @@ def parse_test(text: str, batch: int = 1) -> Test:
 
 @dataclasses.dataclass(frozen=True)
 class Speed:
-    """A test's tokens per second in each round, and the seconds its programs took to compile before."""
+    """A test's tokens per second in each round, the seconds its programs took to compile before, and their peak memory in bytes
+    (parameters and cache included, by the compiler's account; 0: it keeps none)."""
 
     test: Test
     rounds: tuple[float, ...]
     compile_seconds: float
+    peak_bytes: int
 
     @property
     def mean(self) -> float:
@@ -92,17 +94,19 @@ def measure(generators: Mapping[str, Generator], tests: Sequence[Test], rounds: 
     for test in tests:
         runs: dict[str, Callable[[], float]] = {}
         compiled: dict[str, float] = {}
+        peaks: dict[str, int] = {}
         for name, generator in generators.items():
-            before = generator.programs.seconds
+            before, generator.programs.largest = generator.programs.seconds, 0
             runs[name] = _prepared(generator, test)
             runs[name]()
             compiled[name] = generator.programs.seconds - before
+            peaks[name] = generator.programs.largest
         samples: dict[str, list[float]] = {name: [] for name in generators}
         for _ in range(rounds):
             for name, run in runs.items():
                 samples[name].append(test.batch * (test.prompt + test.new) / run())
         for name in generators:
-            results[name].append(Speed(test, tuple(samples[name]), compiled[name]))
+            results[name].append(Speed(test, tuple(samples[name]), compiled[name], peaks[name]))
     return results
 
 

@@ -1,7 +1,7 @@
 """SmoothQuant on a whole model: the ranges of activations move into the weights, and the model stays the same function.
 
-Only where a norm makes the tensor that layers read: q, k, v and gate, up, fc1 or c_fc. What the norm is divided by, the columns of
-those layers are multiplied by (`algorithms.smoothquant`).
+Only where a norm makes the tensor that layers read: q, k, v and gate, up, fc1 or c_fc. What the norm is divided by, the columns
+of those layers are multiplied by (`algorithms.smoothquant`).
 """
 
 from collections.abc import Mapping

@@ -1,7 +1,8 @@
-"""A packed weight in the form that GPU kernels read: padded to whole tiles, once, when a model is put on a device.
+"""A packed weight in the form that a device reads fastest, made once when a model is put there.
 
-`QuikWeight` is the format of files, of quantizing and of every other device. A `TiledWeight` stands for the same numbers, is made
-from one by `put_on_device`, and multiplies like one (`linear.py`); nothing saves, validates or shards it.
+`QuikWeight` is the format of files and of quantizing. A `TiledWeight` stands for the same numbers, is made from one by
+`put_on_device` (padded to the tiles of GPU kernels) or `widened` (codes in whole bytes, for a CPU), and multiplies like one
+(`linear.py`); nothing saves, validates or shards it.
 """
 
 import dataclasses
@@ -22,12 +23,13 @@ def _static() -> Any:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TiledWeight:
-    """A `QuikWeight` whose arrays are padded to the kernels' tiles (`pallas_kernels/layout.py`): the same layer, bit for bit.
+    """A `QuikWeight` whose arrays are in a device's form: the same layer, bit for bit.
 
-    Data: `tiles`. Static: `activation_bits`, `shape`, `in_axes` and `group` as in `QuikWeight`.
+    Data: `tiles`, arrays padded to the kernels' tiles (`pallas_kernels/layout.py`), or unpadded ones with int8 codes. Static:
+    `activation_bits`, `shape`, `in_axes` and `group` as in `QuikWeight`.
     """
 
-    tiles: api.Tiled
+    tiles: api.Packed | api.Tiled
     activation_bits: int = _static()
     shape: tuple[int, ...] = _static()
     in_axes: tuple[int, ...] = _static()
@@ -83,9 +85,22 @@ def packed(weight: QuikWeight | TiledWeight) -> api.Packed | api.Tiled:
 
 def tile(weight: QuikWeight) -> TiledWeight:
     """The weight in tile form."""
+    return _in_form(weight, api.to_tiles(packed(weight)))
+
+
+def widened(weight: QuikWeight) -> TiledWeight:
+    """The weight with codes carried by int8, for decoding on a CPU: unpacking int4 there costs more than the product.
+
+    With 4-bit codes it takes twice their memory, half of what 16-bit weights take.
+    """
+    arrays = packed(weight)
+    return _in_form(weight, dataclasses.replace(arrays, qweight=arrays.qweight.astype("int8")))
+
+
+def _in_form(weight: QuikWeight, arrays: api.Packed | api.Tiled) -> TiledWeight:
     assert math.prod(weight.out_shape) == weight.outputs
     return TiledWeight(
-        tiles=api.to_tiles(packed(weight)),
+        tiles=arrays,
         activation_bits=weight.activation_bits,
         shape=weight.shape,
         in_axes=weight.in_axes,

@@ -125,8 +125,9 @@ def test_bench_measures_what_it_names(quikjax_command: Run, tiny_checkpoint: Pat
         "--against",
         tiny_checkpoint,
     )
-    done = quikjax_command(*arguments, "-o", "json", "-b", "2", env=environment)
+    done = quikjax_command(*arguments, "-o", "json", "-b", "2", "--kv-cache", "int8", env=environment)
     assert done.returncode == 0, done.stderr
+    assert "against a float32 cache, keys are off by 0." in done.stderr
     rows = json.loads(done.stdout)
     assert [row["test"] for row in rows] == ["pp16", "tg8", "pp16+tg4 @ d32"]
     for row in rows:
@@ -134,6 +135,7 @@ def test_bench_measures_what_it_names(quikjax_command: Run, tiny_checkpoint: Pat
         assert len(row["samples"]) == 2
         assert row["mean"] == pytest.approx(sum(row["samples"]) / 2)
         assert row["over_against"] == 1
+        assert row["peak_bytes"] > 4 * (257 * 64)  # at least the table
         assert (row["bytes_per_step"] is None) == ("pp" in row["test"])
     # float32 blocks (q, o: 64 x 64; k, v: 32 x 64; three of 112 x 64; two norms), tied table, final norm; nothing in the cache.
     blocks = 3 * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 112 * 64 + 2 * 64)

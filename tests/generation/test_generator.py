@@ -1,5 +1,6 @@
 """A generator against reading everything again: ragged prompts, buckets, caches, determinism, stops, and no compiling twice."""
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -10,6 +11,7 @@ from flax import nnx
 
 from quikjax.errors import QuikError
 from quikjax.generation import Generator, Sampling
+from quikjax.generation.cache_error import cache_error
 from quikjax.generation.generator import bucket
 from quikjax.generation.programs import Programs
 from quikjax.models import cache as caches
@@ -79,6 +81,45 @@ def test_caches_of_every_kind_give_nearly_the_same_probabilities(kind: str) -> N
     typical = float(np.median(errors))
     assert typical < {"float32": 1e-5, "bfloat16": 0.02, "int8": 0.04}[kind]
     assert kind == "float32" or typical > 1e-4
+
+
+def test_the_error_of_a_cache_is_that_of_its_codes_and_of_what_follows() -> None:
+    model = tiny_model()
+    text = np.asarray(PROMPTS[6], np.int32)
+    exact = cache_error(Generator(model, programs=PROGRAMS), text, decoded=4)
+    assert exact == (0, 0, pytest.approx(0, abs=1e-9), 4)
+    narrow = {
+        kind: cache_error(Generator(model, cache=kind, programs=PROGRAMS), text, decoded=4) for kind in ("bfloat16", "int8")
+    }
+    # Rounding a mantissa of 8 bits, and codes of 255 steps over 16 numbers.
+    assert 2**-11 < narrow["bfloat16"].keys < 2**-8
+    assert 2**-9 < narrow["int8"].values < 2**-6
+    assert 0 < narrow["bfloat16"].kl < 0.1
+    assert 0 < narrow["int8"].kl < 0.1
+    with pytest.raises(QuikError, match="5 to 256 tokens are needed"):
+        cache_error(Generator(model, programs=PROGRAMS), text[:4], decoded=4)
+
+
+def test_programs_know_the_memory_they_take() -> None:
+    programs = Programs()
+    x = np.zeros((64, 64), np.float32)
+    programs.run(lambda x: x @ x + 1, (), (x,))
+    assert 2 * x.nbytes <= programs.largest < 4 * x.nbytes
+    programs.largest = 0
+    programs.run(lambda y: y + 1, (), (x[:1],))
+    assert 0 < programs.largest < x.nbytes
+
+
+def test_codes_in_whole_bytes_multiply_to_the_same_bits() -> None:
+    model = packed_model(QUANTIZED)
+    ids, lengths = np.asarray([PROMPTS[1]], np.int32), np.array([len(PROMPTS[1])], np.int32)
+    logits = []
+    for widen in (False, True):
+        layout, params = stacked.stack(model, widen=widen)
+        held = {leaf.dtype for leaf in jax.tree.leaves(params["runs"])}
+        assert (jnp.dtype(jnp.int4) in held) is not widen
+        logits.append(np.asarray(jax.jit(partial(stacked.read, layout))(params, ids, lengths)[0]))
+    np.testing.assert_array_equal(logits[0], logits[1])
 
 
 def test_int8_codes_are_within_half_a_step() -> None:

@@ -5,7 +5,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
-# Small token tables, so that a tied head does not just repeat the token it reads; positions that make OPT and GPT-2 say something new.
+# Small token tables, so that a tied head does not just repeat the token it reads; positions that make OPT and GPT-2 say something
+# new.
 _SPREAD = {"embed_tokens": 0.1, "word_embeddings": 0.1, "embed_positions": 0.5, "wte": 0.1, "wpe": 0.5}
 
 

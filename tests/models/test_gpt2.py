@@ -5,12 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import flax.serialization
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 from random_weights import random_weights
 from safetensors.numpy import load_file, save_file
+from test_golden import load
 
 import quikjax
 from quikjax.checkpoint.export.dequantized import export_safetensors
@@ -64,8 +66,8 @@ def write(directory: Path, weights: Weights, **fields: Any) -> Path:
 
 def bare(weights: Weights) -> Weights:
     """Named as the first checkpoints were, with the causal mask that they hold beside each block's weights."""
-    masks = {f"h.{i}.attn.bias": np.tril(np.ones((1, 1, 64, 64), np.float32)) for i in range(2)}
-    masks |= {f"h.{i}.attn.masked_bias": np.float32([-1e4]) for i in range(2)}
+    masks: Weights = {f"h.{i}.attn.bias": np.tril(np.ones((1, 1, 64, 64), np.float32)) for i in range(2)}
+    masks |= {f"h.{i}.attn.masked_bias": np.array([-1e4], np.float32) for i in range(2)}
     return masks | {name.removeprefix("transformer."): array for name, array in weights.items()}
 
 
@@ -98,8 +100,8 @@ def test_every_form_of_a_checkpoint_is_the_same_model(weights: Weights, tmp_path
 
 def test_a_checkpoint_that_is_another_model_is_refused(weights: Weights, tmp_path: Path) -> None:
     def refusal(directory: Path) -> str:
+        source = open_source(directory)
         with pytest.raises(QuikError) as error:
-            source = open_source(directory)
             match(source, abstract_model(source.config))
         return str(error.value)
 
@@ -109,7 +111,7 @@ def test_a_checkpoint_that_is_another_model_is_refused(weights: Weights, tmp_pat
     assert "lacks 1 tensor (lm_head.weight)" in refusal(write(tmp_path / "untied", weights, tie_word_embeddings=False))
     classifier = write(tmp_path / "classifier", weights, architectures=["GPT2ForSequenceClassification"])
     assert "GPT-2 as GPT2ForSequenceClassification is not supported, only as GPT2LMHeadModel" in refusal(classifier)
-    with pytest.raises(QuikError, match="and transformer.wte.weight differ"):
+    with pytest.raises(QuikError, match=r"and transformer\.wte\.weight differ"):
         quikjax.load(write(tmp_path / "other head", weights | {"lm_head.weight": weights["transformer.wte.weight"] + 1}))
 
 
@@ -162,6 +164,15 @@ def test_generation_with_a_cache_is_the_plain_forward_pass(place: Path) -> None:
         render(tokenizer, [{"role": "user", "content": "hello"}])
     with pytest.raises(QuikError, match="exceed the model's context of 64"):
         Generator(model).generate([[1] * 60], max_new_tokens=5)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gpt2-crfm"])
+def test_greedy_tokens_are_those_of_transformers(name: str) -> None:
+    """Through the generator's scan over blocks; of CRFM's, which differ by their scale, each is a run of its own."""
+    case = load(name)
+    model = nnx.merge(case.graphdef, jax.tree.map(jnp.asarray, case.params))
+    expected = case.golden["tokens"][:24].tolist()
+    assert Generator(model).generate([case.golden["prompt"].tolist()], max_new_tokens=24, stop=[]).tokens[0].tolist() == expected
 
 
 def test_exports_hold_the_layers_as_published(place: Path, weights: Weights, tmp_path: Path) -> None:
