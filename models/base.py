@@ -136,6 +136,11 @@ class CausalLM(nnx.Module):
         base = cls.block_path[0] + "."
         return (path, path.removeprefix(base)) if path.startswith(base) else (path,)
 
+    @classmethod
+    def lies_transposed(cls, path: str) -> bool:
+        """Whether checkpoints hold the matrix at `path` as `[inputs, outputs]`; it is `[outputs, inputs]` here in any case."""
+        return False
+
     @property
     def blocks(self) -> dict[str, Block]:
         """The blocks by their published names ("0", "1", ...), in order."""

@@ -38,7 +38,8 @@ _HARMLESS = frozenset(
     # What a call returns; heads for other tasks.
     + ["output_attentions", "output_hidden_states", "output_scores", "return_dict", "return_dict_in_generate"]
     + ["id2label", "label2id", "problem_type", "finetuning_task", "task_specific_params", "is_decoder", "tf_legacy_loss"]
-    + ["num_labels", "summary_type", "summary_use_proj"]
+    + ["num_labels", "_num_labels", "summary_type", "summary_use_proj", "summary_activation", "summary_first_dropout"]
+    + ["summary_proj_to_labels"]
     # Decoding defaults, which older versions kept here.
     + ["max_length", "min_length", "do_sample", "early_stopping", "num_beams", "num_beam_groups", "diversity_penalty"]
     + ["temperature", "top_k", "top_p", "typical_p", "repetition_penalty", "length_penalty", "no_repeat_ngram_size"]
@@ -122,6 +123,13 @@ class Fields:
         if value not in values:
             allowed = " or ".join(repr(value) for value in values)
             raise QuikError(f"{self.family} with {self._prefix}{name} {value!r} is not supported, only {allowed}")
+
+    def only_architectures(self, *names: str) -> None:
+        """Refuse a model that was published as other classes than `names`: it has another head. None named is the usual one."""
+        given = self.optional("architectures")
+        listed = [given] if isinstance(given, str) else list(given or [])
+        if listed and not any(name in names for name in listed):
+            raise QuikError(f"{self.family} as {', '.join(map(str, listed))} is not supported, only as {' or '.join(names)}")
 
     def finish(self) -> None:
         """Refuse what was not asked for and is not known to be harmless.

@@ -11,12 +11,14 @@ from quikjax.errors import QuikError, did_you_mean
 from quikjax.files import described
 from quikjax.models.base import CausalLM
 from quikjax.models.falcon import FIRST_TYPES, FalconConfig, FalconForCausalLM
+from quikjax.models.gpt2 import GPT2Config, GPT2LMHeadModel
 from quikjax.models.llama import LlamaConfig, LlamaForCausalLM
 from quikjax.models.opt import OPTConfig, OPTForCausalLM
 from quikjax.models.stops import named_stops, union_of_stops
 
 # model_type: (configuration, model). A new family is one file and one row here.
 FAMILIES: dict[str, tuple[type[Any], Callable[..., CausalLM]]] = {
+    "gpt2": (GPT2Config, GPT2LMHeadModel),
     "llama": (LlamaConfig, LlamaForCausalLM),
     "opt": (OPTConfig, OPTForCausalLM),
     **dict.fromkeys(("falcon", *FIRST_TYPES), (FalconConfig, FalconForCausalLM)),

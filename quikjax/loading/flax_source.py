@@ -1,7 +1,8 @@
-"""Flax checkpoints of OPT (`flax_model.msgpack`) under the names and in the layout of the PyTorch ones.
+"""Flax checkpoints of OPT and GPT-2 (`flax_model.msgpack`) under the names and in the layout of the PyTorch ones.
 
 Flax keeps a dense `kernel` as `[inputs, outputs]`, an embedding as `embedding` and a norm's factor as `scale`; PyTorch calls all
-three `weight` and keeps the dense one as `[outputs, inputs]`.
+three `weight` and keeps the dense one as `[outputs, inputs]`. With GPT-2's layers it is the other way round in both: there, too,
+a `kernel` is the `weight` turned.
 """
 
 from pathlib import Path
@@ -14,6 +15,7 @@ from quikjax.loading.msgpack_header import Array, read_layout
 from quikjax.loading.source import TensorInfo
 
 _SINGLE, _INDEX = "flax_model.msgpack", "flax_model.msgpack.index.json"
+_FAMILIES = ("opt", "gpt2")
 _LEAVES = {"kernel": "weight", "embedding": "weight", "scale": "weight", "bias": "bias"}
 
 
@@ -24,13 +26,16 @@ class FlaxSource(DirectorySource):
         """Read the configuration and walk the layout of every file.
 
         Raises:
-            QuikError: any of them is missing, damaged or truncated, or the model is not OPT.
+            QuikError: any of them is missing, damaged or truncated, or the model is of another family.
         """
         super().__init__(directory, revision)
         kind = self.config.get("model_type")
-        if kind != "opt":
+        if kind not in _FAMILIES:
             # Other families' Flax classes named and laid out their parameters each in its own way.
-            raise QuikError(f'{self.where}: Flax weights of a "{kind}" model are not supported, only of "opt"; use safetensors')
+            raise QuikError(
+                f'{self.where}: Flax weights of a "{kind}" model are not supported, only of {" and ".join(_FAMILIES)}; '
+                "use safetensors"
+            )
         single, index = directory / _SINGLE, directory / _INDEX
         expected: dict[str, list[str]] = {}
         if single.is_file():

@@ -55,7 +55,10 @@ def published_config(
         )
     architecture = metadata.get("general.architecture")
     if architecture != "llama":
-        raise QuikError(f'{where}: GGUF files of architecture "{architecture}" are not supported, only "llama"')
+        raise QuikError(
+            f'{where}: GGUF files of architecture "{architecture}" are not supported, only "llama"; use the safetensors that it '
+            "was converted from"
+        )
     fields = {key.removeprefix("llama."): value for key, value in metadata.items() if key.startswith("llama.")}
     unknown = sorted(key for key in set(fields) - _KNOWN if key not in _NEUTRAL or fields[key] != _NEUTRAL[key])
     if unknown:

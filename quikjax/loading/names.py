@@ -11,7 +11,8 @@ from quikjax.errors import QuikError
 HEAD = "lm_head.weight"
 # Published beside the weights, and computed from the configuration by every implementation.
 _COMPUTED = re.compile(
-    r"(^|\.)(rotary_emb\.\w+|rotary_pos_emb\.\w+|rope\.freqs|masked_bias|position_ids|attn_rot_embd(\.\w+)?|causal_mask)$"
+    r"(^|\.)(rotary_emb\.\w+|rotary_pos_emb\.\w+|rope\.freqs|masked_bias|position_ids|attn_rot_embd(\.\w+)?|causal_mask"
+    r"|h\.\d+\.attn\.bias)$"  # GPT-2's causal mask
 )
 # Modules that training tools wrap a model, or a part of one, in; they are no part of the published name, wherever they stand.
 _WRAPPERS = re.compile(r"(^|\.)((module|_orig_mod|_forward_module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.)+")

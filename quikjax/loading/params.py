@@ -14,7 +14,7 @@ from quikjax.loading.source import Source
 from quikjax.models.base import CausalLM
 from quikjax.models.registry import dotted, nested, pure_params
 
-_EMBEDDING = re.compile(r"(^|\.)(embed_tokens|word_embeddings)\.weight$")
+_EMBEDDING = re.compile(r"(^|\.)(embed_tokens|word_embeddings|wte)\.weight$")
 
 
 def match(source: Source, model: CausalLM) -> dict[str, str]:
@@ -43,10 +43,11 @@ def match(source: Source, model: CausalLM) -> dict[str, str]:
         raise QuikError(f"{source.where} lacks {_listing(missing)} that its configuration asks for")
     if unexpected:
         raise QuikError(f"{source.where} holds {_listing(unexpected)} that its configuration has no place for")
+    asked = {path: tuple(leaf.shape)[:: -1 if type(model).lies_transposed(path) else 1] for path, leaf in wanted.items()}
     wrong = [
-        f"{name} is {list(tensors[name].shape)} where the configuration asks for {list(wanted[path].shape)}"
+        f"{name} is {list(tensors[name].shape)} where the configuration asks for {list(asked[path])}"
         for path, name in found.items()
-        if tensors[name].shape != wanted[path].shape
+        if tensors[name].shape != asked[path]
     ]
     strange = [name for name in found.values() if not jnp.issubdtype(tensors[name].dtype, jnp.floating)]
     if strange:
@@ -91,7 +92,8 @@ def load_params(source: Source, model: CausalLM, names: Iterable[str] | None = N
     if names is not None:
         found = _below(found, list(names))
     _check_tied(source, found)
-    return nested({path: _convert(source, name, dtype) for path, name in found.items()})
+    turned = type(model).lies_transposed
+    return nested({path: _convert(source, name, dtype, transposed=turned(path)) for path, name in found.items()})
 
 
 def verify(source: Source, model: CausalLM) -> None:
@@ -128,8 +130,10 @@ def _below(found: Mapping[str, str], names: list[str]) -> dict[str, str]:
     return chosen
 
 
-def _convert(source: Source, name: str, dtype: Any) -> Float[Array, "..."]:
+def _convert(source: Source, name: str, dtype: Any, *, transposed: bool) -> Float[Array, "..."]:
     array = source.read(name)
+    if transposed:
+        array = np.ascontiguousarray(array.T)
     if array.dtype == dtype:
         return jnp.asarray(array)
     with np.errstate(over="ignore"):  # reported below, by name

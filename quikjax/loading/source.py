@@ -32,8 +32,9 @@ class TensorInfo(NamedTuple):
 class Source(abc.ABC):
     """A published checkpoint opened for reading. Opening reads headers only; `read` holds one tensor and nothing else.
 
-    Invariant: `names()` are the names of the Hugging Face PyTorch checkpoint of the same model, linear weights are
-    `[outputs, inputs]`, and `config` is what that checkpoint's `config.json` would say, whatever the format of the files.
+    Invariant: `names()` are the names of the Hugging Face PyTorch checkpoint of the same model, weights lie as they do there
+    (`[outputs, inputs]`; GPT-2's `[inputs, outputs]`), and `config` is what that checkpoint's `config.json` would say, whatever
+    the format of the files.
     """
 
     where: str  # how messages call this checkpoint

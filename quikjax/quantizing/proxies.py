@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Float32
 
 from quikjax.models.base import Block, CausalLM
 from quikjax.models.falcon import FalconBlock, FalconConfig
+from quikjax.models.gpt2 import GPT2Block, GPT2Config
 from quikjax.models.llama import LlamaBlock, LlamaConfig
 from quikjax.models.opt import OPTBlock, OPTConfig
 from quikjax.weights.quik import as_matrix
@@ -57,6 +58,15 @@ def producers(model: CausalLM) -> dict[str, Producers]:
             "attention_output": Producers(("self_attn.v_proj",), heads=True),
             "mlp_input": Producers(("self_attn.out_proj",)),
             "mlp_output": Producers(why_not="a ReLU stands between fc1 and fc2") if relu else Producers(("fc1",)),
+        }
+    if issubclass(block, GPT2Block):
+        assert isinstance(model.config, GPT2Config)
+        relu = model.config.activation == "relu"
+        return {
+            "attention_input": Producers(("mlp.c_proj",), previous=True),
+            "attention_output": Producers(("attn.c_attn",), heads=True),
+            "mlp_input": Producers(("attn.c_proj",)),
+            "mlp_output": Producers(why_not="a ReLU stands between c_fc and c_proj") if relu else Producers(("mlp.c_fc",)),
         }
     if issubclass(block, FalconBlock):
         written = ("self_attention.dense", "mlp.dense_4h_to_h")
@@ -166,9 +176,12 @@ def _spread(model: CausalLM, params: Mapping[str, Float[Array, "..."]], layer: s
     if not heads:
         return found
     config = model.config
-    assert isinstance(config, LlamaConfig | OPTConfig | FalconConfig)
+    assert isinstance(config, LlamaConfig | OPTConfig | GPT2Config | FalconConfig)
     if isinstance(config, FalconConfig):
         # The fused projection: groups of queries, their key, their value.
         found = found.reshape(config.kv_heads, -1, config.head_size)[:, -1]
+    if isinstance(config, GPT2Config):
+        # Queries, keys and values of all heads, one behind the other.
+        found = found.reshape(3, -1)[2]
     grouped = found.reshape(config.kv_heads, 1, config.head_size)
     return jnp.broadcast_to(grouped, (config.kv_heads, config.heads // config.kv_heads, config.head_size)).reshape(-1)

@@ -41,7 +41,8 @@ class Rule(LayerRule):
     """4-bit activations: into how many steps a token's range is divided, and the first that has a code: `(17, 1)`; or what costs
     the group of layers least on calibration samples. Left out: 15 steps, all with a code."""
     scale_outliers: bool = False
-    """Grow the number of outliers in proportion to the layer's input width (LLaMA's down_proj, Falcon's dense_4h_to_h)."""
+    """Grow the number of outliers in proportion to the layer's input width (LLaMA's down_proj, GPT-2's mlp.c_proj, Falcon's
+    dense_4h_to_h)."""
     zero_threshold: float = Field(0.0, ge=0)
     """No outliers where the largest activation is at most this (twice this for 8-bit layers); 0 turns it off."""
     outlier_dtype: Literal["float16", "bfloat16"] = "float16"
@@ -163,11 +164,11 @@ class Recipe(BaseModel):
         return self.model_copy(update={"rules": tuple(rules)})
 
 
-# The layers of a block, by published name: LLaMA; OPT; Falcon. Embeddings, norms and heads match nothing.
+# The layers of a block, by published name: LLaMA; OPT; GPT-2; Falcon. Embeddings, norms and heads match nothing.
 _FALCON_WIDE = r"\.dense_4h_to_h\.weight$"
 _FALCON = r"\.(query_key_value|dense|dense_h_to_4h)\.weight$"
-_WIDE = r"\.down_proj\.weight$"
-_LAYERS = r"\.(q_proj|k_proj|v_proj|o_proj|out_proj|gate_proj|up_proj|fc1|fc2)\.weight$"
+_WIDE = r"\.(down_proj|mlp\.c_proj)\.weight$"
+_LAYERS = r"\.(q_proj|k_proj|v_proj|o_proj|out_proj|gate_proj|up_proj|fc1|fc2|c_attn|attn\.c_proj|c_fc)\.weight$"
 
 
 # Of those, the layers of attention; the others are the MLP's.

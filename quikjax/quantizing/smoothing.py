@@ -1,7 +1,7 @@
 """SmoothQuant on a whole model: the ranges of activations move into the weights, and the model stays the same function.
 
-Only where a norm makes the tensor that layers read: q, k, v and gate, up or fc1. What the norm is divided by, the columns of
-those layers are multiplied by (`algorithms.smoothquant`).
+Only where a norm makes the tensor that layers read: q, k, v and gate, up, fc1 or c_fc. What the norm is divided by, the columns
+of those layers are multiplied by (`algorithms.smoothquant`).
 """
 
 from collections.abc import Mapping
@@ -17,8 +17,8 @@ from quikjax.quantizing.statistics import LayerStats
 
 # The norm that makes what a group of layers reads, by published names: the first one that a block has.
 NORMS: dict[str, tuple[str, ...]] = {
-    "attention_input": ("input_layernorm", "self_attn_layer_norm", "ln_attn"),
-    "mlp_input": ("post_attention_layernorm", "final_layer_norm", "ln_mlp"),
+    "attention_input": ("input_layernorm", "self_attn_layer_norm", "ln_attn", "ln_1"),
+    "mlp_input": ("post_attention_layernorm", "final_layer_norm", "ln_mlp", "ln_2"),
     "block_input": ("input_layernorm",),
 }
 
@@ -29,7 +29,7 @@ def smooth_params(model: CausalLM, stats: Mapping[str, LayerStats], alpha: float
     Args:
         model: any of our models, dense.
         stats: what `calibrate` gives: statistics of every layer's input, by dotted path.
-        alpha: how much of the range moves: 0.5 for OPT and Falcon, 0.8 to 0.85 for LLaMA.
+        alpha: how much of the range moves: 0.5 for OPT, GPT-2 and Falcon, 0.8 to 0.85 for LLaMA.
 
     Raises:
         QuikError: `alpha` is not within 0 and 1, or the model's norms stand behind its layers.

@@ -164,7 +164,8 @@ _FIELDS = ("outliers", "clip", "zero_threshold", "damping", "order")
 def varied_recipe(parameters: Parameters) -> Recipe:
     """QUIK-4B, or the recipe that `parameters` name, with the fields that they set in every rule.
 
-    `down_proj` ("W4A8") sets the bits of the layers with a wide input: LLaMA's `down_proj`, Falcon's `dense_4h_to_h`.
+    `down_proj` ("W4A8") sets the bits of the layers with a wide input: LLaMA's `down_proj`, GPT-2's
+    `mlp.c_proj`, Falcon's `dense_4h_to_h`.
 
     >>> [rule.activation_bits for rule in varied_recipe({"down_proj": "W4A8"}).rules]
     [8, 4, 8, 4]

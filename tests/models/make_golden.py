@@ -37,9 +37,10 @@ def build(fields: dict[str, Any], seed: int) -> tuple[Any, int]:
 
     # A copy: transformers writes into nested fields.
     config = transformers.AutoConfig.for_model(**copy.deepcopy(fields))
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    # Not "eager": its Falcon adds ALiBi twice.
-    assert model.config._attn_implementation == "sdpa"
+    # Not "eager": its Falcon adds ALiBi twice. But only "eager" knows GPT-2's other order.
+    attention = "eager" if fields.get("reorder_and_upcast_attn") else "sdpa"
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention).eval()
+    assert model.config._attn_implementation == attention
     parameters = dict(model.named_parameters())
     weights = random_weights({name: tuple(value.shape) for name, value in parameters.items()}, seed)
     with torch.no_grad():

@@ -18,7 +18,7 @@ from quikjax.models.falcon import alibi_slopes
 from quikjax.models.registry import abstract_model, dotted, nested, pure_params
 from quikjax.models.rope import DynamicRope, LinearRope, Llama3Rope, Rope, YarnRope, rotate
 
-ONE_EACH = {"llama": "llama-2-70b", "opt": "opt-125m", "falcon": "falcon-40b"}
+ONE_EACH = {"llama": "llama-2-70b", "opt": "opt-125m", "gpt2": "gpt2", "falcon": "falcon-40b"}
 
 
 def without(fields: dict[str, Any], name: str) -> dict[str, Any]:
@@ -36,7 +36,7 @@ def test_every_parameter_of_a_block_that_multiplies_is_in_exactly_one_group(name
         assert sorted(grouped) == sorted(matrices)
 
 
-@pytest.mark.parametrize("name", ["llama-2-70b", "opt-125m", "opt-350m", "falcon-7b", "falcon-40b", "falcon-rw-1b"])
+@pytest.mark.parametrize("name", ["llama-2-70b", "opt-125m", "opt-350m", "gpt2", "falcon-7b", "falcon-40b", "falcon-rw-1b"])
 def test_layers_of_a_group_read_what_the_block_was_given_for_it(name: str) -> None:
     model = abstract_model(VARIANTS[name])
     block = model.blocks["0"]
@@ -122,6 +122,10 @@ def test_a_quantized_checkpoint_is_refused(family: str) -> None:
         ("opt-125m", {"activation_function": "swish"}, "activation_function 'swish' is not supported, only 'relu' or 'gelu'"),
         ("opt-125m", {"scale_embeddings": True}, "scale_embeddings True is not supported"),
         ("opt-125m", {"num_attention_heads": 5}, "hidden_size 48 is not a multiple"),
+        ("gpt2", {"activation_function": "quick_gelu"}, "activation_function 'quick_gelu' is not supported, only 'gelu_new' or"),
+        ("gpt2", {"n_head": 5}, "GPT-2's n_embd 48 is not a multiple of its n_head 5"),
+        ("gpt2", {"add_cross_attention": True}, "add_cross_attention True is not supported"),
+        ("gpt2", {"architectures": ["GPT2DoubleHeadsModel"]}, "GPT-2 as GPT2DoubleHeadsModel is not supported, only as GPT2LM"),
         ("falcon-7b", {"activation": "relu"}, "activation 'relu' is not supported"),
         ("falcon-7b", {"apply_residual_connection_post_layernorm": True}, "apply_residual_connection_post_layernorm True"),
         ("falcon-7b", {"num_ln_in_parallel_attn": 2}, "num_ln_in_parallel_attn 2 is not supported"),
@@ -138,9 +142,13 @@ def test_mathematics_we_do_not_have_is_refused_in_one_sentence(name: str, change
     assert "\n" not in str(error.value)
 
 
+GPT2_NAMES = {"hidden_size": "n_embd", "num_attention_heads": "n_head", "num_hidden_layers": "n_layer"}
+
+
 @pytest.mark.parametrize("family", ONE_EACH)
 @pytest.mark.parametrize("field", ["hidden_size", "num_attention_heads", "num_hidden_layers", "vocab_size"])
 def test_a_missing_field_is_named(family: str, field: str) -> None:
+    field = GPT2_NAMES.get(field, field) if family == "gpt2" else field
     with pytest.raises(QuikError, match=f"no field {field}"):
         abstract_model(without(VARIANTS[ONE_EACH[family]], field))
 
@@ -170,6 +178,7 @@ OPT_350M = {
     "vocab_size": 50272,
     "word_embed_proj_dim": 512,
 }
+GPT2 = {"model_type": "gpt2", "n_ctx": 1024, "n_embd": 768, "n_head": 12, "n_layer": 12, "n_positions": 1024, "vocab_size": 50257}
 FALCON_7B = {
     "model_type": "falcon",
     "hidden_size": 4544,
@@ -197,10 +206,11 @@ FALCON_180B_SIZE = 80 * (14848 * (232 + 2 * 8) * 64 + 9 * 14848**2 + 4 * 14848) 
     [
         (LLAMA_2_7B, 6_738_415_616, 4096, 4096),
         (OPT_350M, 331_196_416, 1024, 2048),
+        (GPT2, 124_439_808, 768, 1024),
         (FALCON_7B, 6_921_720_704, 4544, 2048),
         (FALCON_180B, FALCON_180B_SIZE, 14848, 2048),
     ],
-    ids=["LLaMA-2-7B", "OPT-350m", "Falcon-7B", "Falcon-180B"],
+    ids=["LLaMA-2-7B", "OPT-350m", "GPT-2", "Falcon-7B", "Falcon-180B"],
 )
 def test_published_models_have_their_published_size(fields: dict[str, Any], parameters: int, width: int, context: int) -> None:
     model = abstract_model(fields)
@@ -215,8 +225,9 @@ def test_opt_answers_to_the_names_with_and_without_the_leading_model() -> None:
     assert model.published_names("lm_head.weight") == ("lm_head.weight",)
 
 
-def test_a_position_that_opt_never_learned_is_not_a_number() -> None:
-    model = abstract_model(VARIANTS["opt-125m"])
+@pytest.mark.parametrize("name", ["opt-125m", "gpt2"])
+def test_a_position_that_was_never_learned_is_not_a_number(name: str) -> None:
+    model = abstract_model(VARIANTS[name])
     limit = model.config.context_length
     params = jax.tree.map(lambda leaf: jnp.ones(leaf.shape), pure_params(model))
     whole = nnx.merge(nnx.split(model)[0], params)

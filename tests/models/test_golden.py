@@ -25,7 +25,7 @@ FLOAT32 = 2e-4
 # bfloat16 and 1e-3 to 3.5e-3 in float16. Measured: 0.67 to 1.04 of it (rotation, scores and norms stay float32 here).
 HALF = 1.15
 # One row for each kind of block; the others repeat much of it and are left to the slow tests.
-HALF_VARIANTS = ("llama-2-70b", "opt-125m", "opt-350m", "falcon-7b", "falcon-40b", "falcon-rw-1b")
+HALF_VARIANTS = ("llama-2-70b", "opt-125m", "opt-350m", "gpt2", "falcon-7b", "falcon-40b", "falcon-rw-1b")
 
 
 # With a cache these rows go the same way as another one; their greedy text is left to the slow tests.
@@ -35,6 +35,7 @@ GREEDY_REPEATS = (
     "llama-linear-transformers-5",
     "opt-projected-and-untied",
     "opt-without-final-norm",
+    "cerebras-gpt",
     "falcon-180b",
     "falcon-multi-head-linear",
 )
@@ -56,8 +57,11 @@ def load(name: str) -> Case:
         golden = dict(file)
     assert json.loads(str(golden["config"])) == VARIANTS[name], "the golden file is older than its row: run make_golden.py"
     graphdef, _ = nnx.split(model := abstract_model(VARIANTS[name]))
-    weights = random_weights({path: leaf.shape for path, leaf in dotted(pure_params(model)).items()}, int(golden["seed"]))
+    turned = {path: -1 if type(model).lies_transposed(path) else 1 for path in dotted(pure_params(model))}
+    shapes = {path: leaf.shape[:: turned[path]] for path, leaf in dotted(pure_params(model)).items()}
+    weights = random_weights(shapes, int(golden["seed"]))
     assert checksum(weights) == int(golden["checksum"]), "names, shapes or NumPy's random numbers differ from PyTorch's side"
+    weights = {path: weight.T if turned[path] < 0 else weight for path, weight in weights.items()}
     forward = jax.jit(lambda params, ids, positions: nnx.merge(graphdef, params)(ids, positions))
     return Case(golden, graphdef, nested(weights), forward)
 
@@ -141,7 +145,9 @@ def test_half_precision(case: Case, dtype: str) -> None:
     assert error < HALF * case.golden[dtype]
 
 
-@pytest.mark.parametrize("case", ["llama-3.1", "opt-350m", "falcon-7b", "falcon-rw-1b"], indirect=True, scope="module")
+@pytest.mark.parametrize(
+    "case", ["llama-3.1", "opt-350m", "gpt2-crfm", "falcon-7b", "falcon-rw-1b"], indirect=True, scope="module"
+)
 def test_rows_of_unequal_length_go_on_in_one_cache(case: Case) -> None:
     ids, positions = both_rows(case.golden)
     whole = case.forward(case.params, ids, positions)

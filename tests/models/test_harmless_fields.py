@@ -11,7 +11,7 @@ from quikjax.errors import QuikError
 from quikjax.models.registry import abstract_model, floating_dtype
 from quikjax.testing import tiny_config
 
-ONE_EACH = {"llama": "llama-2-70b", "opt": "opt-125m", "falcon": "falcon-40b"}
+ONE_EACH = {"llama": "llama-2-70b", "opt": "opt-125m", "gpt2": "gpt2", "falcon": "falcon-40b"}
 
 NOTHING: list[dict[str, Any]] = [
     {"use_sliding_window": False},
@@ -55,7 +55,12 @@ def test_what_changes_something_is_refused_by_name(family: str, fields: dict[str
 
 @pytest.mark.parametrize(
     ("family", "field", "name"),
-    [("llama", "hidden_act", "swish"), ("falcon", "activation", "gelu_python"), ("opt", "activation_function", "relu")],
+    [
+        ("llama", "hidden_act", "swish"),
+        ("falcon", "activation", "gelu_python"),
+        ("opt", "activation_function", "relu"),
+        ("gpt2", "n_ctx", 1),
+    ],
 )
 def test_other_names_of_one_function(family: str, field: str, name: str) -> None:
     published = VARIANTS[ONE_EACH[family]]
@@ -71,7 +76,7 @@ def test_another_context_where_positions_allow_it() -> None:
         shapes = [abstract_model(published, context=context) for context in (None, 7)]
         assert shapes[0].published == shapes[1].published
         longer = declared.context_length + 1
-        if family == "opt":
+        if family in ("opt", "gpt2"):
             with pytest.raises(QuikError, match=f"context of {longer} tokens is more than the .* positions that this model has"):
                 abstract_model(published, context=longer)
         else:

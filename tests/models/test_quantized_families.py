@@ -16,7 +16,9 @@ from quikjax.weights.quik import QuikWeight
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["llama-2-70b", "opt-125m", "opt-350m", "falcon-7b", "falcon-40b", "falcon-11b", "falcon-rw-1b"])
+@pytest.mark.parametrize(
+    "name", ["llama-2-70b", "opt-125m", "opt-350m", "gpt2", "falcon-7b", "falcon-40b", "falcon-11b", "falcon-rw-1b"]
+)
 def test_quik_8b_keeps_the_logits(name: str) -> None:
     abstract = abstract_model(VARIANTS[name])
     graphdef = nnx.split(abstract)[0]

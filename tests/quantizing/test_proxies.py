@@ -21,6 +21,7 @@ SMALL: dict[str, Any] = {
     "max_position_embeddings": 32,
 }
 OPT = SMALL | {"model_type": "opt", "ffn_dim": 24, "word_embed_proj_dim": 16}
+GPT2 = {"model_type": "gpt2", "vocab_size": 32, "n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": 32}
 FALCON = SMALL | {
     "model_type": "falcon",
     "new_decoder_architecture": True,
@@ -81,6 +82,21 @@ def test_opt_has_none_through_its_relu() -> None:
     np.testing.assert_allclose(scores[f"{block}fc1.weight"], std(params[f"{block}self_attn.out_proj.weight"]), rtol=1e-5)
     smooth = abstract_model(OPT | {"activation_function": "gelu"})
     assert producers(smooth)["mlp_output"].layers == ("fc1",)
+
+
+def test_gpt2_s_attention_mixes_the_last_third_of_its_one_product() -> None:
+    model, params = random_params(GPT2)
+    scores = model_proxies(model, {path: jnp.asarray(leaf) for path, leaf in params.items()})
+    first, second = "transformer.h.0.", "transformer.h.1."
+    expected = {
+        "attn.c_attn": std(params[f"{first}mlp.c_proj.weight"]),
+        "attn.c_proj": std(params[f"{second}attn.c_attn.weight"])[32:],
+        "mlp.c_fc": std(params[f"{second}attn.c_proj.weight"]),
+        "mlp.c_proj": std(params[f"{second}mlp.c_fc.weight"]),
+    }
+    for layer, score in expected.items():
+        np.testing.assert_allclose(scores[f"{second}{layer}.weight"], score, rtol=1e-5)
+    assert "mlp_output: a ReLU stands between c_fc and c_proj" in gaps(abstract_model(GPT2 | {"activation_function": "relu"}))
 
 
 @pytest.mark.parametrize("config", [FALCON, SEVEN_B])

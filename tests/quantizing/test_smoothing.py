@@ -29,6 +29,7 @@ OPT = {
     "max_position_embeddings": 64,
     "word_embed_proj_dim": 32,
 }
+GPT2 = {"model_type": "gpt2", "vocab_size": 257, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
 FALCON = {
     "model_type": "falcon",
     "vocab_size": 257,
@@ -69,13 +70,17 @@ def statistics(model: CausalLM) -> dict[str, LayerStats]:
     return found
 
 
-@pytest.mark.parametrize("family", ["llama", "opt", "falcon"])
+@pytest.mark.parametrize("family", ["llama", "opt", "gpt2", "falcon"])
 def test_a_smoothed_model_is_the_same_function(family: str) -> None:
-    model = tiny_model(num_hidden_layers=2) if family == "llama" else random_model(OPT if family == "opt" else FALCON)
+    model = (
+        tiny_model(num_hidden_layers=2)
+        if family == "llama"
+        else random_model({"opt": OPT, "gpt2": GPT2, "falcon": FALCON}[family])
+    )
     graphdef = nnx.split(model)[0]
     params = smooth_params(model, statistics(model), 0.5)
     changed = [path for path, leaf in dotted(params).items() if not np.array_equal(leaf, dotted(pure_params(model))[path])]
-    layers_per_block = {"llama": 7, "opt": 8, "falcon": 4}[family]
+    layers_per_block = {"llama": 7, "opt": 8, "gpt2": 6, "falcon": 4}[family]
     assert len(changed) == 2 * layers_per_block
     np.testing.assert_allclose(logits(graphdef, params), logits(graphdef, pure_params(model)), rtol=1e-3, atol=1e-3)
 

@@ -27,7 +27,7 @@ IDS = jnp.asarray(np.random.default_rng(0).integers(0, 64, (2, 24)), jnp.int32)
 
 
 def build(name: str, layers: int = 2) -> CausalLM:
-    fields = {**VARIANTS[name], "num_hidden_layers": layers}
+    fields = {**VARIANTS[name], "n_layer" if name == "gpt2" else "num_hidden_layers": layers}
     abstract = abstract_model(fields)
     flat = {path: tuple(leaf.shape) for path, leaf in dotted(pure_params(abstract)).items()}
     return nnx.merge(nnx.split(abstract)[0], nested({path: jnp.asarray(w) for path, w in random_weights(flat, 0).items()}))
@@ -84,7 +84,7 @@ def quantize(model: CausalLM, match: str = "") -> Any:
     )
 
 
-@pytest.mark.parametrize("name", ["llama-2-70b", "opt-350m", "falcon-7b"])
+@pytest.mark.parametrize("name", ["llama-2-70b", "opt-350m", "gpt2", "falcon-7b"])
 def test_every_family_computes_what_it_computes(name: str) -> None:
     model = build(name)
     dense = apart(model, pure_params(model))

@@ -220,7 +220,7 @@ def test_codes_may_move_too(place: Path, codes: bool) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["opt-125m", "opt-350m", "falcon-7b", "falcon-40b", "falcon-rw-1b"])
+@pytest.mark.parametrize("name", ["opt-125m", "opt-350m", "gpt2", "falcon-7b", "falcon-40b", "falcon-rw-1b"])
 def test_every_family_recovers(name: str, tmp_path: Path) -> None:
     fields = {**VARIANTS[name], "vocab_size": 257}
     quantize(write_model(tmp_path / "model", fields, random_weights(shapes(fields), 0)), tmp_path / "artifact")

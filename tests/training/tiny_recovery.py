@@ -43,7 +43,10 @@ def write_model(directory: Path, fields: dict[str, Any] | None = None, weights: 
 
 
 def shapes(fields: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    return {path: tuple(leaf.shape) for path, leaf in dotted(pure_params(abstract_model(fields))).items()}
+    """The shapes of a family's parameters as its checkpoints hold them."""
+    model = abstract_model(fields)
+    flat = dotted(pure_params(model))
+    return {path: tuple(leaf.shape)[:: -1 if type(model).lies_transposed(path) else 1] for path, leaf in flat.items()}
 
 
 def quantize(model: Path, out: Path, recipe: Any = "quik-4b", off: float = 1.3) -> Path:

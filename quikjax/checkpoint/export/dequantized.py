@@ -27,6 +27,7 @@ from quikjax.checkpoint.output import TOKENIZER, beside, is_empty, real_path, re
 from quikjax.checkpoint.writer import stored_shapes
 from quikjax.errors import QuikError
 from quikjax.loading.source import GENERATION_CONFIG
+from quikjax.models.base import CausalLM
 from quikjax.models.registry import abstract_model
 from quikjax.weights.formats import dequantize, is_packed
 
@@ -80,7 +81,7 @@ def export_safetensors(
         raise QuikError(f'weights cannot be exported in "{dtype}"; choose one of {", ".join(_NAMES)}')
     family = type(abstract_model(reader.manifest.config))
     shapes = {
-        name: {family.published_names(path)[0]: shape for path, shape in stored_shapes(part).items()}
+        name: {family.published_names(path)[0]: _turned(family, path, shape) for path, shape in stored_shapes(part).items()}
         for name, part in _in_order(reader.parts).items()
     }
     itemsize = jnp.dtype(dtype).itemsize
@@ -100,7 +101,7 @@ def export_safetensors(
         try:
             for left in partial.iterdir():  # by an export that was killed
                 remove(left)
-            files = _write_weights(partial, reader, shapes, shards, dtype, family.published_names, progress)
+            files = _write_weights(partial, reader, shapes, shards, dtype, family, progress)
             config = {"architectures": [family.__name__], **_for_any_version(reader.manifest.config), "torch_dtype": dtype}
             atomic.write_text(partial / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
             generation_config = reader.generation_config()
@@ -192,7 +193,7 @@ def _write_weights(
     shapes: Mapping[str, Shapes],
     shards: list[list[str]],
     dtype: str,
-    published_names: Callable[[str], tuple[str, ...]],
+    family: type[CausalLM],
     progress: Progress | None,
 ) -> list[str]:
     """Every shard, and the index if there are several; the names of the shards."""
@@ -205,8 +206,8 @@ def _write_weights(
         with (directory / file).open("wb") as stream:
             _write_header(stream, inside, dtype)
             for name in names:
-                part = {published_names(path)[0]: leaf for path, leaf in reader.read_part(name).items()}
-                for tensor, array in _dense(part, shapes[name], dtype):
+                part = {family.published_names(path)[0]: leaf for path, leaf in reader.read_part(name).items()}
+                for tensor, array in _dense(part, shapes[name], dtype, family):
                     if array.shape != inside[tensor]:
                         raise AssertionError(f"{tensor} is {array.shape}, its header says {inside[tensor]}")
                     stream.write(array.data)
@@ -220,13 +221,18 @@ def _write_weights(
     return files
 
 
-def _dense(part: Mapping[str, Any], order: Shapes, dtype: str) -> Iterator[tuple[str, np.ndarray]]:
+def _turned(family: type[CausalLM], path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape that checkpoints of the family hold a parameter in."""
+    return shape[::-1] if family.lies_transposed(path) else shape
+
+
+def _dense(part: Mapping[str, Any], order: Shapes, dtype: str, family: type[CausalLM]) -> Iterator[tuple[str, np.ndarray]]:
     """A part's tensors in `order`, dequantized and in `dtype`, one at a time."""
     for tensor in order:
         leaf = part[tensor]
         if is_packed(leaf):
             leaf = dequantize(jax.tree.map(jnp.asarray, leaf))
-        wide = np.asarray(leaf)
+        wide = np.asarray(leaf).T if family.lies_transposed(tensor) else np.asarray(leaf)
         with np.errstate(over="ignore"):  # reported below, by name
             array = wide.astype(jnp.dtype(dtype))
         if not np.isfinite(array).all() and np.isfinite(wide).all():
