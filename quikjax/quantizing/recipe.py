@@ -172,7 +172,7 @@ _LAYERS = r"\.(q_proj|k_proj|v_proj|o_proj|out_proj|gate_proj|up_proj|fc1|fc2|c_
 
 
 # Of those, the layers of attention; the others are the MLP's.
-_ATTENTION = r"\.(q_proj|k_proj|v_proj|o_proj|out_proj|query_key_value|dense)\.weight$"
+_ATTENTION = r"\.(q_proj|k_proj|v_proj|o_proj|out_proj|query_key_value|dense|c_attn|attn\.c_proj)\.weight$"
 
 
 def _rules(wide: Rule, other: Rule) -> tuple[Rule, ...]:

@@ -73,7 +73,11 @@ def test_sparse_recipes_are_sparse_where_they_say() -> None:
         assert pattern("quik-4b-sparse", layer) == pattern("quik-4b-sparse-mlp", layer) == ("2:4", bits)
         assert pattern("quik-4b-sparse-attention", layer) == (None, bits)
     assert pattern("quik-4b-sparse-attention", "self_attn.q_proj") == pattern("quik-4b-sparse", "self_attn.q_proj") == ("2:4", 4)
-    assert pattern("quik-4b-sparse-mlp", "self_attn.o_proj") == (None, 4)
+    # Attention by any family's names.
+    for layer in ("self_attn.o_proj", "attn.c_attn", "attn.c_proj", "self_attention.query_key_value"):
+        assert pattern("quik-4b-sparse-mlp", layer) == (None, 4)
+        assert pattern("quik-4b-sparse-attention", layer) == ("2:4", 4)
+    assert pattern("quik-4b-sparse-attention", "mlp.c_fc") == (None, 4)
 
 
 def test_zeroquant_has_eight_bits_in_attention_and_four_in_the_mlp() -> None:
