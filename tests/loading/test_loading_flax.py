@@ -130,5 +130,5 @@ def test_a_kernel_of_the_wrong_shape(tmp_path: Path, weights: Weights) -> None:
 
 def test_other_families_are_refused(tmp_path: Path, weights: Weights) -> None:
     directory = _write(tmp_path, weights)
-    (directory / "config.json").write_text(json.dumps(OPT_CONFIG | {"model_type": "gpt2"}))
-    assert 'Flax weights of a "gpt2" model are not supported' in refusal(directory)
+    (directory / "config.json").write_text(json.dumps(OPT_CONFIG | {"model_type": "falcon"}))
+    assert 'Flax weights of a "falcon" model are not supported' in refusal(directory)
