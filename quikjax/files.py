@@ -54,7 +54,7 @@ def described(value: Any) -> str:
 
 
 def read_text(path: Path) -> str:
-    """The text of a UTF-8 file, without a byte order mark.
+    """The text of a UTF-8 file, without a byte order mark; lines end in "\\n", whatever they end in there.
 
     Raises:
         QuikError: it cannot be read, is in another encoding, or is the pointer that git-lfs leaves.
@@ -65,7 +65,8 @@ def read_text(path: Path) -> str:
         raise QuikError(f"{path} cannot be read ({problem.strerror or problem})") from None
     if is_lfs_pointer(content):
         raise lfs_pointer(path)
-    return decode(content, str(path))
+    # As Python's text mode does: a text is the same tokens whether or not a system has put carriage returns into it.
+    return decode(content, str(path)).replace("\r\n", "\n").replace("\r", "\n")
 
 
 def decode(content: bytes, where: str) -> str:

@@ -73,3 +73,9 @@ def test_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_numbers_that_are_not_finite_are_null() -> None:
     value = {"a": [np.float32("nan"), np.int64(3), (1.5, float("-inf"))], 1: np.bool_(True)}
     assert finite(value) == {"a": [None, 3, [1.5, None]], "1": True}
+
+
+def test_lines_end_alike_whatever_system_wrote_them(tmp_path: Path) -> None:
+    for name, content in (("unix", b"= A = \n\nb\n"), ("windows", b"= A = \r\n\r\nb\r\n"), ("mac", b"= A = \r\rb\r")):
+        (tmp_path / name).write_bytes(content)
+        assert read_text(tmp_path / name) == "= A = \n\nb\n"
