@@ -22,7 +22,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on std
 RecipeName = Annotated[
     str,
     typer.Option(
-        help="quik-4b, quik-4b+, quik-8b, w4a8, rtn-w4a4, gptq-w4a16 (-g128: in groups), quik-4b-sparse; codebooks, weights only: "
+        help="quik-4b, quik-4b+, quik-8b, w4a8, rtn-w4a4, gptq-w4a16 (-g128: in groups), quik-4b-sparse; codebooks of weights: "
         "int3 to int8, float3 to float8, dynamic4, quantile4, nf4, fp4; fp; or a .json file."
     ),
 ]
