@@ -99,8 +99,7 @@ def test_no_imports_run_in_circles() -> None:
     done: set[str] = set()
 
     def visit(name: str, path: tuple[str, ...]) -> None:
-        if name in path:
-            pytest.fail("a circle of imports: " + " -> ".join((*path[path.index(name) :], name)))
+        assert name not in path, "a circle of imports: " + " -> ".join((*path[path.index(name) :], name))
         if name in done:
             return
         for target in sorted(GRAPH.get(name, ())):

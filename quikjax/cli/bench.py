@@ -12,6 +12,8 @@ from quikjax.cli.options import Context, Model, parse_dtype
 from quikjax.errors import QuikError, did_you_mean
 
 if TYPE_CHECKING:
+    from quikjax.generation import Generator
+    from quikjax.generation.cache_error import CacheError
     from quikjax.generation.speed import Speed
 
 FORMATS = ("md", "json", "jsonl", "csv")
@@ -42,9 +44,8 @@ def bench(
 
     from quikjax.checkpoint.load import load
     from quikjax.cli.printing import say, show, size, table
-    from quikjax.generation import Generator, cache_error, speed
+    from quikjax.generation import Generator, speed
     from quikjax.generation.executables import keep_executables
-    from quikjax.texts import calibration_text, tokenize
 
     tests = [speed.parse_test(name, b) for b in batch or [1] for name in test or ["pp512", "tg128", "pp512+tg128"]]
     if any(b < 1 for b in batch or []):
@@ -56,9 +57,7 @@ def bench(
         generators[name] = Generator(network, cache=kv_cache, release=True)
         held = sum(leaf.nbytes for leaf in _leaves(generators[name].params))
         say(f"{name}: parameters take {size(held)} of memory, KV cache in {generators[name].cache}")
-        if generators[name].cache != cache_error.EXACT:
-            ids = tokenize(tokenizer, calibration_text("pydoc").content)[: min(_ERROR_TOKENS, generators[name].context)]
-            off = cache_error.cache_error(generators[name], ids)
+        if (off := _cache_error(generators[name], tokenizer)) is not None:
             say(
                 f"{name}: against a float32 cache, keys are off by {off.keys:.2%}, values by {off.values:.2%}, "
                 f"and the next token's distribution by KL {off.kl:.1e} ({off.tokens} tokens of the demo text)"
@@ -96,6 +95,17 @@ def bench(
             *([f"over {against}"] if against else []),
         ]
         show(table(head, [_cells(row) for row in rows]))
+
+
+def _cache_error(generator: "Generator", tokenizer: Any) -> "CacheError | None":
+    """What a narrow cache costs, where there is a tokenizer to read a text with and a context to read it in."""
+    from quikjax.generation import cache_error
+    from quikjax.texts import calibration_text, tokenize
+
+    tokens = min(_ERROR_TOKENS, generator.context)
+    if generator.cache == cache_error.EXACT or tokenizer is None or tokens <= cache_error.DECODED:
+        return None
+    return cache_error.cache_error(generator, tokenize(tokenizer, calibration_text("pydoc").content)[:tokens])
 
 
 def _leaves(params: Any) -> list[Any]:

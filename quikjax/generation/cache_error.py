@@ -13,8 +13,9 @@ from quikjax.models import cache as caches
 from quikjax.models import stacked
 from quikjax.models.cache import Fresh, StackedCache
 
-# The kinds as exact as a model that computes in float32; what the others cost is measured against it.
+# The kind that loses nothing; what the others cost is measured against it.
 EXACT = "float32"
+DECODED = 32  # tokens
 
 
 class CacheError(NamedTuple):
@@ -30,7 +31,7 @@ class CacheError(NamedTuple):
     tokens: int
 
 
-def cache_error(generator: Generator, ids: np.ndarray, decoded: int = 32) -> CacheError:
+def cache_error(generator: Generator, ids: np.ndarray, decoded: int = DECODED) -> CacheError:
     """Read `ids` `[tokens]` but for the last `decoded` of them, then decode those with both caches.
 
     Raises:

@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 
 from quikjax.errors import QuikError, did_you_mean
@@ -304,7 +303,7 @@ def make_plan(
         running=run,
         devices_needed=memory.devices_needed(run, memory_bytes, model.config),
         problems=(*problems, *rows.problems),
-        notes=tuple(f"no proxy outliers for {gap}" for gap in gaps(model)) if wants_proxies(recipe.rules) else (),
+        notes=_notes(recipe, model),
     )
     planned = [PlannedLayers(row.pattern, row.count, row.outputs, row.inputs, row.activation_bits) for row in made.layers]
     advice = advise(device, recipe, planned, model.config.hidden_size, made.bits_per_weight)
@@ -319,6 +318,17 @@ def _wrong_numbers(context: int, batch: int, length: int, samples: int, seqlen: 
         for name in ("--length", "--seqlen")
         if given[name] > context
     ]
+
+
+def _notes(recipe: Recipe, model: CausalLM) -> tuple[str, ...]:
+    """What is no problem, but good to know before it begins."""
+    notes = [f"no proxy outliers for {gap}" for gap in gaps(model)] if wants_proxies(recipe.rules) else []
+    if any(isinstance(rule, Rule) and rule.sparsity is not None for rule in recipe.rules):
+        notes.append(
+            "2:4 sparse codes take half the codes and two bits a kept one on disk; no kernel multiplies them, so they are expanded on "
+            "the device and save neither memory nor time there"
+        )
+    return tuple(notes)
 
 
 class _Rows:
@@ -482,11 +492,10 @@ class _Rows:
         )
 
     def _held(self, shape: tuple[int, ...], rule: AnyRule, outliers: int) -> int:
-        """Bytes of a packed weight in the device's memory: as stored, sparse codes expanded; before JAX 0.11.2 a CPU gives each
-        4-bit code a byte."""
+        """Bytes of a packed weight in the device's memory: as stored, sparse codes expanded; on a CPU a code has a byte."""
         base = shape[1] - outliers
         if isinstance(rule, Rule) and rule.sparsity is not None:
             rule = rule.model_copy(update={"sparsity": None})
-        unpacked = isinstance(rule, Rule) and self.device.platform == "cpu" and jax.__version_info__ < (0, 11, 2)
+        unpacked = isinstance(rule, Rule) and self.device.platform == "cpu"
         wider = shape[0] * base * (8 - rule.weight_bits) // 8 if unpacked else 0
         return abstract_weight(rule, shape, base).bits() // 8 + wider

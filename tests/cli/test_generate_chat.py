@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -140,3 +141,19 @@ def test_bench_measures_what_it_names(quikjax_command: Run, tiny_checkpoint: Pat
     # float32 blocks (q, o: 64 x 64; k, v: 32 x 64; three of 112 x 64; two norms), tied table, final norm; nothing in the cache.
     blocks = 3 * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 112 * 64 + 2 * 64)
     assert rows[1]["bytes_per_step"] == 4 * (blocks + 257 * 64 + 64)
+
+
+def test_bench_needs_no_tokenizer_and_no_long_context(
+    quikjax_command: Run, tiny_checkpoint: Path, environment: dict[str, str], tmp_path: Path
+) -> None:
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for file in tiny_checkpoint.iterdir():
+        if file.name == "config.json" or file.suffix == ".safetensors":
+            shutil.copy(file, bare)
+    for where, context in ((bare, "64"), (tiny_checkpoint, "32")):
+        done = quikjax_command(
+            "bench", where, "-t", "tg2", "-r", "1", "--kv-cache", "int8", "--context", context, "-o", "json", env=environment
+        )
+        assert done.returncode == 0, done.stderr
+        assert "against a float32 cache" not in done.stderr
