@@ -325,8 +325,8 @@ def _notes(recipe: Recipe, model: CausalLM) -> tuple[str, ...]:
     notes = [f"no proxy outliers for {gap}" for gap in gaps(model)] if wants_proxies(recipe.rules) else []
     if any(isinstance(rule, Rule) and rule.sparsity is not None for rule in recipe.rules):
         notes.append(
-            "2:4 sparse codes take half the codes and two bits a kept one on disk; no kernel multiplies them, so they are expanded on "
-            "the device and save neither memory nor time there"
+            "2:4 sparse codes take half the codes and two bits a kept one on disk; no kernel multiplies them, so they are "
+            "expanded on the device and save neither memory nor time there"
         )
     return tuple(notes)
 
