@@ -162,6 +162,17 @@ def insert(cache: StackedCache, fresh: Fresh, row: Int32[Array, ""]) -> StackedC
     )
 
 
+# XLA's CPU backend has no bfloat16 but in products: a slice written into such an array costs a copy of all of it in float32.
+def _as_bits(x: Array) -> Array:
+    """Floats of 16 bits as integers; anything else as it is."""
+    return jax.lax.bitcast_convert_type(x, jnp.uint16) if x.dtype.itemsize == 2 else x
+
+
+def _from_bits(x: Array, dtype: Any) -> Array:
+    """The inverse of `_as_bits`."""
+    return x if x.dtype == dtype else jax.lax.bitcast_convert_type(x, dtype)
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LayerCache:
@@ -187,10 +198,10 @@ class LayerCache:
         def put(whole: Array | None, part: Array | None) -> Array | None:
             if whole is None or part is None:
                 return None
-            tail = (0,) * (whole.ndim - 4)
-            part = part[None]
+            tail, dtype = (0,) * (whole.ndim - 4), whole.dtype
+            whole, part = _as_bits(whole), _as_bits(part[None])
             if at.ndim == 0:
-                return jax.lax.dynamic_update_slice(whole, part, (self.layer, 0, 0, at, *tail))
+                return _from_bits(jax.lax.dynamic_update_slice(whole, part, (self.layer, 0, 0, at, *tail)), dtype)
 
             def row(b: Any, whole: Array) -> Array:
                 one = jax.lax.dynamic_slice_in_dim(part, b, 1, axis=2)
@@ -198,10 +209,10 @@ class LayerCache:
 
             rows = part.shape[2]
             if rows > _UNROLLED_ROWS:
-                return jax.lax.fori_loop(0, rows, row, whole)
+                return _from_bits(jax.lax.fori_loop(0, rows, row, whole), dtype)
             for b in range(rows):
                 whole = row(b, whole)
-            return whole
+            return _from_bits(whole, dtype)
 
         stacked = dataclasses.replace(
             cache,
@@ -221,7 +232,10 @@ class LayerCache:
 
         def part(whole: Array) -> Array:
             tail, sizes = (0,) * (whole.ndim - 4), whole.shape[4:]
-            return jax.lax.dynamic_slice(whole, (self.layer, 0, 0, start, *tail), (1, *whole.shape[1:3], count, *sizes))[0]
+            found = jax.lax.dynamic_slice(
+                _as_bits(whole), (self.layer, 0, 0, start, *tail), (1, *whole.shape[1:3], count, *sizes)
+            )
+            return _from_bits(found[0], whole.dtype)
 
         keys, values = part(cache.keys), part(cache.values)
         if cache.key_scale is not None:

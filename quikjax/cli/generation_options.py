@@ -23,7 +23,10 @@ Seed = Annotated[int, typer.Option(help="A text depends on its prompt and this n
 System = Annotated[str | None, typer.Option(help="The chat's system message.")]
 Template = Annotated[Path | None, typer.Option(help="A Jinja chat template in place of the model's own.")]
 KvCache = Annotated[
-    str | None, typer.Option(help="float32, bfloat16, float16 or int8 (per token and head); left out, the activations' dtype.")
+    str | None,
+    typer.Option(
+        help="float32, bfloat16, float16 or int8 (per token and head); left out, the activations' dtype, on a CPU float32."
+    ),
 ]
 Deterministic = Annotated[
     bool, typer.Option("--deterministic", help="The bits of a row do not depend on the rows beside it; slower.")

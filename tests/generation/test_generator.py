@@ -110,6 +110,19 @@ def test_programs_know_the_memory_they_take() -> None:
     assert 0 < programs.largest < x.nbytes
 
 
+def test_a_cpu_keeps_what_16_bits_computed_in_float32() -> None:
+    narrow = nnx.merge(
+        nnx.split(tiny_model())[0], jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), pure_params(tiny_model()))
+    )
+    given = {kind: Generator(narrow, cache=kind, programs=PROGRAMS) for kind in (None, "bfloat16")}
+    assert {kind: generator.cache for kind, generator in given.items()} == {None: "float32", "bfloat16": "bfloat16"}
+    # The keys and values are the same numbers in both.
+    one, other = (g.generate(PROMPTS[:3], max_new_tokens=8, logprobs=True) for g in given.values())
+    np.testing.assert_array_equal(one.tokens, other.tokens)
+    assert one.logprobs is not None
+    np.testing.assert_array_equal(one.logprobs, other.logprobs)
+
+
 def test_codes_in_whole_bytes_multiply_to_the_same_bits() -> None:
     model = packed_model(QUANTIZED)
     ids, lengths = np.asarray([PROMPTS[1]], np.int32), np.array([len(PROMPTS[1])], np.int32)
