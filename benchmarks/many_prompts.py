@@ -4,13 +4,15 @@
 
 Prompts are pieces of the demo text, 1 to `--longest` tokens, in an order of a fixed seed, `--request` of them a call; greedy,
 `deterministic=True`. Each of the first `--solo` is asked again by itself. Ends with status 1 where an answer differs, where
-anything is compiled after each bucket was met once, or where the process grows by more than 5 % in its second half.
+anything is compiled after each pair of a prompt's and a cache's bucket was met once, or where the process holds 5 % more in its
+second half than in its first (medians; a request in between takes a moment's more).
 """
 
 import argparse
 import json
 import os
 import platform
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -49,9 +51,13 @@ def main() -> None:
     def answer(some: list[list[int]]) -> np.ndarray:
         return generator.generate(some, max_new_tokens=arguments.tokens, stop=()).tokens
 
-    # Every bucket of prompts, and every size of cache, once.
-    for size in sorted({bucket(length) for length in range(1, arguments.longest + 1)}):
-        answer([prompts[0][:1] * min(size, arguments.longest)])
+    # Every bucket of prompts beside every longer one, in every size of cache that it may need.
+    met: dict[tuple[int, int], int] = {}
+    for length in range(1, arguments.longest + 1):
+        met.setdefault((bucket(length), generator.slots(max(length + arguments.tokens, bucket(length)))), length)
+    for longer in met.values():
+        for shorter in sorted({bucket(length) for length in range(1, longer + 1)}):
+            answer([prompts[0][:1] * longer, prompts[0][:1] * min(shorter, longer)])
     compiled, start = generator.programs.compiled, time.perf_counter()
     answers, memory = [], []
     for first in range(0, arguments.prompts, arguments.request):
@@ -61,12 +67,12 @@ def main() -> None:
     solo = range(min(arguments.solo, arguments.prompts))
     different = [i for i in solo if not np.array_equal(answer([prompts[i]])[0], together[i])]
     recompiled = generator.programs.compiled - compiled
-    half = memory[len(memory) // 2]
-    growth = memory[-1] / half - 1
+    first, second = (statistics.median(part) for part in (memory[: len(memory) // 2], memory[len(memory) // 2 :]))
+    growth = second / first - 1
     print(
         f"{arguments.prompts} prompts of 1 to {arguments.longest} tokens, {arguments.tokens} new ones each, in {seconds:.0f} s; "
         f"{len(different)} of {len(solo)} answers differ from their solo runs; {compiled} programs, {recompiled} compiled later; "
-        f"memory {half / 1e6:.0f} MB half way, {memory[-1] / 1e6:.0f} MB at the end ({growth:+.1%})"
+        f"memory {first / 1e6:.0f} MB in the first half, {second / 1e6:.0f} MB in the second ({growth:+.1%})"
     )
     machine = f"{platform.processor() or platform.machine()}, {jax.local_devices()[0].device_kind}"
     figures = {
