@@ -60,8 +60,8 @@ def main() -> None:
             answer([prompts[0][:1] * longer, prompts[0][:1] * min(shorter, longer)])
     compiled, start = generator.programs.compiled, time.perf_counter()
     answers, memory = [], []
-    for first in range(0, arguments.prompts, arguments.request):
-        answers.append(answer(prompts[first : first + arguments.request]))
+    for at in range(0, arguments.prompts, arguments.request):
+        answers.append(answer(prompts[at : at + arguments.request]))
         memory.append(resident())
     together, seconds = np.concatenate(answers), time.perf_counter() - start
     solo = range(min(arguments.solo, arguments.prompts))
