@@ -24,7 +24,7 @@ from prefill import rounded
 
 from quikjax.checkpoint.load import load
 from quikjax.generation import Generator
-from quikjax.models.base import CausalLM
+from quikjax.models.base import Transformer
 from quikjax.models.registry import dotted, pure_params
 from quikjax.quantizing.model import calibrate
 from quikjax.quantizing.params import quantize_params
@@ -33,14 +33,14 @@ from quikjax.testing import tiny_model
 from quikjax.texts import calibration_text, tokenize
 
 
-def packed(model: CausalLM, tokens: np.ndarray, recipe: str) -> CausalLM:
+def packed(model: Transformer, tokens: np.ndarray, recipe: str) -> Transformer:
     """The model in a recipe's shapes and bits, rounded."""
     graphdef, params = nnx.split(model)[0], pure_params(model)
     stats = calibrate(graphdef, params, [tokens[None, :128]])
     return nnx.merge(graphdef, quantize_params(params, rounded(find_recipe(recipe)), stats, hidden_size=model.config.hidden_size))
 
 
-def hugging_face(model: CausalLM) -> Callable[[np.ndarray, int], np.ndarray]:
+def hugging_face(model: Transformer) -> Callable[[np.ndarray, int], np.ndarray]:
     """The same weights in transformers' PyTorch model, float32, as a function that generates."""
     import torch  # type: ignore[import-not-found, unused-ignore]
     from transformers import AutoConfig, AutoModelForCausalLM

@@ -25,6 +25,7 @@ from jaxtyping import Array, Float32, Int32
 from quikjax.evaluation import evaluate, windows
 from quikjax.models.base import CausalLM, count_parameters
 from quikjax.models.registry import abstract_model, dotted, nested, pure_params
+from quikjax.models.tokens import checked_model
 from quikjax.testing import END, tiny_config, tiny_tokenizer
 
 # Millions of parameters: width, MLP width, blocks, heads, peak learning rate.
@@ -64,7 +65,7 @@ def initial(model: CausalLM, seed: int) -> dict[str, Any]:
 
 def train(size: str, tokens: Int32[np.ndarray, " bytes"], args: argparse.Namespace) -> tuple[CausalLM, dict[str, Any]]:
     """A trained model, and its figures."""
-    model = abstract_model(configuration(size))
+    model = checked_model(abstract_model(configuration(size)))
     graphdef = nnx.split(model)[0]
     params = initial(model, args.seed)
     schedule = optax.warmup_cosine_decay_schedule(0.0, SIZES[size][4], WARMUP, max(args.steps, WARMUP + 1), SIZES[size][4] / 20)

@@ -29,8 +29,11 @@ def attend(
     *,
     scale: float,
     slopes: Float[Array, " heads"] | None = None,
+    causal: bool = True,
 ) -> tuple[Float[Array, "batch length heads head"], BlockCache]:
     """Softmax attention of `query` over the keys at positions in `[0, own position]`; what was written is returned with it.
+
+    Without `causal` a query sees every key that is no padding, and there is no cache.
 
     Without a cache the keys are this call's; with one they are written into its slots first, from `positions.write_at` on.
     Positions must grow along a row wherever they are not padding. A row that sees no key (padding) gets finite numbers of no
@@ -41,19 +44,22 @@ def attend(
     if cache is None:
         fresh = KeyValues(key, value)
         keys, values = fresh.by_head()
+        # Where order does not matter, all tokens stand at 0, and see each other.
+        places = positions.queries if causal else jnp.minimum(positions.queries, 0)
         parts = [
             _softmax_attention(
                 query[:, start : start + _CHUNK],
-                keys[:, :, : start + _CHUNK],
-                values[:, :, : start + _CHUNK],
-                positions.queries[:, start : start + _CHUNK],
-                positions.queries[:, : start + _CHUNK],
+                keys[:, :, : start + _CHUNK if causal else None],
+                values[:, :, : start + _CHUNK if causal else None],
+                places[:, start : start + _CHUNK],
+                places[:, : start + _CHUNK if causal else None],
                 scale,
                 slopes,
             )
             for start in range(0, length, _CHUNK)
         ]
         return checkpoint_name(jnp.concatenate(parts, axis=1), KEPT), fresh
+    assert causal
     assert positions.write_at is not None
     written = cache.write(key, value, positions.write_at)
     if isinstance(written, LayerCache):

@@ -1,8 +1,9 @@
 """The parts that every family shares: the KV cache, the structure of a model, and the small layers.
 
-A model is three steps, so that the pipeline can hold one block at a time: `embed`, then each of `blocks`, then `head`. Parameter
-names are the published ones, so loading is little more than a lookup by path. Weights are read with `get_value()`: each may be
-a dense `[N, K]` array or a packed weight, and `linear` tells them apart.
+A model (`Transformer`) is three steps, so that the pipeline can hold one block at a time: `embed`, then each of `blocks`, then
+`head`. A `CausalLM` predicts the next token and keeps a cache; an encoder (`models.encoder`) sees the whole text. Parameter names
+are the published ones, so loading is little more than a lookup by path. Weights are read with `get_value()`: each may be a dense
+`[N, K]` array or a packed weight, and `linear` tells them apart.
 """
 
 import dataclasses
@@ -50,6 +51,11 @@ class Config:
     kv_heads: int
     head_size: int
     context_length: int
+
+    @property
+    def cached_layers(self) -> int:
+        """How many blocks keep the keys and values of the tokens before; none of an encoder's do."""
+        return self.layers
 
     @property
     def last_position(self) -> int | None:
@@ -119,8 +125,8 @@ def observer(observe: Observe | None) -> Callable[[str, Tensor], Tensor]:
     return lambda group, x: observe(group, x.value() if isinstance(x, Produced) else x)
 
 
-class CausalLM(nnx.Module):
-    """A language model of any family. `model(ids)` gives float32 logits `[batch, length, vocab]`."""
+class Transformer(nnx.Module):
+    """A model of any family: what calibrating, quantizing, saving and planning need to know of it."""
 
     config: Config
     published: str | None = None  # the `config.json` this was built from, as sorted JSON text: hashable, hence static
@@ -141,6 +147,16 @@ class CausalLM(nnx.Module):
         """Whether checkpoints hold the matrix at `path` as `[inputs, outputs]`; it is `[outputs, inputs]` here in any case."""
         return False
 
+    @classmethod
+    def repeated(cls) -> dict[str, str]:
+        """Tensors that a checkpoint may hold although they are tied to a parameter, whose values they must have, by its path."""
+        return {}
+
+    @classmethod
+    def is_of_other_task(cls, name: str) -> bool:
+        """Whether a tensor belongs to a head that checkpoints carry along and this model does not compute."""
+        return False
+
     @property
     def blocks(self) -> dict[str, Block]:
         """The blocks by their published names ("0", "1", ...), in order."""
@@ -155,6 +171,10 @@ class CausalLM(nnx.Module):
     ) -> Float[Array, "batch length hidden"]:
         """The hidden state that enters the first block."""
         raise NotImplementedError
+
+
+class CausalLM(Transformer):
+    """A language model of any family. `model(ids)` gives float32 logits `[batch, length, vocab]`."""
 
     def head(self, hidden: Float[Array, "batch length hidden"]) -> Float[Array, "batch length vocab"]:
         """float32 logits from the hidden state that leaves the last block."""

@@ -9,8 +9,8 @@ from quikjax.models.base import Config
 
 
 def cache_bytes(config: Config, itemsize: int, batch: int, length: int) -> int:
-    """Keys and values of all blocks: `2 layers batch length kv_heads head d`."""
-    return 2 * config.layers * batch * length * config.kv_heads * config.head_size * itemsize
+    """Keys and values of all blocks that keep them: `2 layers batch length kv_heads head d`."""
+    return 2 * config.cached_layers * batch * length * config.kv_heads * config.head_size * itemsize
 
 
 def most_slots(config: Config, kind: str, batch: int, free: int) -> int:

@@ -131,8 +131,8 @@ class Fields:
         if listed and not any(name in names for name in listed):
             raise QuikError(f"{self.family} as {', '.join(map(str, listed))} is not supported, only as {' or '.join(names)}")
 
-    def finish(self) -> None:
-        """Refuse what was not asked for and is not known to be harmless.
+    def finish(self, *, causal: bool = True) -> None:
+        """Refuse what was not asked for and is not known to be harmless. Without `causal`, the model is an encoder.
 
         Raises:
             QuikError: naming those fields; or that the checkpoint is already quantized, or no decoder.
@@ -146,7 +146,9 @@ class Fields:
             self.only("cross_attention_hidden_size", None)
             self.only("tie_encoder_decoder", False)
             self.only("pruned_heads", {})
-            self.only("is_causal", True)
+            self.only("is_causal", causal)
+            if not causal:
+                self.only("is_decoder", False)
             self._refuse_windows()
         unknown = sorted(self._fields.keys() - self._asked - _HARMLESS)
         if unknown:

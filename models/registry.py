@@ -9,19 +9,25 @@ from flax import nnx
 
 from quikjax.errors import QuikError, did_you_mean
 from quikjax.files import described
-from quikjax.models.base import CausalLM
+from quikjax.models.base import Transformer
+from quikjax.models.bert import BertConfig, build_bert
+from quikjax.models.distilbert import DistilBertConfig, build_distilbert
 from quikjax.models.falcon import FIRST_TYPES, FalconConfig, FalconForCausalLM
 from quikjax.models.gpt2 import GPT2Config, GPT2LMHeadModel
 from quikjax.models.llama import LlamaConfig, LlamaForCausalLM
 from quikjax.models.opt import OPTConfig, OPTForCausalLM
+from quikjax.models.roberta import RobertaConfig, build_roberta
 from quikjax.models.stops import named_stops, union_of_stops
 
 # model_type: (configuration, model). A new family is one file and one row here.
-FAMILIES: dict[str, tuple[type[Any], Callable[..., CausalLM]]] = {
+FAMILIES: dict[str, tuple[type[Any], Callable[..., Transformer]]] = {
+    "bert": (BertConfig, build_bert),
+    "distilbert": (DistilBertConfig, build_distilbert),
     "gpt2": (GPT2Config, GPT2LMHeadModel),
     "llama": (LlamaConfig, LlamaForCausalLM),
     "opt": (OPTConfig, OPTForCausalLM),
     **dict.fromkeys(("falcon", *FIRST_TYPES), (FalconConfig, FalconForCausalLM)),
+    **dict.fromkeys(("roberta", "xlm-roberta", "camembert"), (RobertaConfig, build_roberta)),
 }
 
 
@@ -49,7 +55,7 @@ def floating_dtype(dtype: Any) -> Any:
     return jnp.dtype(name)
 
 
-def abstract_model(fields: Mapping[str, Any], dtype: Any = jnp.float32, *, context: int | None = None) -> CausalLM:
+def abstract_model(fields: Mapping[str, Any], dtype: Any = jnp.float32, *, context: int | None = None) -> Transformer:
     """The model that a `config.json` describes, its parameters `ShapeDtypeStruct`s of `dtype`: no memory, no weights.
 
     `context` takes the place of the context length that the configuration declares. The model's `stops` are those that the
@@ -74,7 +80,7 @@ def abstract_model(fields: Mapping[str, Any], dtype: Any = jnp.float32, *, conte
     return abstract
 
 
-def pure_params(model: CausalLM) -> dict[str, Any]:
+def pure_params(model: Transformer) -> dict[str, Any]:
     """The model's parameters as plain nested dictionaries keyed by published names."""
     return nnx.to_pure_dict(nnx.split(model)[1])
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, Int32
 
-from quikjax.models.base import PADDING, Block, CausalLM, Config, Positions
+from quikjax.models.base import PADDING, Block, CausalLM, Config, Positions, Transformer
 from quikjax.models.cache import Fresh, LayerCache, StackedCache, formed
 from quikjax.weights.quik import QuikWeight
 from quikjax.weights.tiled import TiledWeight, put_on_device, widened
@@ -32,7 +32,7 @@ class Run:
 class Layout:
     """What is static of a stacked model: the model without its blocks, the runs, and the dtype of the hidden state. Hashable."""
 
-    rest: nnx.GraphDef[CausalLM]
+    rest: nnx.GraphDef[Any]
     runs: tuple[Run, ...]
     config: Config
     dtype: str = "float32"
@@ -43,7 +43,7 @@ class Layout:
         return sum(run.count for run in self.runs)
 
 
-def stack(model: CausalLM, *, release: bool = False, widen: bool = False) -> tuple[Layout, dict[str, Any]]:
+def stack(model: Transformer, *, release: bool = False, widen: bool = False) -> tuple[Layout, dict[str, Any]]:
     """The model's static layout, and its parameters with each run of blocks stacked along a new first axis.
 
     Args:

@@ -7,18 +7,38 @@ from jaxtyping import Int32
 
 from quikjax.errors import QuikError
 from quikjax.files import described
-from quikjax.models.base import CausalLM, Config
+from quikjax.models.base import CausalLM, Config, Transformer
 
 
 def checked_model(model: Any) -> CausalLM:
-    """`model`, if it is one of ours.
+    """`model`, if it is one of ours that predicts the next token.
+
+    Raises:
+        QuikError: it is something else, such as the pair that `load` returns, or an encoder.
+    """
+    model = checked_transformer(model)
+    if isinstance(model, CausalLM):
+        return model
+    raise not_causal(type(model).__name__)
+
+
+def not_causal(name: str) -> QuikError:
+    """Why an encoder, a model of class `name`, neither generates nor has a perplexity, and what it is for."""
+    return QuikError(
+        f"{name} is an encoder, which does not predict the next token, so that it neither continues text nor has a perplexity; "
+        "use it with: quikjax embed, or quikjax classify where it has a classifier"
+    )
+
+
+def checked_transformer(model: Any) -> Transformer:
+    """`model`, if it is one of ours, encoder or not.
 
     Raises:
         QuikError: it is something else, such as the pair that `load` returns.
     """
-    if isinstance(model, CausalLM):
+    if isinstance(model, Transformer):
         return model
-    if isinstance(model, tuple) and len(model) == 2 and isinstance(model[0], CausalLM):
+    if isinstance(model, tuple) and len(model) == 2 and isinstance(model[0], Transformer):
         raise QuikError("a model is expected, not the pair that load returns; write: model, tokenizer = load(...)")
     raise QuikError(f"a model is expected, as load returns it, not {described(model)}")
 

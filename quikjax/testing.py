@@ -15,6 +15,7 @@ from flax import nnx
 from quikjax.files import user_path
 from quikjax.models.base import CausalLM
 from quikjax.models.registry import abstract_model, dotted, nested, pure_params
+from quikjax.models.tokens import checked_model
 
 END = "<|end|>"
 
@@ -62,7 +63,7 @@ def tiny_model(seed: int = 0, *, dtype: Any = jnp.float32, **fields: Any) -> Cau
     """A random LLaMA of `tiny_config(**fields)`."""
     model = abstract_model(tiny_config(**fields), dtype)
     params = {name: jnp.asarray(weight, dtype) for name, weight in tiny_weights(seed, **fields).items()}
-    return nnx.merge(nnx.split(model)[0], nested(params))
+    return checked_model(nnx.merge(nnx.split(model)[0], nested(params)))
 
 
 def chain_config(successors: Sequence[int], **fields: Any) -> dict[str, Any]:
@@ -113,7 +114,7 @@ def chain_model(successors: Sequence[int], *, dtype: Any = jnp.float32, **fields
     """
     model = abstract_model(chain_config(successors, **fields), dtype)
     params = {name: jnp.asarray(weight, dtype) for name, weight in chain_weights(successors).items()}
-    return nnx.merge(nnx.split(model)[0], nested(params))
+    return checked_model(nnx.merge(nnx.split(model)[0], nested(params)))
 
 
 def write_chain_checkpoint(directory: str | Path, successors: Sequence[int], **fields: Any) -> Path:

@@ -167,6 +167,24 @@ def calibration_windows(tokens: Int32[np.ndarray, " tokens"], samples: int, leng
     return tokens[: samples * length].reshape(samples, length)
 
 
+def framed_windows(tokenizer: Any, text: str, samples: int, length: int) -> Int32[np.ndarray, "samples length"]:
+    """The first `samples` windows of a text, each with what the tokenizer puts around one, `length` tokens in all.
+
+    Raises:
+        QuikError: the text is too short, `length` leaves no room for a token of it, or a number is not positive.
+    """
+    inner = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    around = tokenizer(text, verbose=False)["input_ids"]
+    at = next((at for at in range(len(around)) if around[at : at + len(inner)] == inner), 0)
+    before, behind = around[:at], around[at + len(inner) :]
+    room = length - len(before) - len(behind)
+    if length > 0 and room < 1:
+        raise QuikError(f"a window of {length} tokens has no room for a text beside the {len(before) + len(behind)} around it")
+    cut = calibration_windows(np.asarray(inner, np.int32), samples, room)
+    frame = [np.tile(np.asarray(tokens, np.int32), (samples, 1)) for tokens in (before, behind)]
+    return np.concatenate([frame[0], cut, frame[1]], axis=1)
+
+
 def tokens_fingerprint(tokens: Int32[np.ndarray, "..."]) -> str:
     """SHA-256 over the tokens and their shape."""
     return hashlib.sha256(repr(tokens.shape).encode() + np.ascontiguousarray(tokens, "<i4").tobytes()).hexdigest()

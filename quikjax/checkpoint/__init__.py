@@ -30,10 +30,10 @@ from quikjax.checkpoint.shapes import check_parameters, shapes_of
 from quikjax.checkpoint.writer import Writer, stored_shapes
 from quikjax.errors import QuikError
 from quikjax.loading.source import stops_of
-from quikjax.models.base import CausalLM
+from quikjax.models.base import Transformer
 from quikjax.models.registry import abstract_model, dotted, nested, pure_params
 from quikjax.models.stops import named_stops
-from quikjax.models.tokens import checked_model
+from quikjax.models.tokens import checked_transformer
 
 __all__ = [
     "REST",
@@ -68,7 +68,7 @@ def split_parts(params: Mapping[str, Any], block_path: tuple[str, ...]) -> dict[
 
 def save(
     path: str | os.PathLike[str],
-    model: CausalLM,
+    model: Transformer,
     *,
     config: Mapping[str, Any] | None = None,
     tokenizer: Any = None,
@@ -92,7 +92,7 @@ def save(
         QuikError: `path` exists, the parameters are not those of the configuration, a weight breaks its invariant, the disk is
             full or refuses. What was at `path` is untouched, and nothing else is left.
     """
-    model = checked_model(model)
+    model = checked_transformer(model)
     if config is None and model.published is None:
         raise QuikError("the model does not know its published configuration; pass it as config")
     published = json.loads(model.published or "null") if config is None else config
@@ -115,7 +115,7 @@ def _with_stops(generation_config: Mapping[str, Any] | None, stops: tuple[int, .
     return fields or None
 
 
-def restore(path: str | os.PathLike[str], *, verify: bool = True, context: int | None = None) -> tuple[CausalLM, Any]:
+def restore(path: str | os.PathLike[str], *, verify: bool = True, context: int | None = None) -> tuple[Transformer, Any]:
     """The model and the tokenizer (or `None`) of an artifact. The bits of every weight are those that were saved.
 
     Args:

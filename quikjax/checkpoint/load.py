@@ -8,11 +8,11 @@ import jax.numpy as jnp
 from quikjax.checkpoint import restore
 from quikjax.loading import load_published, resolve
 from quikjax.loading.formats import ARTIFACT_FILE
-from quikjax.models.base import CausalLM
+from quikjax.models.base import Transformer
 from quikjax.models.registry import floating_dtype
 
 
-def load(model: str | Path, *, dtype: Any = jnp.float32, context: int | None = None) -> tuple[CausalLM, Any | None]:
+def load(model: str | Path, *, dtype: Any = jnp.float32, context: int | None = None) -> tuple[Transformer, Any | None]:
     """A model with its parameters, and its tokenizer, or None where the checkpoint has none.
 
     Args:

@@ -3,13 +3,13 @@
 from collections.abc import Mapping
 
 from quikjax.errors import QuikError
-from quikjax.models.base import CausalLM
+from quikjax.models.base import Transformer
 from quikjax.models.registry import dotted, pure_params
 
 Shapes = Mapping[str, tuple[int, ...]]
 
 
-def shapes_of(model: CausalLM) -> dict[str, tuple[int, ...]]:
+def shapes_of(model: Transformer) -> dict[str, tuple[int, ...]]:
     """The shape of every parameter of a model, abstract or not, by full name."""
     return {path: tuple(leaf.shape) for path, leaf in dotted(pure_params(model)).items()}
 

@@ -11,7 +11,10 @@ from quikjax.errors import QuikError, did_you_mean
 if TYPE_CHECKING:
     from quikjax.quantizing.recipe import Recipe
 
-Model = Annotated[str, typer.Argument(help="smollm2-135m, a directory, a .gguf file, or a hub name org/name[@revision].")]
+Model = Annotated[
+    str,
+    typer.Argument(help="smollm2-135m, all-minilm-l6-v2, a directory, a .gguf file, or a hub name org/name[@revision]."),
+]
 Artifact = Annotated[str, typer.Argument(help="What `quantize` wrote: its directory, or a hub name org/name[@revision].")]
 Context = Annotated[
     int | None,

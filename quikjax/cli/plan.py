@@ -110,12 +110,13 @@ def _plan_text(model: str, plan: "Plan") -> str:
             str(layer.outliers),
             size(layer.bytes * layer.count),
             runs_on(layer.prefill),
-            runs_on(layer.decode),
+            *([runs_on(layer.decode)] if plan.generates else []),
         ]
         for layer in plan.layers
     ]
     if rows:
-        head = ("layer", "count", "N x K", "format", "method", "outliers", "size", "prefill", "decode")
+        columns = ("layer", "count", "N x K", "format", "method", "outliers", "size", "prefill", "decode")
+        head = columns if plan.generates else columns[:-1]
         lines += [table(head, rows), *(f"[{i}] {reason}" for i, reason in enumerate(reasons, 1)), ""]
     dense = [[row.pattern, str(row.count), " x ".join(map(str, row.shape)), size(row.bytes * row.count)] for row in plan.dense]
     lines += [table(("not quantized", "count", "shape", "size"), dense), ""]

@@ -55,10 +55,11 @@ def quantize(
     from quikjax.cli.printing import ProgressLines, duration, megabytes, print_json, say
     from quikjax.loading import open_source
     from quikjax.models.registry import abstract_model
+    from quikjax.quantizing.calibration import calibration_tokens
     from quikjax.quantizing.checkpoint import quantize_checkpoint
     from quikjax.quantizing.memory import default_activation_bytes
     from quikjax.reports.sizes import size_of_artifact, sizes_of_layers
-    from quikjax.texts import calibration_text, calibration_windows, tokenize
+    from quikjax.texts import calibration_text
 
     # Everything that can be wrong is looked at before anything is loaded.
     chosen = choose_recipe(recipe, outliers, block, proxy, method)
@@ -67,8 +68,8 @@ def quantize(
     refuse_existing(out, force=force)
     text = calibration_text(calibration) if chosen.needs_data() else None
     source = open_source(model)
-    reach = abstract_model(source.config, floating, context=context).config.context_length
-    length = min(2048, reach) if seqlen is None else seqlen
+    abstract = abstract_model(source.config, floating, context=context)
+    length = min(2048, abstract.config.context_length) if seqlen is None else seqlen
     say(f"model        {model}, activations and unquantized weights in {dtype}")
     given = {"outliers": outliers, "blocks of": block, "proxy outliers": proxy, "method": method}
     say("recipe       " + ", ".join([chosen.name, *(f"{name} {value}" for name, value in given.items() if value is not None)]))
@@ -80,7 +81,7 @@ def quantize(
 
     def windows(tokenizer: Any) -> Any:
         assert text is not None
-        return calibration_windows(tokenize(tokenizer, text.content), samples, length)
+        return calibration_tokens(abstract, tokenizer, text.content, samples, length)
 
     try:
         done = quantize_checkpoint(

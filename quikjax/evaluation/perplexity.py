@@ -23,7 +23,7 @@ from quikjax.evaluation.distance import Distance, TokenDistances, exponential, s
 from quikjax.evaluation.forward import by_chunks, checked_windows, hidden_states, on_device
 from quikjax.evaluation.positions import PositionRow, by_position
 from quikjax.files import described
-from quikjax.models.base import CausalLM
+from quikjax.models.base import CausalLM, Transformer
 from quikjax.models.registry import pure_params
 from quikjax.models.tokens import checked_model
 
@@ -117,7 +117,7 @@ def windows(tokens: Any, length: int, count: int | None = None, stride: int | No
     return np.lib.stride_tricks.sliding_window_view(whole, length)[::step].copy()
 
 
-def reference(model: CausalLM, ids: Any) -> Reference:
+def reference(model: Transformer, ids: Any) -> Reference:
     """Run a model over windows `[count, length]` once, to hold others against it. Its hidden states stay in host memory.
 
     Raises:
@@ -128,9 +128,9 @@ def reference(model: CausalLM, ids: Any) -> Reference:
 
 
 def evaluate(
-    model: CausalLM,
+    model: Transformer,
     ids: Any,
-    against: Reference | CausalLM | None = None,
+    against: Reference | Transformer | None = None,
     *,
     stride: int | None = None,
     batch: int | None = None,
@@ -149,8 +149,8 @@ def evaluate(
     `seconds` and `tokens_per_second` are of the model's own forward passes, compilation not counted.
 
     Raises:
-        QuikError: a window is longer than the model's context, a token outside its vocabulary, the other model has another
-            vocabulary or has run over other windows, or a logit is not finite.
+        QuikError: a model is an encoder, a window is longer than its context, a token outside its vocabulary, the other model has
+            another vocabulary or has run over other windows, or a logit is not finite.
     """
     model = on_device(checked_model(model))
     ids = checked_windows(model, ids)

@@ -19,8 +19,9 @@ from jaxtyping import Array, Bool, Float, Float32, Int32
 from quikjax.errors import QuikError
 from quikjax.evaluation.forward import CHUNK, by_chunks, hidden_states
 from quikjax.generation import Generator
-from quikjax.models.base import CausalLM
+from quikjax.models.base import CausalLM, Transformer
 from quikjax.models.registry import pure_params
+from quikjax.models.tokens import checked_model
 
 BATCH_TOKENS = 2048
 # Rows are padded to a multiple of this.
@@ -36,8 +37,8 @@ class Scorer:
     `prefix` is the token that stands before a text without context: the tokenizer's BOS, or its EOS where it has none.
     """
 
-    def __init__(self, model: CausalLM, tokenizer: Any, on_batch: OnBatch | None = None) -> None:
-        self.model = model
+    def __init__(self, model: Transformer, tokenizer: Any, on_batch: OnBatch | None = None) -> None:
+        self.model = model = checked_model(model)
         self.tokenizer = tokenizer
         self.length = model.config.context_length
         self._graphdef, self._params = nnx.split(model)[0], pure_params(model)

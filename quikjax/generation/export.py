@@ -21,10 +21,11 @@ from quikjax.generation.generator import KEY_BLOCK
 from quikjax.generation.sampling import Sampling, row_keys
 from quikjax.models import cache as caches
 from quikjax.models import stacked
-from quikjax.models.base import CausalLM
+from quikjax.models.base import Transformer
 from quikjax.models.cache import StackedCache
 from quikjax.models.memory import device_memory
 from quikjax.models.stacked import Layout
+from quikjax.models.tokens import checked_model
 from quikjax.pallas_kernels.devices import CPU, Device, current_device, tracing_for
 
 # A GPU of no known kind: layers traced for it are plain XLA, which runs on any.
@@ -81,7 +82,7 @@ def check_platforms(platforms: Sequence[str]) -> tuple[str, ...]:
 
 
 def export_programs(
-    model: CausalLM,
+    model: Transformer,
     *,
     length: int,
     context: int,
@@ -111,9 +112,10 @@ def export_programs(
     `state` is a dictionary; its "running" tells which rows have not stopped. Behind a row's stop token every token is -1.
 
     Raises:
-        QuikError: a platform cannot be exported for; lengths that the model does not have; no such cache; it does not fit.
+        QuikError: the model is an encoder; a platform cannot be exported for; lengths that the model does not have; no such
+            cache; it does not fit.
     """
-    platforms = check_platforms(platforms)
+    platforms, model = check_platforms(platforms), checked_model(model)
     config = model.config
     if not 1 < context <= config.context_length:
         raise QuikError(f"the context may be 2 to {config.context_length} tokens, which is the model's own, not {context}")

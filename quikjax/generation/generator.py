@@ -19,9 +19,10 @@ from quikjax.generation.sampling import Sampling, Values, row_keys
 from quikjax.generation.text import TextStream
 from quikjax.models import cache as caches
 from quikjax.models import stacked
-from quikjax.models.base import CausalLM
+from quikjax.models.base import Transformer
 from quikjax.models.cache import Fresh, StackedCache
 from quikjax.models.memory import device_memory, most_slots
+from quikjax.models.tokens import checked_model
 
 # Slots that attention takes at a time on a CPU, and everywhere with `deterministic`; a cache is a multiple of it, and more than
 # one: XLA copies the cache for every block of the model where a single step of the loop takes it all.
@@ -168,12 +169,12 @@ class Generator:
         programs: those of another generator, whose models of the same shapes then need no compiling.
 
     Raises:
-        QuikError: the context is none that the model has, or there is no such cache.
+        QuikError: the model is an encoder, the context is none that it has, or there is no such cache.
     """
 
     def __init__(
         self,
-        model: CausalLM,
+        model: Transformer,
         *,
         tokenizer: Any = None,
         context: int | None = None,
@@ -183,6 +184,7 @@ class Generator:
         release: bool = False,
         programs: Programs | None = None,
     ) -> None:
+        model = checked_model(model)
         self.config = model.config
         self.context = self.config.context_length if context is None else context
         if not 1 < self.context <= self.config.context_length:
@@ -471,7 +473,7 @@ def place(
 
 
 def generate(
-    graphdef: nnx.GraphDef[CausalLM],
+    graphdef: nnx.GraphDef[Any],
     params: Mapping[str, Any],
     ids: Prompts,
     *,

@@ -10,7 +10,7 @@ from quikjax.loading.formats import open_found, open_source
 from quikjax.loading.params import load_params, match, verify
 from quikjax.loading.resolve import DEMO_MODELS, Found, resolve
 from quikjax.loading.source import Source, TensorInfo
-from quikjax.models.base import CausalLM
+from quikjax.models.base import Transformer
 from quikjax.models.registry import abstract_model, floating_dtype
 
 __all__ = [
@@ -29,7 +29,7 @@ __all__ = [
 
 def load_published(
     model: str | Path | Found, *, dtype: Any = jnp.float32, context: int | None = None
-) -> tuple[CausalLM, Any | None]:
+) -> tuple[Transformer, Any | None]:
     """A published model with its parameters, and its tokenizer, or None where the checkpoint has none.
 
     On top of the parameters one tensor is held at a time. `quikjax.load` takes artifacts as well.

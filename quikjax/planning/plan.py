@@ -17,7 +17,7 @@ from quikjax.files import read_json, user_path
 from quikjax.loading import Source, match
 from quikjax.loading.formats import ARTIFACT_FILE, open_found
 from quikjax.loading.resolve import DEMO_MODELS, Found, resolve
-from quikjax.models.base import CausalLM
+from quikjax.models.base import CausalLM, Transformer
 from quikjax.models.memory import device_memory, physical_memory
 from quikjax.models.registry import abstract_model, dotted, floating_dtype, pure_params
 from quikjax.pallas_kernels import devices
@@ -59,7 +59,7 @@ class LayerPlan:
     """Layers of one kind: equal but for the number of their block, which is `*` in `pattern`.
 
     `bytes` are those of one layer as stored, everything counted. `prefill` is the backend that reads `batch * length` tokens at
-    once, `decode` the one that reads `batch`; `None` if none can, and then `problems` of the plan says why.
+    once, `decode` the one that reads `batch` (of a model that generates); `None` if none can, and then `problems` says why.
     """
 
     pattern: str
@@ -98,6 +98,7 @@ class Plan:
 
     `memory_bytes` is what one device holds, `devices_needed` over how many of them the result runs (`None`: not over any number),
     `has_headers` whether tensors' headers were compared with the configuration, `advice` which recipe suits the device and why.
+    `generates` is false of an encoder, which decodes nothing and keeps no keys and values.
     """
 
     model_type: str
@@ -115,6 +116,7 @@ class Plan:
     quantizing: memory.Quantizing
     running: memory.Running
     devices_needed: int | None
+    generates: bool
     problems: tuple[str, ...]
     advice: str | None = None
     notes: tuple[str, ...] = ()
@@ -188,6 +190,7 @@ class Plan:
             "quantizing_fits": self.quantizing_fits,
             "fits": self.fits,
             "devices_needed": self.devices_needed,
+            "generates": self.generates,
             "problems": list(self.problems),
             "advice": self.advice,
             "notes": list(self.notes),
@@ -302,6 +305,7 @@ def make_plan(
         quantizing=quantizing,
         running=run,
         devices_needed=memory.devices_needed(run, memory_bytes, model.config),
+        generates=isinstance(model, CausalLM),
         problems=(*problems, *rows.problems),
         notes=_notes(recipe, model),
     )
@@ -320,7 +324,7 @@ def _wrong_numbers(context: int, batch: int, length: int, samples: int, seqlen: 
     ]
 
 
-def _notes(recipe: Recipe, model: CausalLM) -> tuple[str, ...]:
+def _notes(recipe: Recipe, model: Transformer) -> tuple[str, ...]:
     """What is no problem, but good to know before it begins."""
     notes = [f"no proxy outliers for {gap}" for gap in gaps(model)] if wants_proxies(recipe.rules) else []
     if any(isinstance(rule, Rule) and rule.sparsity is not None for rule in recipe.rules):
@@ -334,7 +338,7 @@ def _notes(recipe: Recipe, model: CausalLM) -> tuple[str, ...]:
 class _Rows:
     """Every parameter of a model under a recipe, as rows of equal ones, and what is wrong with them."""
 
-    def __init__(self, model: CausalLM, recipe: Recipe, dtype: Any, device: Device, batch: int, length: int) -> None:
+    def __init__(self, model: Transformer, recipe: Recipe, dtype: Any, device: Device, batch: int, length: int) -> None:
         self.model, self.dtype, self.device, self.batch, self.length = model, dtype, device, batch, length
         self.problems: list[str] = []
         self._prefix = ".".join(model.block_path) + "."
@@ -403,6 +407,7 @@ class _Rows:
             )
         base = k - outliers
         legal = base > 0 and (base <= MAX_BASE or not exact)
+        decodes = legal and isinstance(self.model, CausalLM)
         self.layers.append(
             LayerPlan(
                 pattern=pattern,
@@ -417,7 +422,7 @@ class _Rows:
                 outliers=outliers,
                 bytes=abstract_weight(rule, shape, base).bits() // 8,
                 prefill=self._choose(pattern, shape, rule, base, self.batch * self.length) if legal else None,
-                decode=self._choose(pattern, shape, rule, base, self.batch) if legal else None,
+                decode=self._choose(pattern, shape, rule, base, self.batch) if decodes else None,
             )
         )
 

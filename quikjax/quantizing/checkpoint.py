@@ -29,7 +29,7 @@ from quikjax.errors import QuikError, resumable
 from quikjax.files import described
 from quikjax.loading import load_params, open_source, verify
 from quikjax.loading.source import Source
-from quikjax.models.base import CausalLM
+from quikjax.models.base import Transformer
 from quikjax.models.registry import abstract_model, dotted, floating_dtype, nested, pure_params
 from quikjax.models.tokens import checked_tokens
 from quikjax.quantizing import memory
@@ -155,7 +155,7 @@ def quantize_checkpoint(
     return QuantizedCheckpoint(fingerprint, rows, time.perf_counter() - started)
 
 
-def check_recipe(recipe: Recipe, model: CausalLM) -> None:
+def check_recipe(recipe: Recipe, model: Transformer) -> None:
     """Hold every layer against the recipe before any work.
 
     Raises:
@@ -177,7 +177,7 @@ def check_recipe(recipe: Recipe, model: CausalLM) -> None:
             )
 
 
-def expected_bytes(model: CausalLM, recipe: Recipe) -> int:
+def expected_bytes(model: Transformer, recipe: Recipe) -> int:
     """About how much disk an artifact takes, from shapes alone; every number a little rounded up."""
     total = 0
     for path, leaf in dotted(pure_params(model)).items():
@@ -190,7 +190,7 @@ def expected_bytes(model: CausalLM, recipe: Recipe) -> int:
     return total + (8 << 20)
 
 
-def _spills(model: CausalLM, recipe: Recipe, tokens: Int32[np.ndarray, "samples length"], dtype: Any, budget: int) -> bool:
+def _spills(model: Transformer, recipe: Recipe, tokens: Int32[np.ndarray, "samples length"], dtype: Any, budget: int) -> bool:
     """Tell whether activations exceed the budget, so that they are kept on disk.
 
     Raises:
@@ -211,7 +211,7 @@ def _spills(model: CausalLM, recipe: Recipe, tokens: Int32[np.ndarray, "samples 
 
 def _convert_blocks(
     source: Source,
-    abstract: CausalLM,
+    abstract: Transformer,
     recipe: Recipe,
     tokens: Int32[np.ndarray, "samples length"] | None,
     dtype: Any,
@@ -277,7 +277,7 @@ class _Clock:
         return seconds
 
 
-def _embed(abstract: CausalLM, rest: Mapping[str, Any], tokens: Int32[np.ndarray, "samples length"]) -> Iterator[np.ndarray]:
+def _embed(abstract: Transformer, rest: Mapping[str, Any], tokens: Int32[np.ndarray, "samples length"]) -> Iterator[np.ndarray]:
     """The hidden states before the first block, one sequence after the other. Blocks stay abstract: none of them is read."""
     filled = nested({**dotted(pure_params(abstract)), **dotted(rest)})
     model = nnx.merge(nnx.split(abstract)[0], filled)

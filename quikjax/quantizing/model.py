@@ -18,9 +18,9 @@ from jaxtyping import Array, Float
 
 from quikjax.errors import QuikError
 from quikjax.files import described
-from quikjax.models.base import Block, CausalLM, Positions, default_positions
+from quikjax.models.base import Block, Positions, Transformer, default_positions
 from quikjax.models.registry import dotted, nested, pure_params
-from quikjax.models.tokens import checked_model, checked_tokens
+from quikjax.models.tokens import checked_tokens, checked_transformer
 from quikjax.quantizing.activation_store import Activations, Batch, read
 from quikjax.quantizing.codebook_rule import wants_proxies
 from quikjax.quantizing.params import LayerResult, OnLayer, quantize_block
@@ -49,7 +49,7 @@ class QuantizedBlock:
 
 
 def quantize_model(
-    model: CausalLM,
+    model: Transformer,
     recipe: Recipe | str,
     batches: Iterable[Any],
     *,
@@ -70,7 +70,7 @@ def quantize_model(
         QuikError: there is nothing to calibrate on, `batches` are not what `embed_batches` takes, or weights or activations are
             not finite.
     """
-    recipe, model = find_recipe(recipe), checked_model(model)
+    recipe, model = find_recipe(recipe), checked_transformer(model)
     params = dotted(pure_params(model))
     prefix = ".".join(model.block_path) + "."
 
@@ -86,7 +86,7 @@ def quantize_model(
     return nested({path: result[path] for path in params})
 
 
-def calibrate(graphdef: nnx.GraphDef[CausalLM], params: Mapping[str, Any], batches: Iterable[Any]) -> dict[str, LayerStats]:
+def calibrate(graphdef: nnx.GraphDef[Any], params: Mapping[str, Any], batches: Iterable[Any]) -> dict[str, LayerStats]:
     """Statistics of every layer's input in the *unquantized* model, by dotted path, for `quantize_params`.
 
     Layers that read the same tensor share one `LayerStats`. Holds one Hessian per group of layers: use `quantize_model` for
@@ -95,7 +95,7 @@ def calibrate(graphdef: nnx.GraphDef[CausalLM], params: Mapping[str, Any], batch
     Raises:
         QuikError: `batches` are not what `embed_batches` takes.
     """
-    model = nnx.merge(graphdef, params)
+    model: Transformer = nnx.merge(graphdef, params)
     hidden: list[Batch] = list(embed_batches(model, batches))
     stats: dict[str, LayerStats] = {}
     for name, block in model.blocks.items():
@@ -110,7 +110,7 @@ def calibrate(graphdef: nnx.GraphDef[CausalLM], params: Mapping[str, Any], batch
     return stats
 
 
-def embed_batches(model: CausalLM, batches: Iterable[Any]) -> Iterator[np.ndarray]:
+def embed_batches(model: Transformer, batches: Iterable[Any]) -> Iterator[np.ndarray]:
     """The hidden states that enter the first block, one host array after the other. Only the embedding's weights are read.
 
     Raises:
@@ -129,7 +129,7 @@ def embed_batches(model: CausalLM, batches: Iterable[Any]) -> Iterator[np.ndarra
 
 
 def quantize_blocks(
-    model: CausalLM,
+    model: Transformer,
     load: Callable[[str], BlockParams],
     recipe: Recipe,
     hidden: Sequence[Batch],

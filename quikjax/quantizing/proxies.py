@@ -12,10 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32
 
-from quikjax.models.base import Block, CausalLM
+from quikjax.models.base import Block, Transformer
+from quikjax.models.bert import BertBlock
+from quikjax.models.distilbert import DistilBertBlock
+from quikjax.models.encoder import EncoderConfig
 from quikjax.models.falcon import FalconBlock, FalconConfig
 from quikjax.models.gpt2 import GPT2Block, GPT2Config
-from quikjax.models.llama import LlamaBlock, LlamaConfig
+from quikjax.models.llama import LlamaBlock
 from quikjax.models.opt import OPTBlock, OPTConfig
 from quikjax.weights.quik import as_matrix
 
@@ -36,7 +39,7 @@ class Producers:
     why_not: str | None = None
 
 
-def producers(model: CausalLM) -> dict[str, Producers]:
+def producers(model: Transformer) -> dict[str, Producers]:
     """The producing layers of every group of a block, by the group's name, or why there are none.
 
     A ReLU between two layers makes a unit's output large or nothing by its sign, so large weights do not tell (paper, section 3);
@@ -68,6 +71,20 @@ def producers(model: CausalLM) -> dict[str, Producers]:
             "mlp_input": Producers(("attn.c_proj",)),
             "mlp_output": Producers(why_not="a ReLU stands between c_fc and c_proj") if relu else Producers(("mlp.c_fc",)),
         }
+    if issubclass(block, BertBlock | DistilBertBlock):
+        assert isinstance(model.config, EncoderConfig)
+        relu = model.config.activation == "relu"
+        values, output, wide, narrow = (
+            ("attention.self.value", "attention.output.dense", "intermediate.dense", "output.dense")
+            if issubclass(block, BertBlock)
+            else ("attention.v_lin", "attention.out_lin", "ffn.lin1", "ffn.lin2")
+        )
+        return {
+            "attention_input": Producers((narrow,), previous=True),
+            "attention_output": Producers((values,), heads=True),
+            "mlp_input": Producers((output,)),
+            "mlp_output": Producers(why_not=f"a ReLU stands between {wide} and {narrow}") if relu else Producers((wide,)),
+        }
     if issubclass(block, FalconBlock):
         written = ("self_attention.dense", "mlp.dense_4h_to_h")
         found = {
@@ -84,13 +101,13 @@ def producers(model: CausalLM) -> dict[str, Producers]:
     return {group: Producers(why_not="which layer produces it is not known") for group in block.groups}
 
 
-def has_proxies(model: CausalLM, group: str, first: bool) -> bool:
+def has_proxies(model: Transformer, group: str, first: bool) -> bool:
     """Whether a group's columns are scored, in the first block or in a later one."""
     found = producers(model)[group]
     return bool(found.layers) and not (found.previous and first)
 
 
-def gaps(model: CausalLM) -> list[str]:
+def gaps(model: Transformer) -> list[str]:
     """Which groups of layers get no proxy outliers, and why, a sentence each."""
     sentences = []
     for group, found in producers(model).items():
@@ -102,7 +119,7 @@ def gaps(model: CausalLM) -> list[str]:
 
 
 def block_proxies(
-    model: CausalLM, params: Mapping[str, Float[Array, "..."]], before: Mapping[str, Float[Array, "..."]] | None
+    model: Transformer, params: Mapping[str, Float[Array, "..."]], before: Mapping[str, Float[Array, "..."]] | None
 ) -> dict[str, Scores]:
     """Scores of the input columns of every layer of a block whose producing layers are known, by the layer's weight path.
 
@@ -124,13 +141,13 @@ def block_proxies(
     return scores
 
 
-def written_layers(model: CausalLM, params: Mapping[str, Float[Array, "..."]]) -> dict[str, Float[Array, "..."]]:
+def written_layers(model: Transformer, params: Mapping[str, Float[Array, "..."]]) -> dict[str, Float[Array, "..."]]:
     """What `block_proxies` of the next block needs of a block's dense parameters."""
     names = {layer for found in producers(model).values() if found.previous for layer in found.layers}
     return {path: leaf for path, leaf in params.items() if path.removesuffix(".weight") in names}
 
 
-def model_proxies(model: CausalLM, params: Mapping[str, Float[Array, "..."]]) -> dict[str, Scores]:
+def model_proxies(model: Transformer, params: Mapping[str, Float[Array, "..."]]) -> dict[str, Scores]:
     """`block_proxies` of all blocks, by full dotted path, from a model's dense parameters by dotted path."""
     scores: dict[str, Scores] = {}
     before: dict[str, Float[Array, "..."]] | None = None
@@ -169,14 +186,13 @@ def _ranks(values: np.ndarray) -> np.ndarray:
     return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
 
 
-def _spread(model: CausalLM, params: Mapping[str, Float[Array, "..."]], layer: str, heads: bool) -> Scores:
+def _spread(model: Transformer, params: Mapping[str, Float[Array, "..."]], layer: str, heads: bool) -> Scores:
     """The standard deviation of each output unit's incoming weights, in the order of the columns it writes."""
     weight = params[f"{layer}.weight"]
     found = jnp.std(as_matrix(weight, (1,)).astype(jnp.float32), axis=1)
     if not heads:
         return found
     config = model.config
-    assert isinstance(config, LlamaConfig | OPTConfig | GPT2Config | FalconConfig)
     if isinstance(config, FalconConfig):
         # The fused projection: groups of queries, their key, their value.
         found = found.reshape(config.kv_heads, -1, config.head_size)[:, -1]

@@ -41,8 +41,8 @@ class Rule(LayerRule):
     """4-bit activations: into how many steps a token's range is divided, and the first that has a code: `(17, 1)`; or what costs
     the group of layers least on calibration samples. Left out: 15 steps, all with a code."""
     scale_outliers: bool = False
-    """Grow the number of outliers in proportion to the layer's input width (LLaMA's down_proj, GPT-2's mlp.c_proj, Falcon's
-    dense_4h_to_h)."""
+    """Grow the number of outliers in proportion to the layer's input width (LLaMA's down_proj, GPT-2's mlp.c_proj, BERT's
+    output.dense, Falcon's dense_4h_to_h)."""
     zero_threshold: float = Field(0.0, ge=0)
     """No outliers where the largest activation is at most this (twice this for 8-bit layers); 0 turns it off."""
     outlier_dtype: Literal["float16", "bfloat16"] = "float16"
@@ -164,15 +164,17 @@ class Recipe(BaseModel):
         return self.model_copy(update={"rules": tuple(rules)})
 
 
-# The layers of a block, by published name: LLaMA; OPT; GPT-2; Falcon. Embeddings, norms and heads match nothing.
-_FALCON_WIDE = r"\.dense_4h_to_h\.weight$"
-_FALCON = r"\.(query_key_value|dense|dense_h_to_4h)\.weight$"
-_WIDE = r"\.(down_proj|mlp\.c_proj)\.weight$"
-_LAYERS = r"\.(q_proj|k_proj|v_proj|o_proj|out_proj|gate_proj|up_proj|fc1|fc2|c_attn|attn\.c_proj|c_fc)\.weight$"
-
-
-# Of those, the layers of attention; the others are the MLP's.
-_ATTENTION = r"\.(q_proj|k_proj|v_proj|o_proj|out_proj|query_key_value|dense|c_attn|attn\.c_proj)\.weight$"
+# The layers of a block, by published name: LLaMA, OPT and GPT-2; BERT, RoBERTa and DistilBERT; Falcon. Embeddings, norms and
+# heads match nothing. BERT calls most of its layers `dense`, its heads' too, and Falcon one of its own: their parents tell.
+_FALCON_WIDE = r"\.mlp\.dense_4h_to_h\.weight$"
+_FALCON = r"\.(self_attention\.(query_key_value|dense)|mlp\.dense_h_to_4h)\.weight$"
+_WIDE = r"\.(down_proj|mlp\.c_proj|layer\.\d+\.output\.dense|ffn\.lin2)\.weight$"
+# Of the others, the layers of attention and those of the MLP.
+_HEADS = r"q_proj|k_proj|v_proj|o_proj|out_proj|c_attn|attn\.c_proj"
+_ENCODER_HEADS = r"attention\.(self\.(query|key|value)|output\.dense|(q|k|v|out)_lin)"
+_MLP = r"gate_proj|up_proj|fc1|fc2|c_fc|layer\.\d+\.intermediate\.dense|ffn\.lin1"
+_LAYERS = rf"(?<!classifier)\.({_HEADS}|{_ENCODER_HEADS}|{_MLP})\.weight$"
+_ATTENTION = rf"\.({_HEADS}|{_ENCODER_HEADS}|self_attention\.(query_key_value|dense))\.weight$"
 
 
 def _rules(wide: Rule, other: Rule) -> tuple[Rule, ...]:

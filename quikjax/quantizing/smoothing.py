@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from quikjax.algorithms.smoothquant import smoothing_scales
 from quikjax.errors import QuikError
-from quikjax.models.base import CausalLM
+from quikjax.models.base import Transformer
 from quikjax.models.registry import dotted, nested, pure_params
 from quikjax.quantizing.statistics import LayerStats
 
@@ -23,7 +23,7 @@ NORMS: dict[str, tuple[str, ...]] = {
 }
 
 
-def smooth_params(model: CausalLM, stats: Mapping[str, LayerStats], alpha: float) -> dict[str, Any]:
+def smooth_params(model: Transformer, stats: Mapping[str, LayerStats], alpha: float) -> dict[str, Any]:
     """Smooth a dense model: its parameters as nested dictionaries, the same function with narrower activations.
 
     Args:

@@ -4,13 +4,13 @@ import dataclasses
 import shlex
 from typing import Any
 
-import numpy as np
-
 from quikjax.checkpoint import Reader
 from quikjax.errors import QuikError
 from quikjax.loading import DEMO_MODELS, open_source
+from quikjax.models.registry import abstract_model
+from quikjax.quantizing.calibration import calibration_tokens
 from quikjax.quantizing.recipe import RECIPES
-from quikjax.texts import calibration_text, tokenize, tokens_fingerprint
+from quikjax.texts import calibration_text, tokens_fingerprint
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,8 +66,9 @@ def _text(reader: Reader, tokens: dict[str, Any]) -> str | None:
     if tokenizer is None:
         return None
     samples, length = tokens["shape"]
-    found = tokenize(tokenizer, calibration_text("pydoc").content)
-    if found.size < samples * length:
-        return None
-    same = tokens_fingerprint(np.asarray(found[: samples * length]).reshape(samples, length)) == tokens["sha256"]
-    return "pydoc" if same else None
+    model = abstract_model(reader.manifest.config or {})
+    try:
+        found = calibration_tokens(model, tokenizer, calibration_text("pydoc").content, samples, length)
+    except QuikError:
+        return None  # it is too short
+    return "pydoc" if tokens_fingerprint(found) == tokens["sha256"] else None

@@ -22,6 +22,7 @@ from quikjax.evaluation import Reference, evaluate, reference, windows
 from quikjax.loading import load_published, open_source
 from quikjax.models.base import CausalLM
 from quikjax.models.registry import dotted, pure_params
+from quikjax.models.tokens import checked_model
 from quikjax.quantizing.model import calibrate, quantize_model
 from quikjax.quantizing.params import quantize_params
 from quikjax.quantizing.recipe import AnyRule, Recipe, Rule, find_recipe
@@ -238,7 +239,7 @@ class _Bench:
 
     @functools.cached_property
     def _model(self) -> CausalLM:
-        return load_published(self.setting.model)[0]
+        return checked_model(load_published(self.setting.model)[0])
 
     @functools.cached_property
     def _tokenizer(self) -> Any:

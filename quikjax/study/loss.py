@@ -23,8 +23,9 @@ from jaxtyping import Array, Float, Float32, Int
 from quikjax.algorithms.numerics import reduced_rows
 from quikjax.algorithms.rtn import rtn
 from quikjax.errors import QuikError
-from quikjax.models.base import Block, CausalLM, Positions, default_positions
+from quikjax.models.base import Block, CausalLM, Positions, Transformer, default_positions
 from quikjax.models.registry import dotted, nested, pure_params
+from quikjax.models.tokens import checked_model
 from quikjax.weights.quik import QuikWeight, as_matrix
 
 # Logits are made for this many tokens at a time.
@@ -68,7 +69,7 @@ class LossStudy:
 
 
 def study_loss(
-    original: CausalLM, artifact: CausalLM, windows: Int[np.ndarray, "count length"], progress: Progress | None = None
+    original: Transformer, artifact: Transformer, windows: Int[np.ndarray, "count length"], progress: Progress | None = None
 ) -> LossStudy:
     """Measure where `artifact`, `original` quantized, loses accuracy on `windows` of tokens.
 
@@ -78,6 +79,7 @@ def study_loss(
     Raises:
         QuikError: the two are not one model, or nothing is quantized.
     """
+    original, artifact = checked_model(original), checked_model(artifact)
     dense, packed = dotted(pure_params(original)), dotted(pure_params(artifact))
     if {path: tuple(leaf.shape) for path, leaf in dense.items()} != {path: tuple(leaf.shape) for path, leaf in packed.items()}:
         raise QuikError("the artifact was not made from this model: their parameters differ in name or shape")

@@ -25,6 +25,7 @@ from quikjax.loading import load_params, open_source
 from quikjax.loading.source import Source
 from quikjax.models.base import CausalLM
 from quikjax.models.registry import abstract_model, dotted, nested, pure_params
+from quikjax.models.tokens import checked_model
 from quikjax.quantizing.model import quantize_blocks
 from quikjax.quantizing.recipe import Recipe, codebook_recipe
 from quikjax.reports.charts import LineChart, Point
@@ -92,7 +93,7 @@ def open_family(models: Sequence[str], text: Text, *, window: int, count: int | 
         name = Path(str(model).rstrip("/")).name
         if any(member.name == name for member in members):
             raise QuikError(f'two models are called "{name}"; rename one of their directories')
-        abstract = abstract_model(source.config)
+        abstract = checked_model(abstract_model(source.config))
         tokenizer = source.tokenizer()
         if tokenizer is None:
             raise QuikError(f"{model} has no tokenizer, so it cannot read text; put its tokenizer.json beside it")

@@ -31,6 +31,7 @@ from quikjax.loading import load_params, open_source, verify
 from quikjax.loading.resolve import DEMO_MODELS
 from quikjax.loading.source import Source
 from quikjax.models.registry import abstract_model, dotted, nested, pure_params
+from quikjax.models.tokens import checked_model
 from quikjax.quantizing.checkpoint import refuse_existing
 from quikjax.texts import tokens_fingerprint
 from quikjax.training import blocks, distill, moving
@@ -198,7 +199,7 @@ def load_both(reader: Reader, source: Source, *, codes: bool = False) -> tuple[S
     Raises:
         QuikError: one of them is damaged; the artifact has no packed weight.
     """
-    abstract = abstract_model(source.config)
+    abstract = checked_model(abstract_model(source.config))
     verify(source, abstract)
     prefix = ".".join(abstract.block_path)
     held = {name: reader.read_part(name) for name in reader.parts}

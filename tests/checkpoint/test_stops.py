@@ -15,7 +15,7 @@ from quikjax import checkpoint
 from quikjax.checkpoint.export.dequantized import export_safetensors
 from quikjax.errors import QuikError
 from quikjax.generation import generate
-from quikjax.models.base import CausalLM
+from quikjax.models.base import Transformer
 from quikjax.models.registry import pure_params
 from quikjax.quantizing.checkpoint import quantize_checkpoint
 from quikjax.testing import chain_config, chain_model, chain_weights, tiny_model, write_chain_checkpoint
@@ -38,7 +38,7 @@ def word_tokenizer(end: str | None = None) -> Any:
     return transformers.PreTrainedTokenizerFast(tokenizer_object=core, **({} if end is None else {"eos_token": end}))
 
 
-def said(model: CausalLM, start: int = 0, stop: Any = None) -> list[int]:
+def said(model: Transformer, start: int = 0, stop: Any = None) -> list[int]:
     """The tokens that a model of `RING` says behind `start`, at most 12."""
     out = generate(nnx.split(model)[0], pure_params(model), [[start]], max_new_tokens=12, stop=stop)
     return out.tokens[0, : out.lengths[0]].tolist()

@@ -11,6 +11,7 @@ from flax import nnx
 
 from quikjax.models.base import CausalLM
 from quikjax.models.registry import abstract_model, dotted, nested, pure_params
+from quikjax.models.tokens import checked_model
 from quikjax.quantizing.codebook import abstract_codebook
 from quikjax.quantizing.codebook_rule import CodebookRule
 from quikjax.weights.codebook import CodebookWeight
@@ -112,7 +113,7 @@ def random_params(
 
 def build(params: dict[str, Any], config: dict[str, Any] = CONFIG) -> CausalLM:
     """The model of `config` with these parameters."""
-    return nnx.merge(nnx.split(abstract_model(config))[0], nested(params))
+    return checked_model(nnx.merge(nnx.split(abstract_model(config))[0], nested(params)))
 
 
 def assert_same_bits(left: Any, right: Any) -> None:

@@ -12,6 +12,7 @@ from flax import nnx
 from quikjax.checkpoint.load import load
 from quikjax.loading import Source, open_source
 from quikjax.models.base import CausalLM
+from quikjax.models.tokens import checked_model
 
 NAME = "smollm2-135m"
 TEXT = (
@@ -27,7 +28,8 @@ def source() -> Source:
 
 @pytest.fixture(scope="module")
 def loaded() -> tuple[CausalLM, Any]:
-    return load(NAME)
+    model, tokenizer = load(NAME)
+    return checked_model(model), tokenizer
 
 
 def test_what_the_header_says(source: Source) -> None:

@@ -13,7 +13,7 @@ from model_variants import VARIANTS
 from random_weights import random_weights
 
 from quikjax.errors import QuikError
-from quikjax.models.base import CausalLM, Positions, default_positions
+from quikjax.models.base import Positions, Transformer, default_positions
 from quikjax.models.falcon import alibi_slopes
 from quikjax.models.registry import abstract_model, dotted, nested, pure_params
 from quikjax.models.rope import DynamicRope, LinearRope, Llama3Rope, Rope, YarnRope, rotate
@@ -153,7 +153,7 @@ def test_a_missing_field_is_named(family: str, field: str) -> None:
         abstract_model(without(VARIANTS[ONE_EACH[family]], field))
 
 
-def count(model: CausalLM) -> int:
+def count(model: Transformer) -> int:
     return sum(math.prod(leaf.shape) for leaf in dotted(pure_params(model)).values())
 
 

@@ -13,6 +13,7 @@ from flax import nnx
 
 from quikjax.errors import QuikError
 from quikjax.models.registry import abstract_model, dotted, pure_params
+from quikjax.models.tokens import checked_model
 from quikjax.pallas_kernels import devices
 from quikjax.planning.plan import DEVICES, Plan, describe, find_device, make_plan
 from quikjax.quantizing import memory
@@ -204,7 +205,7 @@ def test_a_formula_counts_what_xla_counts(in_turn: bool, monkeypatch: pytest.Mon
         hidden_size=256, intermediate_size=688, num_attention_heads=8, num_key_value_heads=8, max_position_embeddings=1024
     )
     plan = make_plan(fields, "fp", length=1024, memory_bytes=GB)
-    graphdef, params = nnx.split(abstract_model(fields))
+    graphdef, params = nnx.split(checked_model(abstract_model(fields)))
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), nnx.to_pure_dict(params))
     prefill = jax.jit(lambda params, ids: nnx.merge(graphdef, params).prefill(ids, 1024))
     compiled = prefill.lower(shapes, np.zeros((1, 1024), np.int32)).compile()

@@ -12,6 +12,7 @@ from flax import nnx
 from quikjax.errors import QuikError
 from quikjax.models.base import CausalLM
 from quikjax.models.registry import abstract_model, dotted, nested, pure_params
+from quikjax.models.tokens import checked_model
 from quikjax.quantizing.model import calibrate
 from quikjax.quantizing.smoothing import smooth_params
 from quikjax.quantizing.statistics import LayerStats, empty_stats, observe
@@ -51,7 +52,7 @@ def random_model(fields: dict[str, Any]) -> CausalLM:
         path: jnp.asarray(rng.standard_normal(leaf.shape) / np.sqrt(leaf.shape[-1]) + (len(leaf.shape) == 1), jnp.float32)
         for path, leaf in dotted(pure_params(model)).items()
     }
-    return nnx.merge(nnx.split(model)[0], nested(flat))
+    return checked_model(nnx.merge(nnx.split(model)[0], nested(flat)))
 
 
 @partial(jax.jit, static_argnums=0)

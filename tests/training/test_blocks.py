@@ -13,6 +13,7 @@ from flax import nnx
 
 from quikjax.models.base import CausalLM
 from quikjax.models.registry import abstract_model, dotted, nested, pure_params
+from quikjax.models.tokens import checked_model
 from quikjax.training import blocks
 from quikjax.training.distill import kl_divergence
 from quikjax.training.moving import Moving
@@ -28,7 +29,7 @@ IDS = jnp.asarray(np.random.default_rng(0).integers(0, 64, (2, 24)), jnp.int32)
 
 def build(name: str, layers: int = 2) -> CausalLM:
     fields = {**VARIANTS[name], "n_layer" if name == "gpt2" else "num_hidden_layers": layers}
-    abstract = abstract_model(fields)
+    abstract = checked_model(abstract_model(fields))
     flat = {path: tuple(leaf.shape) for path, leaf in dotted(pure_params(abstract)).items()}
     return nnx.merge(nnx.split(abstract)[0], nested({path: jnp.asarray(w) for path, w in random_weights(flat, 0).items()}))
 

@@ -27,7 +27,7 @@ from quikjax.checkpoint.output import TOKENIZER, beside, is_empty, real_path, re
 from quikjax.checkpoint.writer import stored_shapes
 from quikjax.errors import QuikError
 from quikjax.loading.source import GENERATION_CONFIG
-from quikjax.models.base import CausalLM
+from quikjax.models.base import Transformer
 from quikjax.models.registry import abstract_model
 from quikjax.weights.formats import dequantize, is_packed
 
@@ -193,7 +193,7 @@ def _write_weights(
     shapes: Mapping[str, Shapes],
     shards: list[list[str]],
     dtype: str,
-    family: type[CausalLM],
+    family: type[Transformer],
     progress: Progress | None,
 ) -> list[str]:
     """Every shard, and the index if there are several; the names of the shards."""
@@ -221,12 +221,12 @@ def _write_weights(
     return files
 
 
-def _turned(family: type[CausalLM], path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+def _turned(family: type[Transformer], path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     """The shape that checkpoints of the family hold a parameter in."""
     return shape[::-1] if family.lies_transposed(path) else shape
 
 
-def _dense(part: Mapping[str, Any], order: Shapes, dtype: str, family: type[CausalLM]) -> Iterator[tuple[str, np.ndarray]]:
+def _dense(part: Mapping[str, Any], order: Shapes, dtype: str, family: type[Transformer]) -> Iterator[tuple[str, np.ndarray]]:
     """A part's tensors in `order`, dequantized and in `dtype`, one at a time."""
     for tensor in order:
         leaf = part[tensor]
