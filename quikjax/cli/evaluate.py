@@ -62,6 +62,7 @@ def eval_(
 
     from quikjax.checkpoint.load import load
     from quikjax.evaluation.original import check_original, check_tokenizers, is_artifact
+    from quikjax.models.tokens import checked_model
     from quikjax.reports.evaluations import check_writable, evaluations_file
     from quikjax.texts import evaluation_text
 
@@ -81,6 +82,7 @@ def eval_(
         say(f"note: {warning}")
 
     network, tokenizer = load(model, dtype=floating, context=context)
+    network = checked_model(network)
     if tokenizer is None:
         raise QuikError(f"{model} has no tokenizer, so it cannot read text; put its tokenizer.json beside it")
     original = None

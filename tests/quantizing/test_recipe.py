@@ -25,12 +25,46 @@ CODEBOOKS = {f"{kind}{bits}" for kind in ("int", "float") for bits in range(3, 9
         ("transformer.h.0.mlp.dense_h_to_4h.weight", 4, 0.5, False),
         ("transformer.h.0.self_attention.query_key_value.weight", 4, 0.5, False),
         ("transformer.h.0.self_attention.dense.weight", 4, 0.5, False),
+        ("transformer.h.0.mlp.c_proj.weight", 8, 0.01, True),
+        ("encoder.layer.11.output.dense.weight", 8, 0.01, True),
+        ("bert.encoder.layer.3.attention.output.dense.weight", 4, 0.01, False),
+        ("bert.encoder.layer.3.attention.self.key.weight", 4, 0.01, False),
+        ("roberta.encoder.layer.3.intermediate.dense.weight", 4, 0.01, False),
+        ("distilbert.transformer.layer.0.ffn.lin2.weight", 8, 0.01, True),
+        ("transformer.layer.0.ffn.lin1.weight", 4, 0.01, False),
+        ("transformer.layer.0.attention.out_lin.weight", 4, 0.01, False),
     ],
 )
 def test_quik_4b_is_the_papers_choice_for_each_family(path: str, bits: int, damping: float, scaled: bool) -> None:
     rule = RECIPES["quik-4b"].rule_for(path)
     assert isinstance(rule, Rule)
     assert (rule.weight_bits, rule.activation_bits, rule.damping, rule.scale_outliers) == (bits, bits, damping, scaled)
+
+
+@pytest.mark.parametrize(
+    ("path", "attention"),
+    [
+        ("transformer.h.0.self_attention.dense.weight", True),
+        ("transformer.h.0.mlp.dense_h_to_4h.weight", False),
+        ("transformer.h.0.attn.c_proj.weight", True),
+        ("transformer.h.0.mlp.c_proj.weight", False),
+        ("encoder.layer.0.attention.self.query.weight", True),
+        ("encoder.layer.0.attention.output.dense.weight", True),
+        ("encoder.layer.0.intermediate.dense.weight", False),
+        ("encoder.layer.0.output.dense.weight", False),
+        ("transformer.layer.0.attention.out_lin.weight", True),
+        ("transformer.layer.0.ffn.lin1.weight", False),
+        ("transformer.layer.0.ffn.lin2.weight", False),
+    ],
+)
+def test_recipes_that_treat_attention_and_mlp_apart_know_them(path: str, attention: bool) -> None:
+    for name, in_attention in (("quik-4b-sparse-attention", True), ("quik-4b-sparse-mlp", False)):
+        rule = RECIPES[name].rule_for(path)
+        assert isinstance(rule, Rule)
+        assert (rule.sparsity is not None) == (attention == in_attention)
+    bits = RECIPES["zeroquant-w4a8"].rule_for(path)
+    assert bits is not None
+    assert bits.weight_bits == (8 if attention else 4)
 
 
 @pytest.mark.parametrize("name", sorted(RECIPES))
@@ -43,6 +77,15 @@ def test_quik_4b_is_the_papers_choice_for_each_family(path: str, bits: int, damp
         "model.layers.0.self_attn.q_proj.bias",
         "model.decoder.project_in.weight",
         "transformer.word_embeddings.weight",
+        "pooler.dense.weight",
+        "bert.pooler.dense.weight",
+        "cls.predictions.transform.dense.weight",
+        "classifier.weight",
+        "classifier.dense.weight",
+        "classifier.out_proj.weight",
+        "lm_head.dense.weight",
+        "vocab_transform.weight",
+        "pre_classifier.weight",
     ],
 )
 def test_no_recipe_touches_embeddings_norms_heads_and_biases(name: str, path: str) -> None:
