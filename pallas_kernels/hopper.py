@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental.mosaic.gpu import FragmentedArray
 from jax.experimental.mosaic.gpu import utils as mosaic_utils
@@ -39,6 +40,16 @@ def load(ref: Any, layout: Any) -> jax.Array:
     # JAX 0.10 requires the index argument that 0.11 deprecates and 0.12 drops.
     position = (None,) if _LOAD_TAKES_INDEX else ()
     return plgpu.load(ref, *position, layout=layout, optimized=False)
+
+
+def swizzled(shape: tuple[int, ...], dtype: Any) -> Any:
+    """Shared memory in the form that the copy engine writes and tensor cores read without conflicts."""
+    bits = jnp.finfo(dtype).bits if jnp.issubdtype(dtype, jnp.floating) else jnp.iinfo(dtype).bits
+    swizzle = plgpu.find_swizzle(shape[-1] * bits)
+    # JAX 0.11 derives these from a Protocol and leaves one of its methods out, which mypy takes for abstract.
+    tiling = plgpu.TilingTransform((8, swizzle * 8 // bits))  # type: ignore[abstract, unused-ignore]
+    transforms = (tiling, plgpu.SwizzleTransform(swizzle))  # type: ignore[abstract, unused-ignore]
+    return plgpu.SMEM(shape, dtype, transforms=transforms)
 
 
 def row_unit(columns: int) -> int | None:

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 
 from quikjax.pallas_kernels import api
+from quikjax.weights.codebook_tiles import put_codebooks_on_device
 from quikjax.weights.quik import QuikWeight
 from quikjax.weights.sparse import SparseWeight
 
@@ -121,6 +122,7 @@ def put_on_device(params: Any, device: api.Device | None = None) -> Any:
     params = _expanded(params)
     if not device.hopper:
         return params
+    params = put_codebooks_on_device(params, device)
     return _mapped(params, lambda weight: tile(weight) if _on_one_device(weight) else weight)
 
 
