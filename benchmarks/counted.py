@@ -5,6 +5,7 @@
 needs no GPU, only what `make gpu-compile` installs. One line per layer and one per model, as a markdown table. Bytes and kernels
 follow from shapes; instructions are read from machine code; times are predicted from the assumptions printed above the table, and
 a run of `benchmarks/gpu.py` is to be held against them. `--no-code` leaves the compiler out and the instructions with it.
+`--decode` compiles the whole program that decodes, with 8 blocks and with 32, and counts what that launches and copies.
 """
 
 import argparse
@@ -162,16 +163,23 @@ def main() -> int:
     parser.add_argument("--models", nargs="*", choices=list(MODELS), default=["llama-2-7b", "llama-2-70b"])
     parser.add_argument("--rows", type=int, nargs="*", default=[1, 16, 2048])
     parser.add_argument("--no-code", action="store_true", help="without compiling, and without the inner loops")
+    parser.add_argument("--decode", action="store_true", help="the whole program that decodes instead, compiled")
     arguments = parser.parse_args()
     if any(rows < 1 for rows in arguments.rows):
         parser.error("--rows must be at least 1")
-    if not arguments.no_code:
+    if arguments.decode or not arguments.no_code:
         import absent_gpu
         from ptx import sass
 
         if (reason := absent_gpu.missing() or sass.missing()) is not None:
             print(f"{reason}; --no-code does without", file=sys.stderr)
             return 1
+    if arguments.decode:
+        from counted_decode import table as decode_table
+
+        for rows in arguments.rows:
+            print("\n".join(decode_table(rows, (8, 32))), flush=True)
+        return 0
     for device in DEVICES:
         print(
             f"{device.name}: assumed {device.bandwidth / 1e12:.1f} TB/s copied, {device.rate / 1e12:.0f} TFLOP/s bf16, "

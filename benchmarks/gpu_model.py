@@ -12,7 +12,9 @@ import jax.numpy as jnp
 from flax import nnx
 from gpu_peers import random_layer
 
-from quikjax.models import registry
+from quikjax.models import cache as caches
+from quikjax.models import registry, stacked
+from quikjax.models.stacked import Layout
 from quikjax.pallas_kernels.arg_specs import LinearSpec
 from quikjax.weights.tiled import TiledWeight
 
@@ -53,10 +55,10 @@ _WIDE = ("down_proj", "dense_4h_to_h")
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A graph definition with parameters in one format, and the linear layers of its blocks."""
+    """A model in the form in which `generate` runs it, parameters in one format, and the linear layers of its blocks."""
 
     fields: Fields
-    graphdef: Any
+    layout: Layout
     params: dict[str, Any]
     linears: tuple[LinearSpec, ...]
 
@@ -70,16 +72,16 @@ def outliers_of(fields: Fields) -> int:
     return min(256, int(fields["hidden_size"]) // 16)
 
 
-def build(fields: Fields, quantized: bool, dtype: Any) -> Model:
-    """Random parameters in the published shape: dense, or QUIK-4B."""
+def build(fields: Fields, quantized: bool, dtype: Any, unrolled: bool | None = None) -> Model:
+    """Random parameters in the published shape: dense, or QUIK-4B. `unrolled`: as in `stacked.stack`."""
     abstract = registry.abstract_model(fields, dtype)
     group_of = {
-        f"{'.'.join(abstract.block_path)}.{name}.{layer}": f"{name}.{group}"
+        f"{'.'.join(abstract.block_path)}.{name}.{layer}": (name, group)
         for name, block in abstract.blocks.items()
         for group, layers in block.groups.items()
         for layer in layers
     }
-    columns: dict[str, jax.Array] = {}
+    columns: dict[tuple[str, str], jax.Array] = {}
     values: dict[str, Any] = {}
     linears = []
     for i, (path, leaf) in enumerate(sorted(registry.dotted(registry.pure_params(abstract)).items())):
@@ -94,7 +96,8 @@ def build(fields: Fields, quantized: bool, dtype: Any) -> Model:
             values[path] = jnp.ones(leaf.shape, dtype)
         else:
             values[path] = _random_matrix(key, leaf.shape, dtype)
-    return Model(fields, nnx.split(abstract)[0], registry.nested(values), tuple(linears))
+    layout, params = stacked.stack(nnx.merge(nnx.split(abstract)[0], registry.nested(values)), unrolled=unrolled)
+    return Model(fields, layout, params, tuple(linears))
 
 
 def _spec(fields: Fields, layer: str, shape: tuple[int, int]) -> LinearSpec:
@@ -112,7 +115,9 @@ def _random_matrix(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Ar
     return (jax.random.normal(key, shape, jnp.float32) / math.sqrt(shape[-1])).astype(dtype)
 
 
-def _random_weight(key: jax.Array, group: str, spec: LinearSpec, dtype: Any, columns: dict[str, jax.Array]) -> TiledWeight:
+def _random_weight(
+    key: jax.Array, group: tuple[str, str], spec: LinearSpec, dtype: Any, columns: dict[tuple[str, str], jax.Array]
+) -> TiledWeight:
     _, tiles = random_layer(key, spec, 1, dtype)
     small = 1 / math.sqrt(spec.inputs)
     tiles = dataclasses.replace(
@@ -120,17 +125,18 @@ def _random_weight(key: jax.Array, group: str, spec: LinearSpec, dtype: Any, col
         scale=tiles.scale * small,
         reduced=tiles.reduced * small,
         outliers=tiles.outliers * jnp.asarray(small, dtype),
-        # Layers that read one tensor have one set of columns.
+        # Layers of a block that read one tensor have one set of columns.
         columns=columns.setdefault(group, tiles.columns),
     )
     shape = (spec.outputs, spec.inputs)
-    return TiledWeight(tiles=tiles, activation_bits=spec.bits, shape=shape, in_axes=(1,), group=group)
+    return TiledWeight(tiles=tiles, activation_bits=spec.bits, shape=shape, in_axes=(1,), group=group[1])
 
 
 def prefill(model: Model, length: int) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-    """Reading a prompt of `length` tokens (logits of the last one and the filled cache), and its arguments."""
+    """Reading a prompt of `length` tokens (logits of the last one, keys and values), and its arguments."""
     ids = jax.random.randint(jax.random.key(7), (1, length), 0, model.fields["vocab_size"], jnp.int32)
-    return lambda params, ids: nnx.merge(model.graphdef, params).prefill(ids, length + 1), (model.params, ids)
+    layout, lengths = model.layout, jnp.full((1,), length, jnp.int32)
+    return lambda params, ids, lengths: stacked.read(layout, params, ids, lengths, layout.dtype), (model.params, ids, lengths)
 
 
 def decode(model: Model, batch: int, context: int) -> tuple[Callable[..., Any], tuple[Any, ...]]:
@@ -140,22 +146,17 @@ def decode(model: Model, batch: int, context: int) -> tuple[Callable[..., Any], 
     The cache in the arguments is a shape; `random_cache` fills it.
     """
     ids = jax.random.randint(jax.random.key(8), (batch, 1), 0, model.fields["vocab_size"], jnp.int32)
-    positions = jnp.full((batch, 1), context, jnp.int32)
+    layout, positions = model.layout, jnp.full((batch,), context, jnp.int32)
 
     def step(params: Any, ids: Any, positions: Any, cache: Any) -> Any:
-        logits, after = nnx.merge(model.graphdef, params).extend(ids, positions, cache)
-        return logits, after._replace(used=after.used - 1)
+        return stacked.extend(layout, params, ids, positions, jnp.ones_like(positions), cache)
 
-    def fill(params: Any) -> Any:
-        return nnx.merge(model.graphdef, params).prefill(jnp.zeros((batch, 1), jnp.int32), context + 1)[1]
-
-    return step, (model.params, ids, positions, jax.eval_shape(fill, model.params))
+    config = layout.config
+    shape = (config.layers, config.kv_heads, batch, context + 1, config.head_size)
+    return step, (model.params, ids, positions, jax.eval_shape(lambda: caches.empty_cache(*shape, kind=layout.dtype)))
 
 
-def random_cache(shape: Any, context: int) -> Any:
-    """A cache of random keys and values of `context` tokens: zeros would multiply at less power, and so faster."""
-    leaves, tree = jax.tree.flatten(shape.blocks)
-    blocks = [_random_matrix(jax.random.key(i), leaf.shape, leaf.dtype) for i, leaf in enumerate(leaves)]
-    slots = jnp.broadcast_to(jnp.arange(context + 1, dtype=jnp.int32), shape.positions.shape)
-    positions = jnp.where(slots < context, slots, -1)
-    return shape._replace(blocks=jax.tree.unflatten(tree, blocks), positions=positions, used=jnp.int32(context))
+def random_cache(shape: Any) -> Any:
+    """A cache of random keys and values: zeros would multiply at less power, and so faster."""
+    leaves, tree = jax.tree.flatten(shape)
+    return jax.tree.unflatten(tree, [_random_matrix(jax.random.key(i), leaf.shape, leaf.dtype) for i, leaf in enumerate(leaves)])

@@ -286,7 +286,7 @@ def model(run: Run, case: str) -> None:
     for (batch, context), program in programs.items():
         label = f"decode batch {batch} context {context}"
         *inputs, cache = steps[batch, context][1]
-        _decode(run, program, tuple(inputs), gpu_model.random_cache(cache, context), f"{case} {label}", f"bf16 {label}", built)
+        _decode(run, program, tuple(inputs), gpu_model.random_cache(cache), f"{case} {label}", f"bf16 {label}", built)
         if (batch, context) == (1, contexts[-1]):
             peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
             run.add("model", f"{case} allocator's peak so far, batch 1", bytes=peak, of="bf16 allocator's peak so far, batch 1")

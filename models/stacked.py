@@ -1,8 +1,13 @@
-"""A model whose blocks are stacked: blocks that are alike are traced and compiled once, and run by `lax.scan`.
+"""A model in the form that runs: blocks that are alike are traced once, and run by `lax.scan` or, on a GPU, one after the other.
 
 Blocks are alike where their layers, shapes, dtypes and the static fields of their packed weights are. Neighbours that are alike
-form a run; each run is one scan, so a model whose outlier counts change from block to block has more runs and compiles longer.
-The parameters that users see keep their published names; the stack is a second form of them, made once for running.
+form a run. On a CPU each run is one scan over stacked parameters, so that compiling does not grow with the depth, and a model
+whose outlier counts change from block to block has more runs and compiles longer.
+
+On a GPU a scan copies every packed weight for every token: kernels are custom calls, and XLA hands them a part of a stacked
+array only as an array of its own, written once and read once more before the kernel reads it. There blocks are unrolled: each
+keeps its own arrays, which kernels read where they lie, and XLA compiles every block (`benchmarks/counted.py --decode` counts
+both sides of that trade). The parameters that users see keep their published names; this is a second form, made once for running.
 """
 
 import dataclasses
@@ -16,6 +21,7 @@ from jaxtyping import Array, Float, Int, Int32
 
 from quikjax.models.base import PADDING, Block, CausalLM, Config, Positions, Transformer
 from quikjax.models.cache import Fresh, LayerCache, StackedCache, formed
+from quikjax.pallas_kernels import api
 from quikjax.weights.quik import QuikWeight
 from quikjax.weights.tiled import TiledWeight, put_on_device, widened
 
@@ -30,12 +36,16 @@ class Run:
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """What is static of a stacked model: the model without its blocks, the runs, and the dtype of the hidden state. Hashable."""
+    """What is static of a model in this form: the model without its blocks, the runs, the dtype of the hidden state. Hashable.
+
+    `unrolled`: the parameters of a run are a block's each, `{"0": ..., "1": ...}`, and not stacked.
+    """
 
     rest: nnx.GraphDef[Any]
     runs: tuple[Run, ...]
     config: Config
     dtype: str = "float32"
+    unrolled: bool = False
 
     @property
     def layers(self) -> int:
@@ -43,21 +53,25 @@ class Layout:
         return sum(run.count for run in self.runs)
 
 
-def stack(model: Transformer, *, release: bool = False, widen: bool = False) -> tuple[Layout, dict[str, Any]]:
-    """The model's static layout, and its parameters with each run of blocks stacked along a new first axis.
+def stack(
+    model: Transformer, *, release: bool = False, widen: bool = False, unrolled: bool | None = None
+) -> tuple[Layout, dict[str, Any]]:
+    """The model's static layout, and its parameters with each run of blocks stacked along a new first axis, or unrolled.
 
     Args:
         model: one of ours, dense or with packed weights.
-        release: free each block's own arrays as soon as they are stacked (the model cannot be used afterwards), so that beside
-            one copy of the parameters only one stacked array is held. Without, the blocks are held twice.
-
+        release: free each block's own arrays as soon as they are stacked, or put into a device's form (the model cannot be used
+            afterwards), so that beside one copy of the parameters only one stacked array, or one block, is held. Without, the
+            blocks are held twice where they are changed.
         widen: for a CPU, which multiplies those faster, hold dense matrices of 16 bits in float32 and codes of 4 bits in int8.
             Exact: the products are those of the same numbers, and the hidden state keeps its dtype.
+        unrolled: blocks keep arrays of their own. Left out: on a GPU.
 
     Returns:
         The layout and `{"rest": ..., "runs": {"0": ...}}`: what is outside the blocks by published name (not copied), and for
-        each run a block's parameters, every array `[count, ...]`.
+        each run a block's parameters, every array `[count, ...]`; unrolled, `{"0": ..., "1": ...}`, one block's each.
     """
+    unrolled = api.current_device().platform == "gpu" if unrolled is None else unrolled
     graphdef, state = nnx.split(model)
     params = nnx.to_pure_dict(state)
     copy = nnx.merge(graphdef, params)
@@ -65,7 +79,10 @@ def stack(model: Transformer, *, release: bool = False, widen: bool = False) -> 
     before: Any = None
     for block in copy.blocks.values():
         block_graphdef, block_state = nnx.split(block)
-        tree = put_on_device(nnx.to_pure_dict(block_state))
+        given = nnx.to_pure_dict(block_state)
+        tree = put_on_device(given)
+        if release and unrolled:
+            _free(given, tree)
         alike = (block_graphdef, jax.tree.structure(tree), [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(tree)])
         if alike == before:
             run, members = runs[-1]
@@ -83,11 +100,22 @@ def stack(model: Transformer, *, release: bool = False, widen: bool = False) -> 
     outside = nnx.to_pure_dict(rest_state)
     ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     hidden = jax.eval_shape(lambda outside, ids: nnx.merge(rest, outside).embed(ids, ids), outside, ids)
-    layout = Layout(rest, tuple(run for run, _ in runs), model.config, str(hidden.dtype))
-    stacked = {str(i): _stacked(members, release, widen) for i, (_, members) in enumerate(runs)}
+    layout = Layout(rest, tuple(run for run, _ in runs), model.config, str(hidden.dtype), unrolled)
+    stacked = {
+        str(i): {str(j): tree for j, tree in enumerate(members)} if unrolled else _stacked(members, release, widen)
+        for i, (_, members) in enumerate(runs)
+    }
     if widen:
         outside = jax.tree.map(_widened, outside, is_leaf=_is_packed)
     return layout, {"rest": outside, "runs": stacked}
+
+
+def _free(given: Any, kept: Any) -> None:
+    """Delete the arrays of `given` that are not in `kept`, once those are there."""
+    alive = {id(leaf) for leaf in jax.tree.leaves(jax.block_until_ready(kept))}
+    for leaf in jax.tree.leaves(given):
+        if id(leaf) not in alive:
+            leaf.delete()
 
 
 def _is_packed(leaf: Any) -> bool:
@@ -134,12 +162,17 @@ def read(
     hidden = rest.embed(ids, queries).astype(layout.dtype)
     written = []
     for i, run in enumerate(layout.runs):
+        trees = params["runs"][str(i)]
+        if layout.unrolled:
+            for j in range(run.count):
+                hidden, fresh = _READ_BLOCK(run.graphdef, trees[str(j)], hidden, queries, kind)
+                written.append(jax.tree.map(lambda part: part[None], fresh))
+            continue
 
         def block(hidden: Array, tree: Any, run: Run = run) -> tuple[Array, Fresh]:
-            hidden, fresh = nnx.merge(run.graphdef, tree)(hidden, Positions(queries))
-            return hidden, formed(*fresh.by_head(), kind)
+            return _read_block(run.graphdef, tree, hidden, queries, kind)
 
-        hidden, parts = jax.lax.scan(block, hidden, params["runs"][str(i)])
+        hidden, parts = jax.lax.scan(block, hidden, trees)
         written.append(parts)
     fresh = written[0] if len(written) == 1 else jax.tree.map(lambda *parts: jnp.concatenate(parts), *written)
     return _last(rest, hidden, lengths), fresh
@@ -164,17 +197,38 @@ def extend(
     hidden = rest.embed(ids, queries).astype(layout.dtype)
     first = 0
     for i, run in enumerate(layout.runs):
+        trees = params["runs"][str(i)]
+        if layout.unrolled:
+            for j in range(run.count):
+                hidden, cache = _EXTEND_BLOCK(run.graphdef, trees[str(j)], hidden, where, cache, jnp.int32(first + j))
+        else:
 
-        def block(carry: tuple[Array, StackedCache], of: tuple[Any, Array], run: Run = run) -> tuple[Any, None]:
-            (hidden, cache), (tree, layer) = carry, of
-            hidden, written = nnx.merge(run.graphdef, tree)(hidden, where, LayerCache(cache, layer))
-            assert isinstance(written, LayerCache)
-            return (hidden, written.stacked), None
+            def block(carry: tuple[Array, StackedCache], of: tuple[Any, Array], run: Run = run) -> tuple[Any, None]:
+                (hidden, cache), (tree, layer) = carry, of
+                return _extend_block(run.graphdef, tree, hidden, where, cache, layer), None
 
-        layers = jnp.arange(first, first + run.count, dtype=jnp.int32)
-        (hidden, cache), _ = jax.lax.scan(block, (hidden, cache), (params["runs"][str(i)], layers))
+            layers = jnp.arange(first, first + run.count, dtype=jnp.int32)
+            (hidden, cache), _ = jax.lax.scan(block, (hidden, cache), (trees, layers))
         first += run.count
     return _last(rest, hidden, lengths), cache
+
+
+def _read_block(graphdef: nnx.GraphDef[Block], tree: Any, hidden: Array, queries: Array, kind: str) -> tuple[Array, Fresh]:
+    hidden, fresh = nnx.merge(graphdef, tree)(hidden, Positions(queries))
+    return hidden, formed(*fresh.by_head(), kind)
+
+
+def _extend_block(
+    graphdef: nnx.GraphDef[Block], tree: Any, hidden: Array, where: Positions, cache: StackedCache, layer: Array
+) -> tuple[Array, StackedCache]:
+    hidden, written = nnx.merge(graphdef, tree)(hidden, where, LayerCache(cache, layer))
+    assert isinstance(written, LayerCache)
+    return hidden, written.stacked
+
+
+# Unrolled, blocks that are alike are traced and lowered once.
+_READ_BLOCK = jax.jit(_read_block, static_argnames=("graphdef", "kind"))
+_EXTEND_BLOCK = jax.jit(_extend_block, static_argnames=("graphdef",))
 
 
 def _positions(start: Int32[Array, " batch"], lengths: Int32[Array, " batch"], length: int) -> Int32[Array, "batch length"]:

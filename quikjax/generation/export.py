@@ -126,8 +126,9 @@ def export_programs(
     if cache is not None:
         caches.check_kind(cache)
     # Weights stay in the form of files, not in the tiles that one GPU's kernels read.
+    # Blocks are stacked for every platform: a program without kernels copies nothing for them, and does not grow with the depth.
     with tracing_for(PLATFORMS[platforms[0]]):
-        layout, tree = stacked.stack(model, release=release, widen=platforms == ("cpu",))
+        layout, tree = stacked.stack(model, release=release, widen=platforms == ("cpu",), unrolled=False)
     kind = cache or layout.dtype
     slots = max(-(-context // KEY_BLOCK), 2) * KEY_BLOCK
     need, memory = caches.cache_bytes(config.layers, config.kv_heads, batch, slots, config.head_size, kind), device_memory()

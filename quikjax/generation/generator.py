@@ -165,7 +165,8 @@ class Generator:
             `batch_size` rows at a time, so that every product is the same program's.
         batch_size: rows decoded together at most.
         release: free the model's own block parameters as they are stacked; the model cannot be used afterwards. Without it the
-            blocks are held twice. On a CPU dense matrices of 16 bits are held in float32, which it multiplies faster.
+            blocks are held twice (on a GPU, where blocks are not stacked, what its kernels read in another form). On a CPU dense
+            matrices of 16 bits are held in float32, which it multiplies faster.
         programs: those of another generator, whose models of the same shapes then need no compiling.
 
     Raises:

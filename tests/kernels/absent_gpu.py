@@ -144,11 +144,11 @@ def _captured() -> Iterator[list[str]]:
             text[0] = file.read().decode(errors="replace")
 
 
-def lower(gpu: str, function: Callable[..., Any], *arguments: Any) -> Any:
+def lower(gpu: str, function: Callable[..., Any], *arguments: Any, donate: tuple[int, ...] = ()) -> Any:
     """Lower for an absent GPU; `arguments` are pytrees of anything with `shape` and `dtype`."""
     sharding = on(gpu)
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), arguments)
-    return jax.jit(function).lower(*shapes)
+    return jax.jit(function, donate_argnums=donate).lower(*shapes)
 
 
 def compile_lowered(lowered: Any) -> Compiled:

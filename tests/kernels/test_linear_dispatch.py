@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from quikjax.models import cache as caches
 from quikjax.models import stacked
 from quikjax.models.registry import pure_params
 from quikjax.pallas_kernels import api
@@ -128,23 +129,28 @@ def test_named_backend_and_explanation() -> None:
     assert explain(odd, 2, jnp.bfloat16, device=H100).backend == "mosaic"
 
 
-def test_a_stacked_model_in_tile_form_gives_the_same_bits() -> None:
-    """As it is put on a Hopper GPU; here XLA multiplies in either form."""
-    model = tiny_model()
+def test_a_model_as_a_hopper_gpu_runs_it_gives_the_same_bits() -> None:
+    """In tile form, and its blocks unrolled; here XLA multiplies in either form."""
+    model = tiny_model(num_hidden_layers=2)
     recipe = Recipe(name="test", rules=(Rule(match=r"proj\.weight", method="rtn", outliers=0),))
     quantized = nnx.merge(nnx.split(model)[0], quantize_params(pure_params(model), recipe))
     plain, params = stacked.stack(quantized)
+    given = [leaf for block in quantized.blocks.values() for leaf in jax.tree.leaves(nnx.split(block)[1])]
     with tracing_for(H100):
-        layout, tiled = stacked.stack(quantized)
-    weights = [leaf for leaf in jax.tree.leaves(tiled, is_leaf=_is_tiled) if _is_tiled(leaf)]
-    assert weights
+        layout, tiled = stacked.stack(quantized, release=True)
+    assert (plain.unrolled, layout.unrolled) == (False, True)
+    assert any(leaf.is_deleted() for leaf in given), "what was padded is freed"
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(tiled)), "what was not is kept"
+    assert any(_is_tiled(leaf) for leaf in jax.tree.leaves(tiled, is_leaf=_is_tiled))
     assert not any(_is_tiled(leaf) for leaf in jax.tree.leaves(params, is_leaf=_is_tiled))
     ids, lengths = jnp.arange(12, dtype=jnp.int32).reshape(2, 6), jnp.array([6, 4], jnp.int32)
-    want, got = (
-        jax.jit(stacked.read, static_argnums=0)(which, tree, ids, lengths)[0]
-        for which, tree in ((plain, params), (layout, tiled))
-    )
-    np.testing.assert_array_equal(np.asarray(got), np.asarray(want))
+    token, one = jnp.array([[7], [9]], jnp.int32), jnp.ones(2, jnp.int32)
+    outputs = []
+    for which, tree in ((plain, params), (layout, tiled)):
+        logits, fresh = jax.jit(stacked.read, static_argnums=0)(which, tree, ids, lengths)
+        cache = caches.insert(caches.empty_cache(2, 2, 2, 16, 16), fresh, jnp.int32(0))
+        outputs.append((logits, *jax.jit(stacked.extend, static_argnums=0)(which, tree, token, lengths, one, cache)))
+    jax.tree.map(lambda got, want: np.testing.assert_array_equal(np.asarray(got), np.asarray(want)), outputs[1], outputs[0])
 
 
 def _is_tiled(leaf: Any) -> bool:

@@ -1,0 +1,70 @@
+"""The program that decodes, compiled for an H100 that is not there: packed weights are read where they lie."""
+
+from typing import Any
+
+import absent_gpu
+import hlo
+import jax
+import kernel_cases
+import pytest
+from test_gpu_scripts import module
+
+from quikjax.pallas_kernels.arg_specs import LinearSpec
+
+LOOP = """
+%moved (p: s4[2,8,64], i: s32[]) -> s4[1,8,64] {
+  %p = s4[2,8,64]{2,1,0:E(4)} parameter(0)
+  %i = s32[] parameter(1)
+  ROOT %d = s4[1,8,64]{2,1,0:E(4)} dynamic-slice(%p, %i), dynamic_slice_sizes={1,8,64}
+}
+
+%body (t: (s32[], s4[2,8,64])) -> (s32[], s4[2,8,64]) {
+  %t = (s32[], s4[2,8,64]{2,1,0:E(4)}) parameter(0)
+  %i.1 = s32[] get-tuple-element(%t), index=0
+  %w = s4[2,8,64]{2,1,0:E(4)} get-tuple-element(%t), index=1
+  %slice = s4[1,8,64]{2,1,0:E(4)} fusion(%w, %i.1), kind=kCustom, calls=%moved
+  %flat = s4[8,64]{1,0:E(4)} bitcast(%slice)
+  %y = bf16[8,8]{1,0} custom-call(%flat), custom_call_target="mosaic_gpu_v2"
+  %z = bf16[8,8]{1,0} custom-call(%y), custom_call_target="mosaic_gpu_v2"
+  ROOT %out = (s32[], s4[2,8,64]{2,1,0:E(4)}) tuple(%i.1, %w)
+}
+
+ENTRY %main (w: s4[2,8,64]) -> (s32[], s4[2,8,64]) {
+  %w.2 = s4[2,8,64]{2,1,0:E(4)} parameter(0)
+  %zero = s32[] constant(0)
+  %given = (s32[], s4[2,8,64]{2,1,0:E(4)}) tuple(%zero, %w.2)
+  ROOT %loop = (s32[], s4[2,8,64]{2,1,0:E(4)}) while(%given), body=%body, backend_config={"known_trip_count":{"n":"5"}}
+}
+"""
+
+
+def test_copies_are_read_from_hlo() -> None:
+    program = hlo.Program(LOOP)
+    assert program.launched() == 3 * 5
+    assert [(array.name, array.bytes, times) for array, times in program.copied_for_kernels()] == [("slice", 8 * 64 // 2, 5)]
+
+
+compiles = pytest.mark.skipif(absent_gpu.missing() is not None, reason=str(absent_gpu.missing()))
+
+
+@compiles
+def test_a_scan_copies_what_its_kernels_read() -> None:
+    """A custom call takes no part of an array: why blocks are not stacked on a GPU, and that the test below would see it."""
+    layer, (inputs, packed, _, _) = kernel_cases.layer_shapes(LinearSpec("scan", "w4a16", 256, 256, 0, 4, 16), 8)
+    stack = jax.tree.map(lambda array: jax.ShapeDtypeStruct((3, *array.shape), array.dtype), packed)
+
+    def scanned(x: jax.Array, stack: Any) -> jax.Array:
+        return jax.lax.scan(lambda x, packed: (layer((x,), packed, None, ()), None), x, stack)[0]
+
+    program = hlo.Program(absent_gpu.compile_for("h100", scanned, inputs[0], stack).hlo)
+    copied = [(array.shape.split("{")[0], times) for array, times in program.copied_for_kernels()]
+    assert ("s4[1,256,256]", 3) in copied
+
+
+@compiles
+def test_no_packed_weight_is_copied_for_a_token() -> None:
+    fields = module("gpu_model").TINY | {"num_hidden_layers": 2}
+    decoding = module("counted_decode").compiled(fields)
+    assert sum(times for _, instruction, times in decoding.program.executed() if instruction.is_kernel) == 2 * 11
+    # What is left is the embedding of the token.
+    assert decoding.copied <= fields["hidden_size"] * 2
