@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int32
 
-from quikjax.models.base import Positions
+from quikjax.models.base import Observe, Positions
 from quikjax.models.cache import BlockCache, KeyValues, LayerCache
 from quikjax.weights.linear import KEPT
 
@@ -30,6 +30,7 @@ def attend(
     scale: float,
     slopes: Float[Array, " heads"] | None = None,
     causal: bool = True,
+    observe: Observe | None = None,
 ) -> tuple[Float[Array, "batch length heads head"], BlockCache]:
     """Softmax attention of `query` over the keys at positions in `[0, own position]`; what was written is returned with it.
 
@@ -38,8 +39,10 @@ def attend(
     Without a cache the keys are this call's; with one they are written into its slots first, from `positions.write_at` on.
     Positions must grow along a row wherever they are not padding. A row that sees no key (padding) gets finite numbers of no
     meaning. `slopes` adds ALiBi's `slope * key_position` to the scores before they are scaled, rounded to bfloat16 as Falcon
-    was trained with it.
+    was trained with it. `observe` is shown "query" and "key" as the scores are made of them.
     """
+    if observe is not None:
+        query, key = observe("query", query), observe("key", key)
     length = query.shape[1]
     if cache is None:
         fresh = KeyValues(key, value)

@@ -268,7 +268,7 @@ class EncoderBlock(Block):
         query, key, value = (
             y.reshape(*y.shape[:-1], config.heads, config.head_size) for y in project(x, of.query, of.key, of.value)
         )
-        mixed, written = attend(query, key, value, positions, cache, scale=config.head_size**-0.5, causal=False)
+        mixed, written = attend(query, key, value, positions, cache, scale=config.head_size**-0.5, causal=False, observe=observe)
         hidden = of.attention_norm(hidden + of.output(see("attention_output", mixed.reshape(hidden.shape))))
 
         x = see("mlp_output", ACTIVATIONS[config.activation](of.wide(see("mlp_input", hidden))))

@@ -148,7 +148,7 @@ class FalconAttention(nnx.Module):
         self.dense = Linear(config.hidden_size, config.hidden_size, bias=config.bias, dtype=dtype)
 
     def mix(
-        self, fused: Float[Array, "batch length fused"], positions: Positions, cache: BlockCache | None
+        self, fused: Float[Array, "batch length fused"], positions: Positions, cache: BlockCache | None, observe: Observe | None
     ) -> tuple[Float[Array, "batch length hidden"], BlockCache]:
         """From the fused projection to what `dense` reads."""
         config = self.config
@@ -161,7 +161,7 @@ class FalconAttention(nnx.Module):
             slopes = jnp.asarray(alibi_slopes(config.heads))
         else:
             query, key = rotate(query, positions.queries, config.rope), rotate(key, positions.queries, config.rope)
-        mixed, written = attend(query, key, value, positions, cache, scale=config.head_size**-0.5, slopes=slopes)
+        mixed, written = attend(query, key, value, positions, cache, scale=config.head_size**-0.5, slopes=slopes, observe=observe)
         return mixed.reshape(batch, length, -1), written
 
 
@@ -207,7 +207,7 @@ class FalconBlock(Block):
         attention, mlp = self.self_attention, self.mlp
 
         x = see("attention_input", self.ln_attn.of(hidden))
-        mixed, written = attention.mix(attention.query_key_value(x), positions, cache)
+        mixed, written = attention.mix(attention.query_key_value(x), positions, cache, observe)
         attended = attention.dense(see("attention_output", mixed))
 
         x = see("mlp_input", self.ln_mlp.of(hidden))
@@ -237,7 +237,7 @@ class FalconOneNormBlock(FalconBlock):
 
         x = see("block_input", self.input_layernorm.of(hidden))
         fused, wide = project(x, attention.query_key_value, mlp.dense_h_to_4h)
-        mixed, written = attention.mix(fused, positions, cache)
+        mixed, written = attention.mix(fused, positions, cache, observe)
         attended = attention.dense(see("attention_output", mixed))
         x = see("mlp_output", _gelu(wide))
         return hidden + (mlp.dense_4h_to_h(x) + attended), written
@@ -259,7 +259,7 @@ class FalconSequentialBlock(FalconBlock):
         attention, mlp = self.self_attention, self.mlp
 
         x = see("attention_input", self.input_layernorm.of(hidden))
-        mixed, written = attention.mix(attention.query_key_value(x), positions, cache)
+        mixed, written = attention.mix(attention.query_key_value(x), positions, cache, observe)
         hidden = hidden + attention.dense(see("attention_output", mixed))
 
         x = see("mlp_input", self.post_attention_layernorm.of(hidden))

@@ -102,13 +102,13 @@ class GPT2Attention(nnx.Module):
         self.c_proj = Linear(config.hidden_size, config.hidden_size, bias=True, dtype=dtype)
 
     def mix(
-        self, fused: Float[Array, "batch length fused"], positions: Positions, cache: BlockCache | None
+        self, fused: Float[Array, "batch length fused"], positions: Positions, cache: BlockCache | None, observe: Observe | None
     ) -> tuple[Float[Array, "batch length hidden"], BlockCache]:
         """From the fused projection to what `c_proj` reads."""
         batch, length, _ = fused.shape
         thirds = fused.reshape(batch, length, 3, self.config.heads, self.config.head_size)
         query, key, value = thirds[:, :, 0], thirds[:, :, 1], thirds[:, :, 2]
-        mixed, written = attend(query, key, value, positions, cache, scale=self.scale)
+        mixed, written = attend(query, key, value, positions, cache, scale=self.scale, observe=observe)
         return mixed.reshape(batch, length, -1), written
 
 
@@ -148,7 +148,7 @@ class GPT2Block(Block):
         attention, mlp = self.attn, self.mlp
 
         x = see("attention_input", self.ln_1.of(hidden))
-        mixed, written = attention.mix(attention.c_attn(x), positions, cache)
+        mixed, written = attention.mix(attention.c_attn(x), positions, cache, observe)
         hidden = hidden + attention.c_proj(see("attention_output", mixed))
 
         x = see("mlp_input", self.ln_2.of(hidden))

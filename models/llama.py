@@ -153,7 +153,7 @@ class LlamaBlock(Block):
             for y in project(x, attention.q_proj, attention.k_proj, attention.v_proj)
         )
         query, key = rotate(query, positions.queries, config.rope), rotate(key, positions.queries, config.rope)
-        mixed, written = attend(query, key, value, positions, cache, scale=config.head_size**-0.5)
+        mixed, written = attend(query, key, value, positions, cache, scale=config.head_size**-0.5, observe=observe)
         x = see("attention_output", mixed.reshape(*hidden.shape[:-1], -1))
         hidden = hidden + attention.o_proj(x)
 

@@ -147,7 +147,7 @@ class OPTBlock(Block):
             y.reshape(*y.shape[:-1], config.heads, config.head_size)
             for y in project(x, attention.q_proj, attention.k_proj, attention.v_proj)
         )
-        mixed, written = attend(query, key, value, positions, cache, scale=config.head_size**-0.5)
+        mixed, written = attend(query, key, value, positions, cache, scale=config.head_size**-0.5, observe=observe)
         x = see("attention_output", mixed.reshape(hidden.shape))
         hidden = hidden + attention.out_proj(x)
         if not config.norm_first:

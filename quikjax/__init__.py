@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from quikjax.quantizing.recipe import RECIPES, Recipe, Rule
     from quikjax.training.recover import recover
     from quikjax.training.settings import RecoverySettings
+    from quikjax.training.train import train
+    from quikjax.training.train_settings import TrainSettings
     from quikjax.weights.codebook import CodebookWeight
     from quikjax.weights.formats import dequantize, dequantize_params
     from quikjax.weights.quik import QuikWeight
@@ -39,6 +41,7 @@ _HOME = {
     "Recipe": "quantizing.recipe",
     "RecoverySettings": "training.settings",
     "Rule": "quantizing.recipe",
+    "TrainSettings": "training.train_settings",
     "calibrate": "quantizing.model",
     "quantize_checkpoint": "quantizing.checkpoint",
     "dequantize": "weights.formats",
@@ -57,6 +60,7 @@ _HOME = {
     "restore": "checkpoint",
     "restore_params": "checkpoint",
     "save": "checkpoint",
+    "train": "training.train",
     "windows": "evaluation",
 }
 
@@ -72,6 +76,7 @@ __all__ = [
     "RecoverySettings",
     "Rule",
     "Sampling",
+    "TrainSettings",
     "__version__",
     "calibrate",
     "dequantize",
@@ -88,6 +93,7 @@ __all__ = [
     "restore",
     "restore_params",
     "save",
+    "train",
     "windows",
 ]
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from quikjax.cli import bench, chat, demo, evaluate, export, generate, plan, quantize, recover, report, scaling, study
+from quikjax.cli import bench, chat, demo, evaluate, export, generate, plan, quantize, recover, report, scaling, study, train
 from quikjax.errors import Interrupted
 from quikjax.version import __version__
 
@@ -59,6 +59,8 @@ def options(
 app.command("plan")(plan.plan)
 app.command("quantize")(quantize.quantize)
 app.command("recover")(recover.recover)
+app.command("train")(train.train)
+app.command("accuracy")(train.accuracy)
 app.command("generate")(generate.generate)
 app.command("chat")(chat.chat)
 app.command("bench")(bench.bench)

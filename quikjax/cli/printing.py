@@ -6,7 +6,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from quikjax.errors import QuikError
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ProgressLines",
-    "RecoveryLines",
+    "TrainingLines",
     "decibels",
     "duration",
     "megabytes",
@@ -119,10 +119,14 @@ def with_clip(label: str, level_clip: Sequence[int] | str | None = None) -> str:
     return label + clip
 
 
-class RecoveryLines:
-    """Progress of a recovery: on a terminal one live line, in a pipe a line now and then, and one for each evaluation."""
+class TrainingLines:
+    """Progress of a training: on a terminal one live line, in a pipe a line now and then, and one for each evaluation.
 
-    def __init__(self, every: float = 30.0) -> None:
+    `loss` is what its loss is called, `figures` spells what an evaluation has found, `examples` are what it is found on.
+    """
+
+    def __init__(self, loss: str, figures: Callable[[Mapping[str, float]], str], examples: str, every: float = 30.0) -> None:
+        self._loss, self._figures, self._examples = loss, figures, examples
         self._live = sys.stderr.isatty()
         self._every = every
         self._said = time.monotonic()
@@ -140,15 +144,15 @@ class RecoveryLines:
         self._said = now
         left = "" if math.isnan(seconds_left) else f", about {duration(seconds_left)} left"
         mean = sum(self._losses[-10:]) / len(self._losses[-10:])
-        line = f"step {step} of {steps}  KL {mean:.4f} on the last {len(self._losses[-10:])} windows trained on{left}"
+        line = f"step {step} of {steps}  {self._loss} {mean:.4f} over the last {len(self._losses[-10:])} steps{left}"
         if self._live:
             print(f"\r\x1b[K{line}", end="", file=sys.stderr, flush=True)
         else:
             say(line)
 
-    def evaluated(self, step: int, kl: float, perplexity: float, best: bool) -> None:
+    def evaluated(self, step: int, figures: Mapping[str, float], best: bool) -> None:
         self._clear()
-        say(f"after {step} steps: KL {kl:.4f}, perplexity {perplexity:.3f} on validation windows{' (the best)' if best else ''}")
+        say(f"after {step} steps: {self._figures(figures)} on {self._examples}{' (the best)' if best else ''}")
 
     def stopped(self, reason: str) -> None:
         self._clear()

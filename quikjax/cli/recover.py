@@ -1,5 +1,6 @@
 """`quikjax recover`: accuracy back at no cost, by distilling what an artifact holds in floats from its original."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -62,7 +63,7 @@ def recover(
         first = error.errors()[0]
         raise QuikError(f"--{str(first['loc'][0]).replace('_', '-').replace('sigma', 'scale')}: {first['msg']}") from None
 
-    from quikjax.cli.printing import RecoveryLines, duration, print_json, say, show, size
+    from quikjax.cli.printing import TrainingLines, duration, print_json, say, show, size
 
     if plan:
         from quikjax.training.memory import estimate
@@ -92,8 +93,9 @@ def recover(
     def tokens(tokenizer: Any) -> Any:
         return tokenize(tokenizer, text.content)
 
+    lines = TrainingLines("KL", _figures, "validation windows")
     try:
-        done = run(artifact, out, tokens, settings, original=original, force=force, restart=restart, progress=RecoveryLines())
+        done = run(artifact, out, tokens, settings, original=original, force=force, restart=restart, progress=lines)
     except KeyboardInterrupt:
         raise Interrupted("run the same command again to go on from the last saved step") from None
     say(f"saved {out} in {duration(done.seconds)}, fingerprint {done.fingerprint[:16]}")
@@ -114,3 +116,7 @@ def recover(
                 "seconds": done.seconds,
             }
         )
+
+
+def _figures(figures: Mapping[str, float]) -> str:
+    return f"KL {figures['kl']:.4f}, perplexity {figures['perplexity']:.3f}"

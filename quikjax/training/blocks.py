@@ -7,7 +7,7 @@ together take at most `KEPT_BYTES`.
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,14 +15,19 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from quikjax.models.base import Block, CausalLM, Positions, default_positions
+from quikjax.models.base import Block, Positions, Transformer, default_positions
 from quikjax.models.registry import dotted, nested, pure_params
-from quikjax.training import moving as parameters
+from quikjax.training import moving as recovered
 from quikjax.training.moving import Moving
 from quikjax.weights.linear import KEPT
 
 # Which program is compiled, and so the bits of a gradient, must not depend on how much room there is.
 KEPT_BYTES = 1 << 31
+
+
+# Of what stays and what moves, the parameters that a computation reads; traceable. And of a block's parameters, the two.
+Student = Callable[[Mapping[str, Any], Moving], dict[str, Any]]
+Start = Callable[[str | None, Mapping[str, Any]], tuple[dict[str, Any], Moving]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,23 +43,38 @@ class Skeleton:
     """A model without parameters, its blocks in runs: hashable, so that JAX compiles by it.
 
     Its arrays are beside it, `Tree`s of what stays and of what moves: under `rest` what is in no block, under the number of a run
-    its blocks' arrays, stacked.
+    its blocks' arrays, stacked. `student(still, moving)` are the parameters that they stand for.
     """
 
-    graphdef: nnx.GraphDef[CausalLM]
+    graphdef: nnx.GraphDef[Any]
     shapes: tuple[tuple[str, tuple[int, ...]], ...]  # of every parameter
     prefix: str
     runs: tuple[Run, ...]
+    student: Student = recovered.student
+    head_size: int = 0
 
 
 Tree = dict[str, dict[str, Any]]
 REST = "rest"
 
 
+class Traces(NamedTuple):
+    """What distillation compares inside a model: what leaves each block, and the queries and keys of each (without heads, unless
+    they were asked for).
+    """
+
+    hidden: Float[Array, "blocks batch length hidden"]
+    query: Float[Array, "blocks batch length heads head"]
+    key: Float[Array, "blocks batch length kv_heads head"]
+
+
 def take_apart(
-    model: CausalLM, parts: Mapping[str, Mapping[str, Any]], rest: Mapping[str, Any], originals: Mapping[str, Any] | None = None
+    model: Transformer,
+    parts: Mapping[str, Mapping[str, Any]],
+    rest: Mapping[str, Any],
+    originals: Mapping[str, Any] | None = None,
 ) -> tuple[Skeleton, Tree, dict[str, Moving]]:
-    """A model's skeleton, what stays of its parameters and what moves.
+    """A model's skeleton, what stays of its parameters in a recovery and what moves.
 
     Args:
         model: its parameters may be abstract.
@@ -62,15 +82,28 @@ def take_apart(
         rest: the parameters outside the blocks, flat.
         originals: see `moving.start`; keys are those of `parts`.
     """
+    clips = recovered.level_clips(parts.values())
+
+    def start(key: str | None, params: Mapping[str, Any]) -> tuple[dict[str, Any], Moving]:
+        if key is None:
+            return recovered.start(params)
+        return recovered.start(params, None if originals is None else originals[key], clips)
+
+    return take_apart_by(model, parts, rest, start, recovered.student)
+
+
+def take_apart_by(
+    model: Transformer, parts: Mapping[str, Mapping[str, Any]], rest: Mapping[str, Any], start: Start, student: Student
+) -> tuple[Skeleton, Tree, dict[str, Moving]]:
+    """`take_apart`, where `start` says what moves and `student` what becomes of it: `start(None, rest)` is outside the blocks."""
     still: Tree = {}
     moving: dict[str, Moving] = {}
-    still[REST], moving[REST] = parameters.start(rest)
+    still[REST], moving[REST] = start(None, rest)
     runs: list[Run] = []
     blocks: list[list[tuple[Any, Any]]] = []
     previous = None
-    clips = parameters.level_clips(parts.values())
     for key, block in model.blocks.items():
-        halves = parameters.start(parts[key], None if originals is None else originals[key], clips)
+        halves = start(key, parts[key])
         blockdef = nnx.split(block)[0]
         kind = (blockdef, jax.tree.structure(halves), [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(halves)])
         if kind == previous:
@@ -88,6 +121,8 @@ def take_apart(
         tuple((path, tuple(leaf.shape)) for path, leaf in flat.items()),
         ".".join(model.block_path),
         tuple(runs),
+        student,
+        model.config.head_size,
     )
     return skeleton, still, moving
 
@@ -99,10 +134,10 @@ def blocks_of(skeleton: Skeleton, moving: Mapping[str, Moving]) -> Iterator[tupl
             yield key, jax.tree.map(lambda leaf, index=index: np.asarray(leaf[index]), moving[str(number)])
 
 
-def outside(skeleton: Skeleton, still: Tree, moving: Mapping[str, Moving]) -> CausalLM:
-    """The model with its embeddings, last norm and head; its blocks have shapes only."""
+def outside(skeleton: Skeleton, still: Tree, moving: Mapping[str, Moving]) -> Any:
+    """The model (whose class the skeleton alone knows) with its embeddings, last norm and head; its blocks have shapes only."""
     params = {path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in skeleton.shapes}
-    return nnx.merge(skeleton.graphdef, nested({**params, **parameters.student(still[REST], moving[REST])}))
+    return nnx.merge(skeleton.graphdef, nested({**params, **skeleton.student(still[REST], moving[REST])}))
 
 
 def embed(
@@ -122,19 +157,56 @@ def forward(
     where = Positions(jnp.broadcast_to(jnp.arange(hidden.shape[1], dtype=jnp.int32), hidden.shape[:2]))
     keep = kept_bytes(skeleton, hidden.shape[0] * hidden.shape[1]) <= KEPT_BYTES
     policy = jax.checkpoint_policies.save_only_these_names(*([KEPT] if keep else []))
+
+    def again(step: BlockStep) -> BlockStep:
+        # In a loop nothing can be merged with the first computation anyway: no need for the barriers against that.
+        return jax.checkpoint(step, policy=policy, prevent_cse=False)
+
     for number, run in enumerate(skeleton.runs):
-        step = _block_step(run.blockdef, where, policy)
+        step = again(_block_step(skeleton, run, where))
         hidden, _ = jax.lax.scan(step, hidden, (still[str(number)], moving[str(number)]))
     return hidden
 
 
-def _block_step(blockdef: nnx.GraphDef[Block], where: Positions, policy: Callable[..., bool]) -> Callable[..., Any]:
-    # In a loop nothing can be merged with the first computation anyway: no need for the barriers against that.
-    def step(hidden: Array, halves: tuple[Any, Any]) -> tuple[Array, None]:
-        block = nnx.merge(blockdef, nested(parameters.student(*halves)))
-        return block(hidden, where)[0], None
+def forward_traced(
+    skeleton: Skeleton,
+    still: Tree,
+    moving: Mapping[str, Moving],
+    hidden: Float[Array, "batch length hidden"],
+    where: Positions,
+    *,
+    attention: bool = False,
+) -> Traces:
+    """What leaves every block, and with `attention` the queries and keys of every block.
 
-    return jax.checkpoint(step, policy=policy, prevent_cse=False)
+    What is computed is kept for the way back: it is for batches of short texts, where computing it again would cost more.
+    """
+    found: list[tuple[Array, ...]] = []
+    for number, run in enumerate(skeleton.runs):
+        step = _block_step(skeleton, run, where, trace=True, attention=attention)
+        hidden, traced = jax.lax.scan(step, hidden, (still[str(number)], moving[str(number)]))
+        found.append(traced)
+    joined = [jnp.concatenate(each) if len(found) > 1 else each[0] for each in zip(*found, strict=True)]
+    return Traces(*joined) if attention else Traces(joined[0], *2 * [jnp.zeros((*joined[0].shape[:3], 0, 0))])
+
+
+BlockStep = Callable[[Array, tuple[Any, Any]], tuple[Array, tuple[Array, ...]]]
+
+
+def _block_step(skeleton: Skeleton, run: Run, where: Positions, *, trace: bool = False, attention: bool = False) -> BlockStep:
+    def step(hidden: Array, halves: tuple[Any, Any]) -> tuple[Array, tuple[Array, ...]]:
+        block = nnx.merge(run.blockdef, nested(skeleton.student(*halves)))
+        seen: dict[str, Array] = {}
+
+        def see(name: str, x: Array) -> Array:
+            seen[name] = x
+            return x
+
+        hidden = block(hidden, where, observe=see if attention else None)[0]
+        kept = (hidden, *((seen["query"], seen["key"]) if attention else ())) if trace else ()
+        return hidden, kept
+
+    return step
 
 
 def kept_bytes(skeleton: Skeleton, tokens: int) -> int:

@@ -1,11 +1,15 @@
-"""Losses of distillation: how far a student's next-token distribution is from a teacher's, over the whole vocabulary."""
+"""Losses of distillation: how far a student is from a teacher in its outputs (next-token distributions over the whole vocabulary,
+a classifier's classes), in its hidden states, and in its attention.
+
+The last two and their unweighted sum are those of INT4 training (Wu et al., arXiv 2301.12017, and DeepSpeed's released code).
+"""
 
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Float32
+from jaxtyping import Array, Bool, Float, Float32
 
 # Logits are made for this many tokens at a time: a vocabulary of 50 000 makes 100 MB of them, several times over.
 CHUNK = 512
@@ -59,3 +63,52 @@ def _chunks(hidden: Float[Array, "batch length width"], chunk: int) -> tuple[Arr
     missing = -rows.shape[0] % chunk
     real = jnp.arange(rows.shape[0] + missing) < rows.shape[0]
     return jnp.pad(rows, ((0, missing), (0, 0))).reshape(-1, chunk, rows.shape[1]), real.reshape(-1, chunk)
+
+
+def soft_cross_entropy(
+    teacher: Float[Array, "*batch classes"], student: Float[Array, "*batch classes"], temperature: float = 1.0
+) -> Float32[Array, "*batch"]:
+    """`-sum_v softmax(t / T)_v log softmax(s / T)_v`, from logits of both."""
+    target = jax.nn.softmax(teacher.astype(jnp.float32) / temperature)
+    return -jnp.sum(target * jax.nn.log_softmax(student.astype(jnp.float32) / temperature), axis=-1)
+
+
+def hidden_error(
+    teacher: Float[Array, "blocks batch length hidden"],
+    student: Float[Array, "blocks batch length hidden"],
+    there: Bool[Array, "batch length"],
+) -> Float32[Array, ""]:
+    """The mean squared error of what leaves a block, over its tokens that are `there` (no padding); summed over blocks."""
+    each = jnp.mean((student.astype(jnp.float32) - teacher.astype(jnp.float32)) ** 2, axis=-1)
+    return jnp.sum(jnp.where(there, each, 0)) / jnp.sum(there)
+
+
+def score_error(
+    teacher: tuple[Float[Array, "blocks batch length heads head"], Float[Array, "blocks batch length kv_heads head"]],
+    student: tuple[Float[Array, "blocks batch length heads head"], Float[Array, "blocks batch length kv_heads head"]],
+    there: Bool[Array, "batch length"],
+    *,
+    causal: bool,
+) -> Float32[Array, ""]:
+    """The mean squared error of attention scores before the softmax, `q k^T / sqrt(head)`, over pairs of tokens of which the
+    first sees the second; summed over blocks. Takes queries and keys of both, and as many heads in both.
+    """
+    seen = there[:, :, None] & there[:, None, :]
+    if causal:
+        length = there.shape[1]
+        seen = seen & (jnp.arange(length)[:, None] >= jnp.arange(length)[None, :])
+    heads = teacher[0].shape[3]
+
+    def one(sums: Array, block: Any) -> tuple[Array, None]:
+        theirs, mine = (_scores(*pair) for pair in block)
+        return sums + jnp.sum(jnp.where(seen[:, None], (mine - theirs) ** 2, 0)), None
+
+    total, _ = jax.lax.scan(one, jnp.float32(0), (teacher, student))
+    return total / (heads * jnp.sum(seen))
+
+
+def _scores(
+    query: Float[Array, "batch length heads head"], key: Float[Array, "batch length kv_heads head"]
+) -> Float32[Array, "batch heads length length"]:
+    wide = jnp.repeat(key, query.shape[2] // key.shape[2], axis=2)
+    return jnp.einsum("bqhd,bkhd->bhqk", query, wide, preferred_element_type=jnp.float32) * query.shape[-1] ** -0.5

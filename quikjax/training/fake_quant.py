@@ -44,8 +44,13 @@ def as_stored(x: Float32[Array, "..."], dtype: Any) -> Float32[Array, "..."]:
 
 def rounded_codes(u: Float32[Array, "..."], bits: int) -> Float32[Array, "..."]:
     """`clip(round(u), -2^(b-1), 2^(b-1) - 1)`, straight-through inside the clip range and without gradient beyond it."""
-    low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
-    return straight_through(jnp.clip(u, low, high), jnp.round(jnp.clip(u, low, high)))
+    return rounded_between(u, -(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+
+
+def rounded_between(u: Float32[Array, "..."], low: int, high: int) -> Float32[Array, "..."]:
+    """`clip(round(u), low, high)`, straight-through inside the range and without gradient beyond it."""
+    clipped = jnp.clip(u, low, high)
+    return straight_through(clipped, jnp.round(clipped))
 
 
 def fake_quantize(
@@ -106,20 +111,21 @@ class FakeQuantWeight(Trained):
         quantized = fake_quantize(rows, self.columns, self.base, self.activation_bits, self.clips, self.clip)
         # A product with ones and zeros picks columns exactly, forwards and backwards.
         picks = jax.nn.one_hot(self.columns[self.base :], k, dtype=jnp.float32)
-        outliers = _matmul(rows.astype(jnp.float32), picks)
+        outliers = product(rows.astype(jnp.float32), picks)
         results = []
         for weight, bias in zip(weights, biases, strict=True):
-            sums = checkpoint_name(_matmul(quantized, weight.codes.astype(jnp.float32)), KEPT)
+            sums = checkpoint_name(product(quantized, weight.codes.astype(jnp.float32)), KEPT)
             y = sums * weight.scale
             if k > self.base:
-                y = y + _matmul(outliers, weight.outliers)
+                y = y + product(outliers, weight.outliers)
             if bias is not None:
                 y = y + bias.astype(jnp.float32)
             results.append(y.astype(x.dtype).reshape(*batch, -1))
         return results
 
 
-def _matmul(x: Float32[Array, "rows k"], weight: Float32[Array, "n k"]) -> Float32[Array, "rows n"]:
+def product(x: Float32[Array, "rows k"], weight: Float32[Array, "n k"]) -> Float32[Array, "rows n"]:
+    """`x W^T` in float32."""
     return jax.lax.dot_general(x, weight, (((1,), (1,)), ((), ())), precision=jax.lax.Precision.HIGHEST)
 
 

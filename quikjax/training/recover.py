@@ -7,15 +7,13 @@ windows that are not trained on, through the integer path that the artifact runs
 OUT.work     what a killed run needs to go on (`quikjax.training.state`); removed at the end
 """
 
-import dataclasses
 import functools
-import math
 import os
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -34,39 +32,14 @@ from quikjax.models.registry import abstract_model, dotted, nested, pure_params
 from quikjax.models.tokens import checked_model
 from quikjax.quantizing.checkpoint import refuse_existing
 from quikjax.texts import tokens_fingerprint
-from quikjax.training import blocks, distill, moving
+from quikjax.training import blocks, distill, loop, moving
 from quikjax.training.blocks import Skeleton, Tree
+from quikjax.training.loop import NoProgress, Progress
 from quikjax.training.memory import check_formats
 from quikjax.training.settings import RecoverySettings, cut, optimizer, order
-from quikjax.training.state import State, Store
+from quikjax.training.state import Store
 from quikjax.version import __version__
 from quikjax.weights.quik import QuikWeight
-
-SAVE_SECONDS = 180.0
-
-
-@runtime_checkable
-class Progress(Protocol):
-    """What a recovery tells while it runs."""
-
-    def start(self, steps: int, finished: int) -> None:
-        """Work begins: so many steps, so many of them taken by an earlier run."""
-
-    def step(self, step: int, steps: int, loss: float, seconds_left: float) -> None:
-        """A step is taken; `loss` is the KL on its own windows, before it."""
-
-    def evaluated(self, step: int, kl: float, perplexity: float, best: bool) -> None:
-        """KL and perplexity on the validation windows after `step` steps, through the integer path."""
-
-    def stopped(self, reason: str) -> None:
-        """Training ends early; the best step so far is what is saved."""
-
-
-class NoProgress:
-    def start(self, steps: int, finished: int) -> None: ...
-    def step(self, step: int, steps: int, loss: float, seconds_left: float) -> None: ...
-    def evaluated(self, step: int, kl: float, perplexity: float, best: bool) -> None: ...
-    def stopped(self, reason: str) -> None: ...
 
 
 class Recovered(NamedTuple):
@@ -147,8 +120,9 @@ def recover(
         store.remove()
     finally:
         store.close()
-    evaluations = notes["evaluations"]
-    return Recovered(fingerprint, evaluations[0][1], notes["kl"], notes["best"], evaluations, time.perf_counter() - started)
+    evaluations = [[step, figures["kl"], figures["perplexity"]] for step, figures in notes["evaluations"]]
+    kl = loop.figures_at(notes, notes["best"])["kl"]
+    return Recovered(fingerprint, evaluations[0][1], kl, notes["best"], evaluations, time.perf_counter() - started)
 
 
 def find_original(reader: Reader, original: str | Path | Source | None) -> Source:
@@ -313,44 +287,17 @@ def _train(
 ) -> tuple[Any, dict[str, Any]]:
     """What moved to the best validation figure, and the notes of all evaluations."""
     teaching = _Teaching(teacher)
-    judge = _Judge(student, teaching, held_out)
-    state = State(0, start, optimizer(settings).init(start), start, {"evaluations": [], "best": 0, "kl": math.inf})
-    resumed = store.load(state)
-    state = state if resumed is None else resumed
-    progress.start(settings.steps, state.step)
-    if resumed is None:
-        state = _judged(state, judge, progress)
-        store.save(state)
     plan, again = order(len(train), settings), settings.steps * settings.batch > len(train)
     step = make_step((student.skeleton, teacher.skeleton), settings)
-    saved, clock = time.monotonic(), _Clock(settings)
-    while state.step < settings.steps and "stopped" not in state.notes:
-        chosen = plan[state.step]
-        lessons = jnp.concatenate([teaching.hidden(int(index), train[index], keep=again) for index in chosen])
-        moved, optimizer_state, loss, finite = step(
-            student.still, state.moving, state.optimizer, teacher.still, jnp.asarray(train[chosen]), lessons
-        )
-        if not bool(finite):
-            reason = f"the loss or its gradient is not finite at step {state.step + 1}"
-            state = state._replace(notes={**state.notes, "stopped": reason})
-            break
-        state = state._replace(step=state.step + 1, moving=moved, optimizer=optimizer_state)
-        progress.step(state.step, settings.steps, float(loss), clock.left(state.step))
-        if state.step % settings.evaluate_every == 0 or state.step == settings.steps:
-            with clock.judging():
-                state = _judged(state, judge, progress)
-            store.save(state)
-            saved = time.monotonic()
-        elif time.monotonic() - saved > SAVE_SECONDS:
-            store.save(state)
-            saved = time.monotonic()
-    if "stopped" in state.notes:
-        store.save(state)
-        reason = state.notes["stopped"]
-        if state.notes["best"] == 0:
-            raise QuikError(f"{reason}, and nothing before it was better than the artifact as it is; train at lower rates")
-        progress.stopped(f"{reason}; saving step {state.notes['best']}, the best before it")
-    return state.best, state.notes
+
+    def take(index: int, moved: Any, state: Any) -> Any:
+        chosen = plan[index]
+        lessons = jnp.concatenate([teaching.hidden(int(window), train[window], keep=again) for window in chosen])
+        return step(student.still, moved, state, teacher.still, jnp.asarray(train[chosen]), lessons)
+
+    judge = _Judge(student, teaching, held_out)
+    training = loop.Training(take, judge, settings.steps, settings.evaluate_every)
+    return loop.run(training, start, optimizer(settings).init(start), store, progress)
 
 
 class _Judge:
@@ -359,7 +306,7 @@ class _Judge:
     def __init__(self, student: Student, teaching: _Teaching, held_out: np.ndarray) -> None:
         self._student, self._teaching, self._held_out = student, teaching, held_out
 
-    def __call__(self, moved: Mapping[str, moving.Moving]) -> tuple[float, float]:
+    def __call__(self, moved: Mapping[str, moving.Moving]) -> dict[str, float]:
         parts = finished_parts(self._student, moved)
         params = jax.tree.map(jnp.asarray, {path: leaf for part in parts.values() for path, leaf in part.items()})
         teacher = self._teaching.teacher
@@ -373,22 +320,7 @@ class _Judge:
         theirs = nnx.merge(graphdef, nested({**params, **rest}))
         found = evaluate(mine, self._held_out, Reference(theirs, hidden))
         assert found.kl is not None
-        return found.kl, found.perplexity
-
-
-def _judged(state: State, judge: _Judge, progress: Progress) -> State:
-    try:
-        kl, perplexity = judge(state.moving)
-    except QuikError as problem:
-        if state.step == 0:
-            raise
-        return state._replace(notes={**state.notes, "stopped": f"{problem} (at step {state.step})"})
-    better = kl < state.notes["kl"]
-    notes = {**state.notes, "evaluations": [*state.notes["evaluations"], [state.step, kl, perplexity]]}
-    if better:
-        notes |= {"best": state.step, "kl": kl}
-    progress.evaluated(state.step, kl, perplexity, better)
-    return state._replace(best=state.moving if better else state.best, notes=notes)
+        return {"kl": found.kl, "perplexity": found.perplexity}
 
 
 def finished_parts(student: Student, moved: Mapping[str, moving.Moving]) -> dict[str, dict[str, Any]]:
@@ -404,42 +336,6 @@ def finished_parts(student: Student, moved: Mapping[str, moving.Moving]) -> dict
     return finished
 
 
-class _Clock:
-    """How long is left, from the steps of this run; compilation is in its first step only and is not counted."""
-
-    def __init__(self, settings: RecoverySettings) -> None:
-        self._settings = settings
-        self._began: float | None = None
-        self._judging: list[float] = []
-        self._first = 0
-
-    def left(self, step: int) -> float:
-        """Seconds left after `step` steps."""
-        now = time.monotonic()
-        if self._began is None:
-            self._began, self._first = now, step
-        taken = step - self._first
-        each = (now - self._began - sum(self._judging)) / taken if taken else math.nan
-        evaluations = -(-self._settings.steps // self._settings.evaluate_every) - step // self._settings.evaluate_every
-        judging = self._judging[-1] if self._judging else 0.0
-        return each * (self._settings.steps - step) + judging * evaluations
-
-    def judging(self) -> "_Judging":
-        return _Judging(self._judging)
-
-
-@dataclasses.dataclass
-class _Judging:
-    laps: list[float]
-    began: float = 0.0
-
-    def __enter__(self) -> None:
-        self.began = time.monotonic()
-
-    def __exit__(self, *_: object) -> None:
-        self.laps.append(time.monotonic() - self.began)
-
-
 def _write(
     reader: Reader,
     target: Path,
@@ -451,7 +347,11 @@ def _write(
 ) -> str:
     """Write the artifact and return its fingerprint."""
     manifest = reader.manifest
-    told = {**known, "best_step": notes["best"], "validation_kl": {str(step): kl for step, kl, _ in notes["evaluations"]}}
+    told = {
+        **known,
+        "best_step": notes["best"],
+        "validation_kl": {str(step): found["kl"] for step, found in notes["evaluations"]},
+    }
     if "stopped" in notes:
         told["stopped"] = notes["stopped"]
     if "recovered" in manifest.provenance:

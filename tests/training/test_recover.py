@@ -18,8 +18,9 @@ from quikjax.loading import load_published
 from quikjax.models.registry import dotted, pure_params
 from quikjax.testing import write_tiny_checkpoint
 from quikjax.training import recover as recovery
+from quikjax.training.loop import NoProgress
 from quikjax.training.memory import check_formats, estimate
-from quikjax.training.recover import NoProgress, Recovered, recover
+from quikjax.training.recover import Recovered, recover
 from quikjax.training.settings import cut
 from quikjax.training.state import INPUTS
 from quikjax.weights.quik import QuikWeight
@@ -132,7 +133,7 @@ def test_a_damaged_state_is_not_gone_on_with(place: Path) -> None:
 
 def test_a_loss_that_is_not_finite_ends_it(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wild = SETTINGS.model_copy(update={"sigma_rate": 1e4})
-    with pytest.raises(QuikError, match="nothing before it was better than the artifact as it is; train at lower rates"):
+    with pytest.raises(QuikError, match="nothing before it was better than the beginning; train at lower rates"):
         recover(place / "artifact", place / "wild", tokens, wild, original=place / "model")
     assert not (place / "wild").exists()
 

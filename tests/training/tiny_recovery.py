@@ -17,7 +17,7 @@ from quikjax.models.registry import abstract_model, dotted, pure_params
 from quikjax.quantizing.checkpoint import quantize_checkpoint
 from quikjax.testing import tiny_tokenizer, write_tiny_checkpoint
 from quikjax.texts import calibration_text
-from quikjax.training import recover as recovery
+from quikjax.training import loop
 from quikjax.training.recover import Recovered, recover
 from quikjax.training.settings import RecoverySettings
 from quikjax.weights.quik import QuikWeight
@@ -73,7 +73,7 @@ def _scaled(leaf: Any, factor: float) -> Any:
 
 def recover_resumably(directory: Path, started: Callable[[], None]) -> Recovered:
     """Recover `directory/artifact` into `directory/out`, saving after every step, so that kills meet every moment of it."""
-    recovery.SAVE_SECONDS = 0.0
+    loop.SAVE_SECONDS = 0.0
     # Compiled once for all processes.
     jax.config.update("jax_compilation_cache_dir", str(directory / "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
