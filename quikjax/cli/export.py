@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from quikjax.cli.generation_options import KvCache
-from quikjax.cli.options import Artifact, Json, parse_dtype
+from quikjax.cli.options import Artifact, Json, check_artifact, parse_dtype
 from quikjax.cli.printing import megabytes, print_json, say, show
 from quikjax.errors import QuikError, did_you_mean
 
@@ -39,6 +39,7 @@ def export(
     """Write a model in a format that others read. Dequantized, one transformer block is in memory at a time."""
     if format not in FORMATS:
         raise QuikError(f'there is no format "{format}" to export to; {did_you_mean(format, FORMATS)}')
+    check_artifact(artifact)
     if format == "jax-export":
         if dtype is not None:
             raise QuikError("--dtype is of safetensors-dequantized; exported programs compute in what the artifact is in")

@@ -18,11 +18,13 @@ from quikjax.errors import QuikError, did_you_mean
 from quikjax.generation import decode
 from quikjax.generation.decode import CHUNK, NOTHING, Kind, State
 from quikjax.generation.generator import KEY_BLOCK
-from quikjax.generation.sampling import Sampling, row_keys
+from quikjax.generation.sampling import row_keys
+from quikjax.generation.settings import Sampling
 from quikjax.models import cache as caches
 from quikjax.models import stacked
 from quikjax.models.base import CausalLM
 from quikjax.models.cache import StackedCache
+from quikjax.models.dtypes import check_cache_kind
 from quikjax.models.memory import device_memory
 from quikjax.models.stacked import Layout
 from quikjax.pallas_kernels.devices import CPU, Device, current_device, tracing_for
@@ -122,7 +124,7 @@ def export_programs(
     if batch < 1:
         raise QuikError(f"at least 1 row is generated at a time, not {batch}")
     if cache is not None:
-        caches.check_kind(cache)
+        check_cache_kind(cache)
     # Weights stay in the form of files, not in the tiles that one GPU's kernels read.
     with tracing_for(PLATFORMS[platforms[0]]):
         layout, tree = stacked.stack(model, release=release, widen=platforms == ("cpu",))

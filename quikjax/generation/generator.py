@@ -15,12 +15,14 @@ from quikjax.errors import QuikError
 from quikjax.generation import decode
 from quikjax.generation.decode import CHUNK, NOTHING, Kind, State
 from quikjax.generation.programs import Programs
-from quikjax.generation.sampling import Sampling, Values, row_keys
+from quikjax.generation.sampling import Values, row_keys
+from quikjax.generation.settings import Sampling, check_seed
 from quikjax.generation.text import TextStream
 from quikjax.models import cache as caches
 from quikjax.models import stacked
 from quikjax.models.base import CausalLM
 from quikjax.models.cache import Fresh, StackedCache
+from quikjax.models.dtypes import check_cache_kind
 from quikjax.models.memory import device_memory, most_slots
 
 # Slots that attention takes at a time on a CPU, and everywhere with `deterministic`; a cache is a multiple of it, and more than
@@ -28,7 +30,6 @@ from quikjax.models.memory import device_memory, most_slots
 KEY_BLOCK = 64
 _SHORTEST = 16
 _STOPS = 8  # stop tokens are padded to a multiple of this
-_MOST_SEED = 2**32 - 1
 
 Prompts = Sequence[Sequence[int]] | Int[Any, "rows length"]
 
@@ -192,7 +193,7 @@ class Generator:
         if batch_size < 1:
             raise QuikError(f"at least 1 row is decoded at a time, not {batch_size}")
         if cache is not None:
-            caches.check_kind(cache)
+            check_cache_kind(cache)
         self.tokenizer = tokenizer
         self.model_stops = tuple(model.stops)
         self.deterministic = deterministic
@@ -286,8 +287,8 @@ class Generator:
         seeds = [seed] * len(given) if isinstance(seed, int) else [int(one) for one in seed]
         if len(seeds) != len(given):
             raise QuikError(f"there are {len(given)} prompts and {len(seeds)} seeds; give one seed, or one for each prompt")
-        if any(not 0 <= one <= _MOST_SEED for one in seeds):
-            raise QuikError(f"a seed is a number from 0 to {_MOST_SEED}")
+        for one in seeds:
+            check_seed(one)
         if samples < 1:
             raise QuikError(f"at least 1 sample of each prompt is drawn, not {samples}")
         if samples > 1 and sampling.greedy:

@@ -9,7 +9,7 @@ from quikjax.loading.directory import SafetensorsSource
 from quikjax.loading.flax_source import FlaxSource
 from quikjax.loading.gguf_header import is_gguf
 from quikjax.loading.gguf_source import GGUFSource
-from quikjax.loading.resolve import Found, resolve
+from quikjax.loading.locate import Found, resolve
 from quikjax.loading.source import Source
 
 # What quikjax.checkpoint writes into each artifact of its own.

@@ -5,7 +5,6 @@ GPT-2 does. Only other vocabularies are left to the classes of `transformers`: s
 of its class, and lose what its file says.
 """
 
-import json
 import os
 import sys
 from collections.abc import Mapping
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from quikjax.errors import QuikError
+from quikjax.files import read_json, read_text
 from quikjax.loading.byte_level import build_byte_level
 from quikjax.loading.sentencepiece_model import read_model
 from quikjax.loading.sentencepiece_tokenizer import Prefix, build_sentencepiece
@@ -153,8 +153,8 @@ def _from_merges(directory: Path, settings: Settings) -> Any:
     from tokenizers import pre_tokenizers
 
     try:
-        vocabulary = json.loads((directory / "vocab.json").read_text(encoding="utf-8"))
-        lines = (directory / "merges.txt").read_text(encoding="utf-8").split("\n")
+        vocabulary = read_json(directory / "vocab.json")
+        lines = read_text(directory / "merges.txt").split("\n")
         pairs = [line.partition(" ") for line in lines if line.strip() and not line.startswith("#version")]
         core = build_byte_level(vocabulary, [(left, right) for left, _, right in pairs], "gpt-2")
     except Exception as problem:  # whatever a damaged file leads to; tokenizers raises bare Exception

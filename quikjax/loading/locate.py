@@ -28,6 +28,16 @@ def resolve(model: str | Path, *, weights: bool = True) -> Found:
     Raises:
         QuikError: nothing has this name; the nearest existing one is offered.
     """
+    here = find_here(model)
+    return Found(*fetch(str(model), weights=weights)) if here is None else here
+
+
+def find_here(model: str | Path) -> Found | None:
+    """`resolve` as far as this machine knows: `None` is a hub name, which has yet to be looked up.
+
+    Raises:
+        QuikError: as `resolve`.
+    """
     text = str(model)
     if isinstance(model, str) and text in DEMO_MODELS:
         return Found(find_demo_model(text))
@@ -35,7 +45,7 @@ def resolve(model: str | Path, *, weights: bool = True) -> Found:
     if path.exists():
         return Found(path)
     if isinstance(model, str) and is_hub_name(text) and not _nearby(path):
-        return Found(*fetch(text, weights=weights))
+        return None
     near = [*difflib.get_close_matches(text, DEMO_MODELS), *_nearby(path)]
     known = f"a model is a directory, a .gguf file, a hub name (org/name) or one of: {', '.join(DEMO_MODELS)}"
     raise QuikError(f'there is no model "{text}"; {did_you_mean(text, near) if near else known}')
