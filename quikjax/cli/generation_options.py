@@ -114,7 +114,7 @@ def with_option_groups(command: Callable[..., None]) -> Callable[..., None]:
     seen: list[inspect.Parameter] = []
     for name, given in signature.parameters.items():
         if name not in groups:
-            seen.append(given.replace(kind=inspect.Parameter.KEYWORD_ONLY))
+            seen.append(given)
             continue
         for field in dataclasses.fields(groups[name]):
             seen.append(
@@ -122,12 +122,12 @@ def with_option_groups(command: Callable[..., None]) -> Callable[..., None]:
             )
 
     @functools.wraps(command)
-    def run(**options: Any) -> None:
+    def run(*arguments: Any, **options: Any) -> None:
         made = {
-            name: group(**{field.name: options.pop(field.name) for field in dataclasses.fields(group)})
+            name: group(**{field.name: options.pop(field.name) for field in dataclasses.fields(group) if field.name in options})
             for name, group in groups.items()
         }
-        command(**options, **made)
+        command(*arguments, **options, **made)
 
     run.__signature__ = signature.replace(parameters=seen)  # type: ignore[attr-defined]
     run.__annotations__ = {one.name: one.annotation for one in seen} | {"return": None}

