@@ -23,6 +23,8 @@ def floating_dtype(dtype: Any) -> np.dtype[Any]:
     name = dtype
     if not isinstance(dtype, str):
         try:
+            if dtype is None:  # NumPy's name for float64
+                raise TypeError
             name = np.dtype(dtype).name
         except TypeError:
             raise QuikError(f"a dtype to compute in is expected ({', '.join(_DTYPES)}), not {described(dtype)}") from None

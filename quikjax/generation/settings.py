@@ -2,9 +2,11 @@
 
 import dataclasses
 import math
+import numbers
 from typing import TYPE_CHECKING
 
 from quikjax.errors import QuikError
+from quikjax.files import described
 
 if TYPE_CHECKING:
     from quikjax.generation.sampling import Values
@@ -40,6 +42,12 @@ class Sampling:
         Raises:
             QuikError: naming the setting and what it may be.
         """
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, bool) or not isinstance(value, numbers.Real):
+                raise QuikError(f"{field.name} is a number, not {described(value)}")
+        if int(self.top_k) != self.top_k:
+            raise QuikError(f"top-k keeps that many tokens, a whole number, not {self.top_k}")
         if not (0 <= self.temperature < math.inf):
             raise QuikError(f"the temperature is 0 (the most likely token, always) or more, not {self.temperature:g}")
         if self.top_k < 0:

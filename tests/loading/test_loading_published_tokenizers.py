@@ -143,8 +143,6 @@ def test_settings_from_older_files(tmp_path: Path) -> None:
     "settings",
     ["[]", "{", '{"padding_side": "middle"}', '{"added_tokens_decoder": {"x": {}}}', '{"chat_template": [{"x": 1}]}'],
 )
-    "settings", ["[]", "{", '{"padding_side": "middle"}', '{"added_tokens_decoder": {"x": {}}}', '{"chat_template": [{"x": 1}]}']
-)
 def test_damaged_settings(tmp_path: Path, settings: str) -> None:
     byte_level().save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "tokenizer_config.json").write_text(settings)
