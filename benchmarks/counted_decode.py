@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from quikjax.generation import decode
-from quikjax.generation.sampling import Sampling
+from quikjax.generation.settings import Sampling
 from quikjax.models import cache as caches
 from quikjax.pallas_kernels.devices import H100, tracing_for
 

@@ -183,7 +183,16 @@ class CausalLM(Transformer):
     def __call__(
         self, ids: Int[Array, "batch length"], positions: Int32[Array, "batch length"] | None = None
     ) -> Float[Array, "batch length vocab"]:
-        """float32 logits `[batch, length, vocab]`. `positions` defaults to 0, 1, 2, ...; padding is `PADDING`."""
+        """float32 logits `[batch, length, vocab]`. `positions` defaults to 0, 1, 2, ...; padding is `PADDING`.
+
+        Raises:
+            QuikError: `ids` is no array of whole numbers in two dimensions.
+        """
+        shape, dtype = getattr(ids, "shape", None), getattr(ids, "dtype", None)
+        if shape is None or dtype is None or len(shape) != 2 or not jnp.issubdtype(dtype, jnp.integer):
+            given = described(ids) if shape is None else f"{dtype} of shape {tuple(shape)}"
+            hint = "; one row of tokens is ids[None]" if shape is not None and len(shape) == 1 else ""
+            raise QuikError(f"a model takes an array of token ids [batch, length], not {given}{hint}")
         return self.head(self.hidden(ids, positions)[0])
 
     def hidden(

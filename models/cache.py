@@ -12,9 +12,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int8, Int32
 
-from quikjax.errors import QuikError, did_you_mean
+from quikjax.models.dtypes import check_cache_kind
 
-KINDS = ("float32", "bfloat16", "float16", "int8")
 # Rows whose slots are written one after the other without a loop: each is one more operation to compile.
 _UNROLLED_ROWS = 16
 
@@ -90,12 +89,12 @@ class Fresh(NamedTuple):
 def empty_cache(
     layers: int, kv_heads: int, batch: int, slots: int, head: int, kind: str = "float32", key_block: int = 0
 ) -> StackedCache:
-    """A cache without tokens; `kind` is one of `KINDS`.
+    """A cache without tokens; `kind` is one of `dtypes.CACHE_KINDS`.
 
     Raises:
         QuikError: there is no such kind.
     """
-    check_kind(kind)
+    check_cache_kind(kind)
     shape = (layers, kv_heads, batch, slots, head)
     dtype = jnp.dtype(kind)
     scales = [jnp.zeros(shape[:-1], jnp.float32) for _ in range(2)] if kind == "int8" else [None, None]
@@ -106,12 +105,6 @@ def empty_cache(
         value_scale=scales[1],
         key_block=key_block,
     )
-
-
-def check_kind(kind: str) -> None:
-    """Raise `QuikError` unless `kind` is one of `KINDS`."""
-    if kind not in KINDS:
-        raise QuikError(f'there is no KV cache of kind "{kind}"; {did_you_mean(kind, KINDS)}')
 
 
 def cache_bytes(layers: int, kv_heads: int, batch: int, slots: int, head: int, kind: str) -> int:
@@ -141,7 +134,7 @@ def formed(keys: Float[Array, "..."], values: Float[Array, "..."], kind: str) ->
 
 
 def kind_of(cache: StackedCache) -> str:
-    """Which of `KINDS` a cache is."""
+    """Which of `dtypes.CACHE_KINDS` a cache is."""
     return str(jnp.dtype(cache.keys.dtype))
 
 

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 from flax import nnx
 
 from quikjax.errors import QuikError, did_you_mean
-from quikjax.files import described
 from quikjax.models.base import Transformer
 from quikjax.models.bert import BertConfig, build_bert
 from quikjax.models.distilbert import DistilBertConfig, build_distilbert
@@ -29,30 +28,6 @@ FAMILIES: dict[str, tuple[type[Any], Callable[..., Transformer]]] = {
     **dict.fromkeys(("falcon", *FIRST_TYPES), (FalconConfig, FalconForCausalLM)),
     **dict.fromkeys(("roberta", "xlm-roberta", "camembert"), (RobertaConfig, build_roberta)),
 }
-
-
-_DTYPES = ("float32", "bfloat16", "float16")
-# What other libraries call them.
-_OTHER_NAMES = {"fp32": "float32", "f32": "float32", "bf16": "bfloat16", "fp16": "float16", "f16": "float16", "half": "float16"}
-
-
-def floating_dtype(dtype: Any) -> Any:
-    """The NumPy dtype that parameters are held and computed in, from its name or from a dtype.
-
-    Raises:
-        QuikError: it is none of "float32", "bfloat16" and "float16"; the nearest name is offered.
-    """
-    name = dtype
-    if not isinstance(dtype, str):
-        try:
-            name = jnp.dtype(dtype).name
-        except TypeError:
-            raise QuikError(f"a dtype to compute in is expected ({', '.join(_DTYPES)}), not {described(dtype)}") from None
-    if name not in _DTYPES:
-        meant = _OTHER_NAMES.get(name.lower())
-        hint = f'did you mean "{meant}"? (known: {", ".join(_DTYPES)})' if meant else did_you_mean(name, _DTYPES)
-        raise QuikError(f'there is no dtype "{name}" to compute in; {hint}')
-    return jnp.dtype(name)
 
 
 def abstract_model(fields: Mapping[str, Any], dtype: Any = jnp.float32, *, context: int | None = None) -> Transformer:

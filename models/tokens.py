@@ -1,5 +1,6 @@
 """Token ids as people hand them over, checked against the model before anything is computed."""
 
+import operator
 from typing import Any
 
 import numpy as np
@@ -41,6 +42,59 @@ def checked_transformer(model: Any) -> Transformer:
     if isinstance(model, tuple) and len(model) == 2 and isinstance(model[0], Transformer):
         raise QuikError("a model is expected, not the pair that load returns; write: model, tokenizer = load(...)")
     raise QuikError(f"a model is expected, as load returns it, not {described(model)}")
+
+
+def whole_number(value: Any, what: str, least: int | None = 1) -> int:
+    """`value` as an int, NumPy's included.
+
+    Raises:
+        QuikError: it is none, or below `least`, if there is such a bound; `what` is what the message calls it.
+    """
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise QuikError(f"{what} must be a whole number, not {described(value)}") from None
+    if isinstance(value, bool):
+        raise QuikError(f"{what} must be a whole number, not {value}")
+    if least is not None and number < least:
+        raise QuikError(f"{what} must be at least {least}, not {number}")
+    return number
+
+
+def checked_prompts(prompts: Any) -> list[list[int]]:
+    """Prompts of any lengths as lists of ints, from rows of tokens or an array `[rows, length]` of any kind of integers.
+
+    Raises:
+        QuikError: they are texts, one row without its list, not whole numbers, or none at all.
+    """
+    if isinstance(prompts, str | bytes) or hasattr(prompts, "keys"):
+        raise _not_tokens("prompts are", prompts)
+    try:
+        rows = list(prompts)
+    except TypeError:  # nothing that has rows
+        raise QuikError(f"prompts are rows of token ids, such as [[1, 2, 3]], not {described(prompts)}") from None
+    if not rows:
+        raise QuikError("there is no prompt; give at least one")
+    found = []
+    for row in rows:
+        if isinstance(row, str | bytes) or hasattr(row, "keys"):
+            raise _not_tokens("a prompt is", row)
+        try:
+            tokens = list(row)
+        except TypeError:  # a number
+            raise QuikError("prompts are rows of token ids; one row of tokens is [ids]") from None
+        try:
+            found.append([operator.index(token) for token in tokens])
+        except TypeError:
+            odd: Any = next(token for token in tokens if np.asarray(token).ndim or np.asarray(token).dtype.kind not in "iub")
+            shown = described(odd if np.asarray(odd).ndim else np.asarray(odd).item())
+            raise QuikError(f"a prompt holds {shown}, where whole numbers (token ids) are expected") from None
+    return found
+
+
+def _not_tokens(what: str, given: Any) -> QuikError:
+    hint = 'take its "input_ids"' if hasattr(given, "keys") else "turn it into tokens first: quikjax.texts.tokenize"
+    return QuikError(f"{what} {described(given)}, where token ids are expected; {hint}")
 
 
 def checked_tokens(ids: Any, config: Config, what: str = "a batch of tokens") -> Int32[np.ndarray, "batch length"]:

@@ -53,6 +53,35 @@ CASES = [
     ("q.windows('text', 4)", "windows are cut from one row of token ids, not from 'text'"),
     ("q.windows(np.zeros((2, 8), int), 4)", "of shape (2, 8)"),
     ("q.windows([1.5, 2.5], 2)", "windows are cut from one row of token ids"),
+    ("G.generate('hello')", "turn it into tokens first: quikjax.texts.tokenize"),
+    ("G.generate(['hello'])", "a prompt is 'hello' (str), where token ids are expected"),
+    ("G.generate(tokenizer('hi'))", 'take its "input_ids"'),
+    ("G.generate([1, 2, 3])", "prompts are rows of token ids; one row of tokens is [ids]"),
+    ("G.generate(np.arange(3))", "one row of tokens is [ids]"),
+    ("G.generate(np.ones((1, 2, 2), int))", "a prompt holds a ndarray, where whole numbers"),
+    ("G.generate([[1.5]])", "a prompt holds 1.5 (float), where whole numbers"),
+    ("G.generate(None)", "prompts are rows of token ids, such as [[1, 2, 3]], not None"),
+    ("G.generate([[2**40]])", "outside the model's vocabulary of 257"),
+    ("G.generate([[1]], max_new_tokens='3')", "max_new_tokens must be a whole number, not '3' (str)"),
+    ("G.generate([[1]], max_new_tokens=2.5)", "max_new_tokens must be a whole number, not 2.5 (float)"),
+    ("G.generate([[1]], step=0)", "step must be at least 1, not 0"),
+    ("G.generate([[1]], seed=1.5)", "a seed must be a whole number, not 1.5"),
+    ("G.generate([[1]], seed=True)", "a seed must be a whole number, not True"),
+    ("G.generate([[1]], samples=0)", "the number of samples of each prompt must be at least 1"),
+    ("G.generate([[1]], sampling=0.7)", "sampling is a quikjax.Sampling, such as Sampling(temperature=0.7), not 0.7"),
+    ("G.generate([[1]], stop_strings=[5])", "stop strings are texts; tokens that end a text are given as stop"),
+    ("q.Sampling(temperature='hot')", "temperature is a number, not 'hot'"),
+    ("q.Sampling(temperature=1, top_k=1.5)", "top-k keeps that many tokens, a whole number, not 1.5"),
+    ("q.Generator(pair)", "not the pair that load returns"),
+    ("q.Generator(model, context='9')", "the context must be a whole number, not '9'"),
+    ("q.generate(model, pure_params(model), [[1]])", "nnx.split(model)[0], not a LlamaForCausalLM"),
+    ("q.generate(nnx.split(model)[0], {}, [[1]])", "the parameters are not those of the model's definition"),
+    ("model([[1, 2]])", "a model takes an array of token ids [batch, length], not a list"),
+    ("model(np.arange(3))", "not int64 of shape (3,); one row of tokens is ids[None]"),
+    ("model(np.zeros((1, 2)))", "not float64 of shape (1, 2)"),
+    ("q.windows(np.arange(9), '4')", "the tokens of a window must be a whole number, not '4'"),
+    ("q.dequantize(pure_params(model))", "a packed weight is expected (QuikWeight, "),
+    ("q.load(P, dtype=None)", "a dtype to compute in is expected"),
     ("q.quantize_checkpoint(P, OUT, 'quik-4b', [[1]])", "calibration is a function from a tokenizer to tokens, not a list"),
     ("q.quantize_checkpoint(P, OUT, 'quik-4b', lambda t: np.arange(8))", "has the shape (8,)"),
     ("q.quantize_checkpoint(P, OUT, 'quik-4b', lambda t: np.full((1, 8), 999))", "holds token 999"),
@@ -70,6 +99,7 @@ from quikjax.models.registry import pure_params
 P, A, OUT, cases = sys.argv[1], sys.argv[2], sys.argv[3], json.loads(sys.argv[4])
 pair = q.load(P, dtype="float32")
 model, tokenizer = pair
+G = q.Generator(model, tokenizer=tokenizer)
 q.save(A, model)
 said = []
 for case in cases:

@@ -11,29 +11,35 @@
 Saving the same twice gives the same bytes, but for that log. What the manifest does not list (`.DS_Store`, a README, `.git`) is
 no damage: it is not read, and stays when the artifact is replaced. A killed save leaves the old artifact or none. Restored arrays
 have the bits that were saved, or an error names the file that changed.
+
+Names are imported when they are first used: to find an artifact, or that there is none, takes no JAX.
 """
 
-import json
-import os
-from collections.abc import Iterable, Mapping
-from typing import Any
+import importlib
+from typing import TYPE_CHECKING, Any
 
-import jax
-import jax.numpy as jnp
-from flax import nnx
+if TYPE_CHECKING:
+    from quikjax.checkpoint.artifact import restore, restore_params, save, split_parts
+    from quikjax.checkpoint.artifact_sizes import Sizes, sizes
+    from quikjax.checkpoint.manifest import Manifest, Part
+    from quikjax.checkpoint.parts import REST
+    from quikjax.checkpoint.reader import Reader, read_manifest
+    from quikjax.checkpoint.writer import Writer
 
-from quikjax.checkpoint.artifact_sizes import Sizes, sizes
-from quikjax.checkpoint.manifest import Manifest, Part
-from quikjax.checkpoint.parts import REST
-from quikjax.checkpoint.reader import Reader, read_manifest
-from quikjax.checkpoint.shapes import check_parameters, shapes_of
-from quikjax.checkpoint.writer import Writer, stored_shapes
-from quikjax.errors import QuikError
-from quikjax.loading.source import stops_of
-from quikjax.models.base import Transformer
-from quikjax.models.registry import abstract_model, dotted, nested, pure_params
-from quikjax.models.stops import named_stops
-from quikjax.models.tokens import checked_transformer
+_HOME = {
+    "REST": "parts",
+    "Manifest": "manifest",
+    "Part": "manifest",
+    "Reader": "reader",
+    "Sizes": "artifact_sizes",
+    "Writer": "writer",
+    "read_manifest": "reader",
+    "restore": "artifact",
+    "restore_params": "artifact",
+    "save": "artifact",
+    "sizes": "artifact_sizes",
+    "split_parts": "artifact",
+}
 
 __all__ = [
     "REST",
@@ -51,104 +57,7 @@ __all__ = [
 ]
 
 
-def split_parts(params: Mapping[str, Any], block_path: tuple[str, ...]) -> dict[str, dict[str, Any]]:
-    """Full parameter names, divided into parts: one per block below `block_path`, and the rest.
-
-    >>> split_parts({"layers.0.w": 1, "layers.1.w": 2, "norm": 3}, ("layers",))
-    {'layers.0': {'layers.0.w': 1}, 'layers.1': {'layers.1.w': 2}, 'rest': {'norm': 3}}
-    """
-    divided: dict[str, dict[str, Any]] = {}
-    depth = len(block_path) + 1
-    for path, leaf in params.items():
-        steps = path.split(".")
-        in_block = tuple(steps[: depth - 1]) == block_path and len(steps) > depth
-        divided.setdefault(".".join(steps[:depth]) if in_block else REST, {})[path] = leaf
-    return divided
-
-
-def save(
-    path: str | os.PathLike[str],
-    model: Transformer,
-    *,
-    config: Mapping[str, Any] | None = None,
-    tokenizer: Any = None,
-    recipe: Mapping[str, Any] | None = None,
-    provenance: Mapping[str, Any] | None = None,
-    generation_config: Mapping[str, Any] | None = None,
-    report: Iterable[Mapping[str, Any]] | None = None,
-    force: bool = False,
-) -> str:
-    """Save a model, dense or quantized, as the artifact `path`, and return its fingerprint.
-
-    Args:
-        path: a directory that does not exist or is empty, or with `force` an artifact, replaced once the new one is whole.
-        model: one of ours, with its weights.
-        config: its published configuration; needed only if the model was not built by `abstract_model`.
-        tokenizer, report: see `Writer.finish`.
-        generation_config: see `Writer.finish`; `model.stops` are added to the tokens that it says end a text.
-        recipe, provenance: see `Writer`.
-
-    Raises:
-        QuikError: `path` exists, the parameters are not those of the configuration, a weight breaks its invariant, the disk is
-            full or refuses. What was at `path` is untouched, and nothing else is left.
-    """
-    model = checked_transformer(model)
-    if config is None and model.published is None:
-        raise QuikError("the model does not know its published configuration; pass it as config")
-    published = json.loads(model.published or "null") if config is None else config
-    params = dotted(pure_params(model))
-    with Writer(path, config=published, recipe=recipe, provenance=provenance, force=force) as writer:
-        # First: a mismatch with the configuration would make an artifact that nobody can restore.
-        writer.check_whole(shapes_of(model))
-        for name, members in split_parts(params, model.block_path).items():
-            writer.write_part(name, members)
-        return writer.finish(tokenizer=tokenizer, generation_config=_with_stops(generation_config, model.stops), report=report)
-
-
-def _with_stops(generation_config: Mapping[str, Any] | None, stops: tuple[int, ...]) -> dict[str, Any] | None:
-    """The configuration with all of `stops` in it; as it was where it names them already."""
-    fields = dict(generation_config or {})
-    named = named_stops(fields, "generation_config")
-    if set(stops) - set(named):
-        ends = [*named, *(token for token in stops if token not in named)]
-        fields["eos_token_id"] = ends[0] if len(ends) == 1 else ends
-    return fields or None
-
-
-def restore(path: str | os.PathLike[str], *, verify: bool = True, context: int | None = None) -> tuple[Transformer, Any]:
-    """The model and the tokenizer (or `None`) of an artifact. The bits of every weight are those that were saved.
-
-    Args:
-        path: the artifact's directory, or its hub name "org/name".
-        verify: compare the SHA-256 of every file and every array with the manifest; without, names, sizes, dtypes and shapes.
-        context: longest text in tokens, in place of what the configuration declares.
-
-    Raises:
-        QuikError: there is no artifact, or something in it is not as it was saved, which is named. Nothing is handed out then.
-    """
-    reader = Reader(path, verify=verify)
-    if reader.manifest.config is None:
-        raise QuikError(f"{reader.path} holds parameters without a model configuration; read it with restore_params")
-    abstract = abstract_model(reader.manifest.config, reader.manifest.dtype, context=context)
-    held = {name: shape for part in reader.parts.values() for name, shape in stored_shapes(part).items()}
-    check_parameters(shapes_of(abstract), held, whole=True)
-    tokenizer = reader.tokenizer()
-    abstract.stops = stops_of(reader.manifest.config, reader.generation_config(), tokenizer, str(reader.path))
-    return nnx.merge(nnx.split(abstract)[0], _params(reader)), tokenizer
-
-
-def restore_params(path: str | os.PathLike[str], *, verify: bool = True) -> dict[str, Any]:
-    """The parameters of an artifact as nested dictionaries, for a model of one's own.
-
-    Raises:
-        QuikError: as `restore`.
-    """
-    return _params(Reader(path, verify=verify))
-
-
-def _params(reader: Reader) -> dict[str, Any]:
-    """Every part, read, checked and put on JAX's default device."""
-    flat: dict[str, Any] = {}
-    for name in reader.parts:
-        flat.update({path: jax.tree.map(jnp.asarray, leaf) for path, leaf in reader.read_part(name).items()})
-    return nested(flat)
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)

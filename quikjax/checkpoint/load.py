@@ -9,7 +9,7 @@ from quikjax.checkpoint import restore
 from quikjax.loading import load_published, resolve
 from quikjax.loading.formats import ARTIFACT_FILE
 from quikjax.models.base import Transformer
-from quikjax.models.registry import floating_dtype
+from quikjax.models.dtypes import floating_dtype
 
 
 def load(model: str | Path, *, dtype: Any = jnp.float32, context: int | None = None) -> tuple[Transformer, Any | None]:

@@ -1,6 +1,5 @@
 """Reading an artifact, part by part, nothing handed out before it is checked."""
 
-import difflib
 import json
 import os
 import shutil
@@ -9,27 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from quikjax.checkpoint import atomic, parts
+from quikjax.checkpoint.locate import locate, refuse_foreign
 from quikjax.checkpoint.manifest import MANIFEST, FileRow, Json, Manifest, Part, checksum, unseal_manifest
-from quikjax.checkpoint.output import ARRAYS, REPORT, TOKENIZER, real_path
+from quikjax.checkpoint.output import ARRAYS, REPORT, TOKENIZER
 from quikjax.errors import QuikError, did_you_mean
-from quikjax.files import read_json, user_path
-from quikjax.loading.hub import fetch, is_hub_name
+from quikjax.files import read_json
 from quikjax.loading.source import GENERATION_CONFIG
 from quikjax.loading.tokenizer import read_tokenizer
-
-
-def locate(path: str | os.PathLike[str]) -> Path:
-    """The directory of an artifact that is named by a path or, where no such path exists, by its hub name "org/name[@revision]".
-
-    Raises:
-        QuikError: it is a hub name, and the hub and its cache do not have it.
-    """
-    given, text = user_path(path), str(path)
-    absent = is_hub_name(text) and not os.path.lexists(given)
-    # A name that is nearly that of an artifact here is a typing error, not a repository.
-    if absent and not _artifacts_beside(real_path(text), like=True):
-        return fetch(text)[0]
-    return real_path(path)
 
 
 def read_manifest(path: str | os.PathLike[str]) -> Manifest:
@@ -39,7 +24,7 @@ def read_manifest(path: str | os.PathLike[str]) -> Manifest:
         QuikError: there is no artifact, it is unfinished, from a newer format, or its manifest is damaged.
     """
     directory = locate(path)
-    _refuse_foreign(directory)
+    refuse_foreign(directory)
     with atomic.disk_errors(f"cannot read {directory}"):
         manifest = unseal_manifest(directory / MANIFEST)
     if not isinstance(manifest, Manifest):
@@ -129,25 +114,3 @@ class Reader:
         if REPORT not in self.manifest.files:
             return []
         return [json.loads(line) for line in (self.path / REPORT).read_text(encoding="utf-8").splitlines()]
-
-
-def _refuse_foreign(directory: Path) -> None:
-    if not os.path.lexists(directory):
-        beside = _artifacts_beside(directory)
-        hint = f"; {did_you_mean(directory.name, beside)}" if beside else ""
-        raise QuikError(f"there is no directory {directory}{hint}")
-    if not directory.is_dir():
-        raise QuikError(f"{directory} is a file, not the directory of an artifact")
-    with atomic.disk_errors(f"cannot read {directory}"):
-        entries = os.listdir(directory)
-    if MANIFEST not in entries:
-        hint = " but of a published checkpoint: quantize it first" if "config.json" in entries else ""
-        raise QuikError(f"{directory} has no {MANIFEST}: it is not the directory of an artifact{hint}")
-
-
-def _artifacts_beside(directory: Path, *, like: bool = False) -> list[str]:
-    """Names of artifacts in the same place, and what a killed replacement may have left; with `like`, those spelled alike."""
-    if not directory.parent.is_dir() or not os.access(directory.parent, os.R_OK | os.X_OK):
-        return []
-    names = sorted(entry.name for entry in directory.parent.iterdir() if (entry / MANIFEST).is_file())
-    return difflib.get_close_matches(directory.name, names, cutoff=0.75) if like else names

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from quikjax.cli.generation_options import CacheDir, Dtype, KvCache
-from quikjax.cli.options import Context, Model, parse_dtype
+from quikjax.cli.generation_options import RunningOptions, with_option_groups
+from quikjax.cli.options import Model, check_models
 from quikjax.errors import QuikError, did_you_mean
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ FORMATS = ("md", "json", "jsonl", "csv")
 _ERROR_TOKENS = 160  # of the demo text, on which a narrow KV cache is compared with a float32 one
 
 
+@with_option_groups
 def bench(
     model: Model,
     test: Annotated[
@@ -32,29 +33,30 @@ def bench(
     rounds: Annotated[int, typer.Option("--rounds", "-r", help="Measured rounds, after one that is not.")] = 5,
     against: Annotated[str | None, typer.Option(help="A second model that takes turns, such as the unquantized one.")] = None,
     output: Annotated[str, typer.Option("--output", "-o", help="md, json, jsonl or csv.")] = "md",
-    context: Context = None,
-    kv_cache: KvCache = None,
-    dtype: Dtype = "float32",
-    cache_dir: CacheDir = None,
+    *,
+    running: RunningOptions,
 ) -> None:
     """Measure tokens per second: pp reads a prompt, tg decodes; models take turns, compiling is apart."""
-    floating = parse_dtype(dtype)
+    check_models(model, against)
+    running.check()
     if output not in FORMATS:
         raise QuikError(f'there is no output "{output}"; {did_you_mean(output, FORMATS)}')
-
-    from quikjax.checkpoint.load import load
-    from quikjax.cli.printing import say, show, size, table
-    from quikjax.generation import Generator, speed
-    from quikjax.generation.executables import keep_executables
-
-    tests = [speed.parse_test(name, b) for b in batch or [1] for name in test or ["pp512", "tg128", "pp512+tg128"]]
     if any(b < 1 for b in batch or []):
         raise QuikError("a batch has at least 1 text")
-    keep_executables(cache_dir)
+    if rounds < 1:
+        raise QuikError(f"at least 1 round is measured, not {rounds}")
+
+    from quikjax.generation.speed_tests import parse_test
+
+    tests = [parse_test(name, b) for b in batch or [1] for name in test or ["pp512", "tg128", "pp512+tg128"]]
+
+    from quikjax.cli.printing import say, show, size, table
+    from quikjax.generation import Generator, speed
+
     generators = {}
     for name in dict.fromkeys([model, *([against] if against else [])]):
-        network, tokenizer = load(name, dtype=floating, context=context)
-        generators[name] = Generator(network, cache=kv_cache, release=True)
+        network, tokenizer = running.load(name)
+        generators[name] = Generator(network, cache=running.kv_cache, release=True)
         held = sum(leaf.nbytes for leaf in _leaves(generators[name].params))
         say(f"{name}: parameters take {size(held)} of memory, KV cache in {generators[name].cache}")
         if (off := _cache_error(generators[name], tokenizer)) is not None:

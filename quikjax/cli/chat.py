@@ -5,22 +5,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from quikjax.cli.generation_options import (
-    CacheDir,
-    Dtype,
-    KvCache,
-    MinP,
-    RepetitionPenalty,
-    Seed,
-    System,
-    Temperature,
-    Template,
-    TopK,
-    TopP,
-    read_template,
-    sampling_of,
-)
-from quikjax.cli.options import Context, Model, parse_dtype
+from quikjax.cli.generation_options import DrawingOptions, RunningOptions, with_option_groups
+from quikjax.cli.options import Model, check_models
 from quikjax.errors import QuikError
 
 if TYPE_CHECKING:
@@ -29,41 +15,31 @@ if TYPE_CHECKING:
 HELP = "/reset forgets the conversation, /system TEXT does so and sets the system message, /quit ends."
 
 
+@with_option_groups
 def chat(
     model: Model,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens of an answer at most.")] = 512,
-    temperature: Temperature = None,
-    top_k: TopK = 0,
-    top_p: TopP = 1.0,
-    min_p: MinP = 0.0,
-    repetition_penalty: RepetitionPenalty = 1.0,
-    seed: Seed = 0,
-    system: System = None,
-    template: Template = None,
-    context: Context = None,
-    kv_cache: KvCache = None,
-    dtype: Dtype = "float32",
-    cache_dir: CacheDir = None,
+    *,
+    drawing: DrawingOptions,
+    running: RunningOptions,
 ) -> None:
     """Talk with a model in its own chat template. Answers are on stdout, everything else on stderr.
 
     /reset forgets the conversation, /system TEXT does so and sets the system message, /quit or the end of the input ends.
     Ctrl-C ends an answer; what was said stays.
     """
-    floating = parse_dtype(dtype)
-    sampling = sampling_of(temperature, top_k, top_p, min_p, repetition_penalty)
-    chat_template = read_template(template)
+    check_models(model)
+    running.check()
+    sampling = drawing.sampling()
+    chat_template = drawing.chat_template()
 
-    from quikjax.checkpoint.load import load
     from quikjax.cli.printing import say, show
     from quikjax.generation import Generator
     from quikjax.generation.chat import Conversation
-    from quikjax.generation.executables import keep_executables
 
-    keep_executables(cache_dir)
-    network, tokenizer = load(model, dtype=floating, context=context)
-    generator = Generator(network, tokenizer=tokenizer, cache=kv_cache, release=True)
-    conversation = Conversation(generator, template=chat_template, system=system)
+    network, tokenizer = running.load(model)
+    generator = Generator(network, tokenizer=tokenizer, cache=running.kv_cache, release=True)
+    conversation = Conversation(generator, template=chat_template, system=drawing.system)
     say(HELP)
     turn = 0
     while True:
@@ -85,7 +61,7 @@ def chat(
                     max_new_tokens=max_new_tokens,
                     sampling=sampling,
                     # Each turn draws with a number of its own.
-                    seed=(seed + turn) % 2**32,
+                    seed=(drawing.seed + turn) % 2**32,
                     on_text=lambda piece: show(piece, end=""),
                 )
             except KeyboardInterrupt:

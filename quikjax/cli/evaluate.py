@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from quikjax.cli.options import Context, Json, Model, parse_dtype
+from quikjax.cli.options import Context, Json, Model, check_models, parse_dtype
 from quikjax.cli.printing import duration, print_json, say, show, table
 from quikjax.errors import QuikError
 
@@ -50,6 +50,7 @@ def eval_(
 ) -> None:
     """Perplexity with its standard error, how far an artifact is from its original, and tasks."""
     # Everything that can be wrong is looked at before anything is loaded.
+    check_models(model, against)
     floating = parse_dtype(dtype)
     if perplexity is None and tasks is None:
         raise QuikError("there is nothing to evaluate; give --perplexity TEXT, --tasks NAMES, or both")

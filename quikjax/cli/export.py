@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from quikjax.cli.generation_options import KvCache
-from quikjax.cli.options import Artifact, Json, parse_dtype
+from quikjax.cli.options import Artifact, Json, check_artifact, check_models, parse_dtype
 from quikjax.cli.printing import megabytes, print_json, say, show
 from quikjax.errors import QuikError, did_you_mean
 
@@ -40,10 +40,12 @@ def export(
     if format not in FORMATS:
         raise QuikError(f'there is no format "{format}" to export to; {did_you_mean(format, FORMATS)}')
     if format == "jax-export":
+        check_models(artifact)
         if dtype is not None:
             raise QuikError("--dtype is of safetensors-dequantized; exported programs compute in what the artifact is in")
         _programs(artifact, out, length, context, 1 if batch is None else batch, kv_cache, platform or ["cpu"], as_json)
         return
+    check_artifact(artifact)
     others = {"--length": length, "--context": context, "--batch": batch, "--kv-cache": kv_cache, "--platform": platform}
     for option, value in others.items():
         if value is not None:

@@ -5,78 +5,55 @@ from typing import Annotated
 
 import typer
 
-from quikjax.cli.generation_options import (
-    CacheDir,
-    Deterministic,
-    Dtype,
-    KvCache,
-    MinP,
-    RepetitionPenalty,
-    Seed,
-    System,
-    Temperature,
-    Template,
-    TopK,
-    TopP,
-    interrupted,
-    read_template,
-    sampling_of,
-)
-from quikjax.cli.options import Context, Json, Model, parse_dtype, read_prompt
+from quikjax.cli.generation_options import DrawingOptions, RunningOptions, interrupted, with_option_groups
+from quikjax.cli.options import Json, Model, check_models, read_prompt
 from quikjax.errors import QuikError
+from quikjax.files import read_text, user_path
 
 
+@with_option_groups
 def generate(
     model: Model,
     prompt: Annotated[str | None, typer.Argument(help="The text to continue; - reads it from standard input.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to add at most.")] = 64,
     prompt_file: Annotated[Path | None, typer.Option(help="Continue every line of this file.")] = None,
-    temperature: Temperature = None,
-    top_k: TopK = 0,
-    top_p: TopP = 1.0,
-    min_p: MinP = 0.0,
-    repetition_penalty: RepetitionPenalty = 1.0,
-    seed: Seed = 0,
     samples: Annotated[int, typer.Option(help="Continuations of each prompt.")] = 1,
     stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be given several times.")] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Put each prompt into the model's chat template.")] = False,
-    system: System = None,
-    template: Template = None,
     logprobs: Annotated[bool, typer.Option("--logprobs", help="With --json: the log-probability of each token.")] = False,
-    context: Context = None,
-    kv_cache: KvCache = None,
-    deterministic: Deterministic = False,
-    dtype: Dtype = "float32",
-    cache_dir: CacheDir = None,
+    *,
+    drawing: DrawingOptions,
+    running: RunningOptions,
+    deterministic: Annotated[
+        bool, typer.Option("--deterministic", help="The bits of a row do not depend on the rows beside it; slower.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Continue a text, greedily unless a temperature is given. Only the continuation is printed on stdout, as it is decoded."""
-    floating = parse_dtype(dtype)
-    sampling = sampling_of(temperature, top_k, top_p, min_p, repetition_penalty)
+    check_models(model)
+    running.check()
+    sampling = drawing.sampling()
     texts = _texts(prompt, prompt_file)
-    if (system is not None or template is not None) and not chat:
+    if (drawing.system is not None or drawing.template is not None) and not chat:
         raise QuikError("--system and --template are parts of a chat; give --chat as well")
     if logprobs and not as_json:
         raise QuikError("log-probabilities are part of the JSON object; give --json as well")
-    chat_template = read_template(template)
+    chat_template = drawing.chat_template()
 
-    from quikjax.checkpoint.load import load
     from quikjax.cli.printing import print_json, say, show
     from quikjax.generation import Generator
     from quikjax.generation.chat import render
-    from quikjax.generation.executables import keep_executables
     from quikjax.texts import tokenize
 
-    keep_executables(cache_dir)
-    network, tokenizer = load(model, dtype=floating, context=context)
+    network, tokenizer = running.load(model)
     if tokenizer is None:
         raise QuikError(f"{model} has no tokenizer, so it cannot read text; put its tokenizer.json beside it")
     if chat:
-        before = [{"role": "system", "content": system}] if system else []
+        before = [{"role": "system", "content": drawing.system}] if drawing.system else []
         prompts = [render(tokenizer, [*before, {"role": "user", "content": text}], chat_template) for text in texts]
     else:
         prompts = [tokenize(tokenizer, text).tolist() for text in texts]
-    generator = Generator(network, tokenizer=tokenizer, cache=kv_cache, deterministic=deterministic, release=True)
+    generator = Generator(network, tokenizer=tokenizer, cache=running.kv_cache, deterministic=deterministic, release=True)
     # One text is shown as it is decoded; several would mix.
     alone = len(texts) * samples == 1 and not as_json
     printed = False
@@ -91,7 +68,7 @@ def generate(
             prompts,
             max_new_tokens=max_new_tokens,
             sampling=sampling,
-            seed=seed,
+            seed=drawing.seed,
             samples=samples,
             stop_strings=stop or (),
             logprobs=logprobs,
@@ -135,11 +112,8 @@ def _texts(prompt: str | None, prompt_file: Path | None) -> list[str]:
     if (prompt is None) == (prompt_file is None):
         raise QuikError("give one of a prompt and --prompt-file")
     if prompt_file is not None:
-        try:
-            lines = prompt_file.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise QuikError(f"cannot read {prompt_file}: {getattr(error, 'strerror', None) or 'it is not UTF-8 text'}") from None
-        texts = [line for line in lines if line]
+        # Other characters that end a line somewhere (form feeds, U+2028) are part of a prompt.
+        texts = [line for line in read_text(user_path(prompt_file)).split("\n") if line]
         if not texts:
             raise QuikError(f"{prompt_file} has no prompts; give one on each line")
         return texts

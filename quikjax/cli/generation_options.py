@@ -1,61 +1,137 @@
-"""Options of the commands that generate text."""
+"""Options of the commands that generate text: two groups, each written once, which a command takes as one argument."""
 
 import contextlib
+import dataclasses
+import functools
+import inspect
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from quikjax.cli.options import Context, parse_dtype
 from quikjax.errors import QuikError
+from quikjax.files import read_text, user_path
 
 if TYPE_CHECKING:
-    from quikjax.generation.sampling import Sampling
+    from quikjax.generation.settings import Sampling
 
-Temperature = Annotated[
-    float | None, typer.Option(help="Divides the logits; 0 is greedy. Left out: 0, or 1 where tokens are chosen among.")
-]
-TopK = Annotated[int, typer.Option(help="Draw among so many most likely tokens; 0: all.")]
-TopP = Annotated[float, typer.Option(help="Draw among the fewest tokens with this much probability.")]
-MinP = Annotated[float, typer.Option(help="Draw among tokens at least so many times as likely as the likeliest.")]
-RepetitionPenalty = Annotated[float, typer.Option(help="Above 1: tokens of the text so far become less likely.")]
-Seed = Annotated[int, typer.Option(help="A text depends on its prompt and this number.")]
-System = Annotated[str | None, typer.Option(help="The chat's system message.")]
-Template = Annotated[Path | None, typer.Option(help="A Jinja chat template in place of the model's own.")]
 KvCache = Annotated[
     str | None,
     typer.Option(
         help="float32, bfloat16, float16 or int8 (per token and head); left out, the activations' dtype, on a CPU float32."
     ),
 ]
-Deterministic = Annotated[
-    bool, typer.Option("--deterministic", help="The bits of a row do not depend on the rows beside it; slower.")
-]
-Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16, for models that are not artifacts.")]
-CacheDir = Annotated[
-    Path | None, typer.Option(help="Folder where compiled programs are kept [default: $QUIKJAX_CACHE, or ~/.cache/quikjax].")
-]
 
 
-def sampling_of(temperature: float | None, top_k: int, top_p: float, min_p: float, repetition_penalty: float) -> "Sampling":
-    """The settings as given; without a temperature it is 1 where tokens are chosen among, and greedy otherwise."""
-    from quikjax.generation.sampling import Sampling
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DrawingOptions:
+    """How tokens are drawn, and how a chat is written."""
 
-    if temperature is None:
-        temperature = 1.0 if top_k or top_p < 1 or min_p else 0.0
-    return Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty)
+    temperature: Annotated[
+        float | None, typer.Option(help="Divides the logits; 0 is greedy. Left out: 0, or 1 where tokens are chosen among.")
+    ] = None
+    top_k: Annotated[int, typer.Option(help="Draw among so many most likely tokens; 0: all.")] = 0
+    top_p: Annotated[float, typer.Option(help="Draw among the fewest tokens with this much probability.")] = 1.0
+    min_p: Annotated[float, typer.Option(help="Draw among tokens at least so many times as likely as the likeliest.")] = 0.0
+    repetition_penalty: Annotated[float, typer.Option(help="Above 1: tokens of the text so far become less likely.")] = 1.0
+    seed: Annotated[int, typer.Option(help="A text depends on its prompt and this number.")] = 0
+    system: Annotated[str | None, typer.Option(help="The chat's system message.")] = None
+    template: Annotated[Path | None, typer.Option(help="A Jinja chat template in place of the model's own.")] = None
+
+    def sampling(self) -> "Sampling":
+        """The settings as given; without a temperature it is 1 where tokens are chosen among, and greedy otherwise.
+
+        Raises:
+            QuikError: a setting means nothing, or the seed is none.
+        """
+        from quikjax.generation.settings import Sampling, check_seed
+
+        check_seed(self.seed)
+        temperature = self.temperature
+        if temperature is None:
+            temperature = 1.0 if self.top_k or self.top_p < 1 or self.min_p else 0.0
+        return Sampling(
+            temperature=temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            min_p=self.min_p,
+            repetition_penalty=self.repetition_penalty,
+        )
+
+    def chat_template(self) -> str | None:
+        """The text of the chat template that was named.
+
+        Raises:
+            QuikError: its file cannot be read, or is not UTF-8.
+        """
+        return None if self.template is None else read_text(user_path(self.template))
 
 
-def read_template(path: Path | None) -> str | None:
-    """A chat template's text."""
-    if path is None:
-        return None
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise QuikError(
-            f"cannot read the template {path}: {getattr(error, 'strerror', None) or 'it is not UTF-8 text'}"
-        ) from None
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunningOptions:
+    """How a model is held and run."""
+
+    context: Context = None
+    kv_cache: KvCache = None
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16, for models that are not artifacts.")] = "float32"
+    cache_dir: Annotated[
+        Path | None,
+        typer.Option(help="Folder where compiled programs are kept [default: $QUIKJAX_CACHE, or ~/.cache/quikjax]."),
+    ] = None
+
+    def check(self) -> None:
+        """Raise `QuikError` where an option names nothing, before anything heavy is imported."""
+        from quikjax.models.dtypes import check_cache_kind
+
+        parse_dtype(self.dtype)
+        if self.kv_cache is not None:
+            check_cache_kind(self.kv_cache)
+        if self.context is not None and self.context < 2:
+            raise QuikError(f"the context is at least 2 tokens, not {self.context}")
+
+    def load(self, model: str) -> tuple[Any, Any]:
+        """A model and its tokenizer, or `None`; what is compiled for it is kept.
+
+        Raises:
+            QuikError: as `quikjax.load`, or compiled programs cannot be kept where they should be.
+        """
+        from quikjax.checkpoint.load import load
+        from quikjax.generation.executables import keep_executables
+
+        keep_executables(self.cache_dir)
+        return load(model, dtype=parse_dtype(self.dtype), context=self.context)
+
+
+_GROUPS = (DrawingOptions, RunningOptions)
+
+
+def with_option_groups(command: Callable[..., None]) -> Callable[..., None]:
+    """The command as the parser sees it: in place of each argument that is a group of options, the group's own."""
+    signature = inspect.signature(command)
+    groups = {name: given.annotation for name, given in signature.parameters.items() if given.annotation in _GROUPS}
+    seen: list[inspect.Parameter] = []
+    for name, given in signature.parameters.items():
+        if name not in groups:
+            seen.append(given)
+            continue
+        for field in dataclasses.fields(groups[name]):
+            seen.append(
+                inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=field.type)
+            )
+
+    @functools.wraps(command)
+    def run(*arguments: Any, **options: Any) -> None:
+        made = {
+            name: group(**{field.name: options.pop(field.name) for field in dataclasses.fields(group) if field.name in options})
+            for name, group in groups.items()
+        }
+        command(*arguments, **options, **made)
+
+    run.__signature__ = signature.replace(parameters=seen)  # type: ignore[attr-defined]
+    run.__annotations__ = {one.name: one.annotation for one in seen} | {"return": None}
+    return run
 
 
 @contextlib.contextmanager

@@ -66,6 +66,30 @@ def choose_recipe(name: str, outliers: str | None, block: str | None, proxy: str
     return chosen.with_codebook(**fields) if fields else chosen
 
 
+def check_models(*models: str | None) -> None:
+    """Refuse names that nothing on this machine has, before anything heavy is imported. Hub names are looked up later.
+
+    Raises:
+        QuikError: naming the first of them and what is near it.
+    """
+    from quikjax.loading.locate import find_here
+
+    for model in models:
+        if model is not None:
+            find_here(model)
+
+
+def check_artifact(artifact: str) -> None:
+    """`check_models` for what must be an artifact.
+
+    Raises:
+        QuikError: there is no such directory, or it is not an artifact's.
+    """
+    from quikjax.checkpoint.locate import locate, refuse_foreign
+
+    refuse_foreign(locate(artifact))
+
+
 def parse_block(text: str) -> int | str:
     """A number of weights, or "tensor".
 
@@ -135,6 +159,6 @@ def read_prompt(prompt: str) -> str:
 
 def parse_dtype(name: str) -> Any:
     """A floating dtype by its name."""
-    from quikjax.models.registry import floating_dtype
+    from quikjax.models.dtypes import floating_dtype
 
     return floating_dtype(name)

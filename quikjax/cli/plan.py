@@ -12,6 +12,7 @@ from quikjax.cli.options import (
     Outliers,
     Proxy,
     RecipeName,
+    check_models,
     choose_recipe,
     parse_activation_memory,
     parse_dtype,
@@ -48,7 +49,7 @@ def plan(
 
     Everything that would go wrong is listed at once; the exit status is then 1.
     """
-
+    check_models(model)
     chosen = choose_recipe(recipe, outliers, block, proxy, method)
     if memory is not None and memory <= 0:
         raise QuikError(f"--memory takes the GB of one device, not {memory:g}")

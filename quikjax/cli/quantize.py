@@ -14,6 +14,7 @@ from quikjax.cli.options import (
     Outliers,
     Proxy,
     RecipeName,
+    check_models,
     choose_recipe,
     parse_activation_memory,
     parse_dtype,
@@ -52,6 +53,14 @@ def quantize(
     log.jsonl in OUT (until it is whole, in OUT.partial) gets a line for each layer as it is done: follow it with tail -f.
     """
     from quikjax.checkpoint.output import refuse_existing
+
+    # Everything that can be wrong is looked at before anything is loaded.
+    check_models(model)
+    refuse_existing(out, force=force)
+    activation_bytes = parse_activation_memory(activation_memory)
+    floating = parse_dtype(dtype)
+    chosen = choose_recipe(recipe, outliers, block, proxy, method)
+
     from quikjax.cli.printing import ProgressLines, duration, megabytes, print_json, say
     from quikjax.loading import open_source
     from quikjax.models.registry import abstract_model
@@ -61,11 +70,6 @@ def quantize(
     from quikjax.reports.sizes import size_of_artifact, sizes_of_layers
     from quikjax.texts import calibration_text
 
-    # Everything that can be wrong is looked at before anything is loaded.
-    chosen = choose_recipe(recipe, outliers, block, proxy, method)
-    activation_bytes = parse_activation_memory(activation_memory)
-    floating = parse_dtype(dtype)
-    refuse_existing(out, force=force)
     text = calibration_text(calibration) if chosen.needs_data() else None
     source = open_source(model)
     abstract = abstract_model(source.config, floating, context=context)

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from quikjax.cli.options import Json
+from quikjax.cli.options import Json, check_artifact
 from quikjax.errors import Interrupted, QuikError
 
 
@@ -39,6 +39,8 @@ def recover(
     The result is an artifact of the same format, size and cost. What is kept is the best step on windows of text that is not
     trained on, the beginning included. A killed run goes on where it stopped, to the same bytes.
     """
+    check_artifact(artifact)
+
     from pydantic import ValidationError
 
     from quikjax.texts import calibration_text, tokenize

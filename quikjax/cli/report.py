@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from quikjax.cli.options import Artifact, Json
+from quikjax.cli.options import Artifact, Json, check_artifact
 from quikjax.cli.printing import decibels, print_json, say, show, size, table, with_clip
 
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ def report(
     as_json: Json = False,
 ) -> None:
     """Show what was quantized and how well, what was not and why, and where it all came from."""
+    check_artifact(artifact)
     if html is not None:
         from quikjax.reports.page import check_page, json_beside, read_page, write_page
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from quikjax.errors import QuikError
+from quikjax.files import read_text
 
 Row = dict[str, Any]
 
@@ -165,12 +166,9 @@ def read_rows(path: Path, task: LocalTask) -> list[Row]:
         QuikError: the file is not UTF-8, or empty; a line is not JSON, lacks a field, or has a value that the task has no use
         for.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise QuikError(f"{path} is not UTF-8 text; convert it first") from None
+    text = read_text(path)
     if path.suffix == ".tsv":
-        lines = text.splitlines()
+        lines = text.removesuffix("\n").split("\n")
         read = csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
         numbered = list(enumerate(read, 2))
     else:

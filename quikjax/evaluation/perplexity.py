@@ -25,7 +25,7 @@ from quikjax.evaluation.positions import PositionRow, by_position
 from quikjax.files import described
 from quikjax.models.base import CausalLM, Transformer
 from quikjax.models.registry import pure_params
-from quikjax.models.tokens import checked_model
+from quikjax.models.tokens import checked_model, whole_number
 
 # Short windows go through a model together, up to this many tokens.
 BATCH_TOKENS = 4096
@@ -90,9 +90,8 @@ def windows(tokens: Any, length: int, count: int | None = None, stride: int | No
     Left out, `stride` is `length`: windows do not overlap.
 
     Raises:
-        QuikError: `tokens` is not one row of whole numbers, or shorter than one window, or than `count` of them; the stride is
-        not
-            between 1 and `length`.
+        QuikError: `tokens` is not one row of whole numbers, or shorter than one window, or than `count` of them; the stride
+            is not between 1 and `length`.
     """
     try:
         row = np.asarray(tokens)
@@ -100,6 +99,7 @@ def windows(tokens: Any, length: int, count: int | None = None, stride: int | No
         row = np.empty((0, 0))
     if row.ndim != 1 or (row.dtype.kind not in "iu" and row.size):
         raise QuikError(f"windows are cut from one row of token ids, not from {described(tokens)} of shape {row.shape}")
+    length = whole_number(length, "the tokens of a window", 0)
     if length < 2:
         raise QuikError(f"a window needs at least 2 tokens to predict one, not {length}")
     if stride is not None and not 1 <= stride <= length:

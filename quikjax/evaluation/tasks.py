@@ -20,6 +20,7 @@ import numpy as np
 from quikjax.errors import QuikError, did_you_mean
 from quikjax.evaluation.local_tasks import LOCAL_TASKS, LocalRows, find_rows
 from quikjax.evaluation.scoring import Scorer
+from quikjax.files import user_path
 
 # Bootstrap draws for the standard errors of figures that are no means, such as LAMBADA's perplexity.
 _DRAWS = 1000
@@ -72,7 +73,7 @@ def find_tasks(names: Sequence[str], directory: str | Path | None = None) -> Tas
     harness = import_harness()
     if not names:
         raise QuikError("no task is named")
-    place = None if directory is None else Path(directory)
+    place = None if directory is None else user_path(directory)
     if place is not None and not place.is_dir():
         raise QuikError(f"there is no directory {place}")
     local: dict[str, LocalRows] = {}

@@ -9,7 +9,7 @@ from quikjax.errors import QuikError
 from quikjax.generation.decode import NOTHING, Kind
 from quikjax.generation.generator import Generator
 from quikjax.generation.prefix import Prefix
-from quikjax.generation.sampling import Sampling
+from quikjax.generation.settings import Sampling
 
 Message = dict[str, str]
 

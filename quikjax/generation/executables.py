@@ -10,6 +10,7 @@ import platform
 from pathlib import Path
 
 from quikjax.errors import QuikError
+from quikjax.files import user_path
 
 VARIABLE = "QUIKJAX_CACHE"
 
@@ -17,9 +18,9 @@ VARIABLE = "QUIKJAX_CACHE"
 def cache_directory(named: str | Path | None = None) -> Path:
     """The folder: the one named, that of the environment's `QUIKJAX_CACHE`, or `~/.cache/quikjax` (`XDG_CACHE_HOME`'s)."""
     if named:
-        return Path(named)
+        return user_path(named)
     if os.environ.get(VARIABLE):
-        return Path(os.environ[VARIABLE])
+        return user_path(os.environ[VARIABLE])
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "quikjax"
 
 

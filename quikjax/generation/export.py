@@ -18,11 +18,13 @@ from quikjax.errors import QuikError, did_you_mean
 from quikjax.generation import decode
 from quikjax.generation.decode import CHUNK, NOTHING, Kind, State
 from quikjax.generation.generator import KEY_BLOCK
-from quikjax.generation.sampling import Sampling, row_keys
+from quikjax.generation.sampling import row_keys
+from quikjax.generation.settings import Sampling
 from quikjax.models import cache as caches
 from quikjax.models import stacked
 from quikjax.models.base import Transformer
 from quikjax.models.cache import StackedCache
+from quikjax.models.dtypes import check_cache_kind
 from quikjax.models.memory import device_memory
 from quikjax.models.stacked import Layout
 from quikjax.models.tokens import checked_model
@@ -124,7 +126,7 @@ def export_programs(
     if batch < 1:
         raise QuikError(f"at least 1 row is generated at a time, not {batch}")
     if cache is not None:
-        caches.check_kind(cache)
+        check_cache_kind(cache)
     # Weights stay in the form of files, not in the tiles that one GPU's kernels read.
     # Blocks are stacked for every platform: a program without kernels copies nothing for them, and does not grow with the depth.
     with tracing_for(PLATFORMS[platforms[0]]):

@@ -12,24 +12,26 @@ from flax import nnx
 from jaxtyping import Int
 
 from quikjax.errors import QuikError
+from quikjax.files import described
 from quikjax.generation import decode
 from quikjax.generation.decode import CHUNK, NOTHING, Kind, State
 from quikjax.generation.programs import Programs
-from quikjax.generation.sampling import Sampling, Values, row_keys
+from quikjax.generation.sampling import Values, row_keys
+from quikjax.generation.settings import Sampling, check_seed
 from quikjax.generation.text import TextStream
 from quikjax.models import cache as caches
 from quikjax.models import stacked
 from quikjax.models.base import Transformer
 from quikjax.models.cache import Fresh, StackedCache
+from quikjax.models.dtypes import check_cache_kind
 from quikjax.models.memory import device_memory, most_slots
-from quikjax.models.tokens import checked_model
+from quikjax.models.tokens import checked_model, checked_prompts, whole_number
 
 # Slots that attention takes at a time on a CPU, and everywhere with `deterministic`; a cache is a multiple of it, and more than
 # one: XLA copies the cache for every block of the model where a single step of the loop takes it all.
 KEY_BLOCK = 64
 _SHORTEST = 16
 _STOPS = 8  # stop tokens are padded to a multiple of this
-_MOST_SEED = 2**32 - 1
 
 Prompts = Sequence[Sequence[int]] | Int[Any, "rows length"]
 
@@ -187,15 +189,15 @@ class Generator:
     ) -> None:
         model = checked_model(model)
         self.config = model.config
+        context = None if context is None else whole_number(context, "the context")
         self.context = self.config.context_length if context is None else context
         if not 1 < self.context <= self.config.context_length:
             raise QuikError(
                 f"the context may be 2 to {self.config.context_length} tokens, which is the model's own, not {self.context}"
             )
-        if batch_size < 1:
-            raise QuikError(f"at least 1 row is decoded at a time, not {batch_size}")
+        batch_size = whole_number(batch_size, "the rows decoded together (batch_size)")
         if cache is not None:
-            caches.check_kind(cache)
+            check_cache_kind(cache)
         self.tokenizer = tokenizer
         self.model_stops = tuple(model.stops)
         self.deterministic = deterministic
@@ -216,7 +218,7 @@ class Generator:
         seed: int | Sequence[int] = 0,
         samples: int = 1,
         stop: SupportsIndex | Iterable[Any] | None = None,
-        stop_strings: Sequence[str] = (),
+        stop_strings: str | Sequence[str] = (),
         logprobs: bool = False,
         on_text: Callable[[int, str], None] | None = None,
         step: int = CHUNK,
@@ -231,7 +233,7 @@ class Generator:
             samples: continuations of each prompt.
             stop: a row ends before this token, or before any of several. Left out, they are the model's own (`model.stops`);
                 empty, no row ends at a token.
-            stop_strings: a row's text ends before any of these.
+            stop_strings: a row's text ends before this text, or before any of several.
             logprobs: return the log-probability of every token.
             on_text: called with a row's number and the text that became final, as it is decoded.
             step: steps between two looks at stop strings and two calls of `on_text`, at most 16.
@@ -240,7 +242,8 @@ class Generator:
             QuikError: a prompt is empty, has a token outside the vocabulary, or does not fit the context with what is asked for;
                 a stop token is none of the vocabulary's; the cache does not fit the memory.
         """
-        sampling = sampling or Sampling()
+        sampling = Sampling() if sampling is None else sampling
+        step = min(whole_number(step, "step"), CHUNK)
         rows = self.rows(prompts, max_new_tokens, sampling, seed, samples, stop_strings)
         stops = self.stops(stop)
         kind = Kind(not sampling.greedy, sampling.repetition_penalty != 1, logprobs)
@@ -282,27 +285,30 @@ class Generator:
         sampling: Sampling,
         seed: int | Sequence[int],
         samples: int,
-        stop_strings: Sequence[str],
+        stop_strings: str | Sequence[str],
     ) -> list[Row]:
         """Rows to decode, checked."""
-        given = [[int(token) for token in prompt] for prompt in prompts]
-        seeds = [seed] * len(given) if isinstance(seed, int) else [int(one) for one in seed]
+        if not isinstance(sampling, Sampling):
+            raise QuikError(f"sampling is a quikjax.Sampling, such as Sampling(temperature=0.7), not {described(sampling)}")
+        given = checked_prompts(prompts)
+        given_seeds: Any = seed
+        several = given_seeds if isinstance(seed, list | tuple) or np.ndim(given_seeds) else [seed] * len(given)
+        seeds = [whole_number(one, "a seed", None) for one in several]
         if len(seeds) != len(given):
             raise QuikError(f"there are {len(given)} prompts and {len(seeds)} seeds; give one seed, or one for each prompt")
-        if any(not 0 <= one <= _MOST_SEED for one in seeds):
-            raise QuikError(f"a seed is a number from 0 to {_MOST_SEED}")
-        if samples < 1:
-            raise QuikError(f"at least 1 sample of each prompt is drawn, not {samples}")
+        for one in seeds:
+            check_seed(one)
+        samples = whole_number(samples, "the number of samples of each prompt")
+        stop_strings = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings)
+        if any(not isinstance(text, str) for text in stop_strings):
+            raise QuikError("stop strings are texts; tokens that end a text are given as stop")
         if samples > 1 and sampling.greedy:
             raise QuikError(f"{samples} greedy samples would be the same; give a temperature above 0")
         if any(not text for text in stop_strings):
             raise QuikError("a stop string is empty; every text would end at once")
         if stop_strings and self.tokenizer is None:
             raise QuikError("stop strings need a tokenizer; give one to the Generator, or stop at tokens")
-        if max_new_tokens < 1:
-            raise QuikError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
-        if not given:
-            raise QuikError("there is no prompt; give at least one")
+        max_new_tokens = whole_number(max_new_tokens, "max_new_tokens")
         for prompt in given:
             self.check_prompt(prompt, max_new_tokens)
 
@@ -495,5 +501,11 @@ def generate(
     Raises:
         QuikError: as `Generator.generate`.
     """
-    generator = Generator(nnx.merge(graphdef, params))
+    if not isinstance(graphdef, nnx.GraphDef):
+        raise QuikError(f"a model's definition is expected, nnx.split(model)[0], not {described(graphdef)}")
+    try:
+        model = nnx.merge(graphdef, params)
+    except (KeyError, ValueError):
+        raise QuikError("the parameters are not those of the model's definition; both are of nnx.split(model)") from None
+    generator = Generator(model)
     return generator.generate(ids, max_new_tokens=max_new_tokens, stop=stop, **settings)

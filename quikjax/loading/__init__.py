@@ -1,17 +1,30 @@
-"""Published checkpoints of any format, opened lazily and turned into models."""
+"""Published checkpoints of any format, opened lazily and turned into models.
 
-from pathlib import Path
-from typing import Any
+Names are imported when they are first used: to find a model, or that there is none, takes no JAX.
+"""
 
-import jax.numpy as jnp
-from flax import nnx
+import importlib
+from typing import TYPE_CHECKING, Any
 
-from quikjax.loading.formats import open_found, open_source
-from quikjax.loading.params import load_params, match, verify
-from quikjax.loading.resolve import DEMO_MODELS, Found, resolve
-from quikjax.loading.source import Source, TensorInfo
-from quikjax.models.base import Transformer
-from quikjax.models.registry import abstract_model, floating_dtype
+if TYPE_CHECKING:
+    from quikjax.loading.formats import open_source
+    from quikjax.loading.locate import DEMO_MODELS, Found, resolve
+    from quikjax.loading.params import load_params, match, verify
+    from quikjax.loading.published import load_published
+    from quikjax.loading.source import Source, TensorInfo
+
+_HOME = {
+    "DEMO_MODELS": "locate",
+    "Found": "locate",
+    "Source": "source",
+    "TensorInfo": "source",
+    "load_params": "params",
+    "load_published": "published",
+    "match": "params",
+    "open_source": "formats",
+    "resolve": "locate",
+    "verify": "params",
+}
 
 __all__ = [
     "DEMO_MODELS",
@@ -27,26 +40,7 @@ __all__ = [
 ]
 
 
-def load_published(
-    model: str | Path | Found, *, dtype: Any = jnp.float32, context: int | None = None
-) -> tuple[Transformer, Any | None]:
-    """A published model with its parameters, and its tokenizer, or None where the checkpoint has none.
-
-    On top of the parameters one tensor is held at a time. `quikjax.load` takes artifacts as well.
-
-    Args:
-        model: whatever `open_source` takes, or what `resolve` found.
-        dtype: floating dtype of the parameters.
-        context: longest text, in place of what the checkpoint declares.
-
-    Raises:
-        QuikError: whatever is wrong with the checkpoint, in one sentence; everything that headers can tell is found before
-            any tensor is read.
-    """
-    dtype = floating_dtype(dtype)
-    source = open_found(model if isinstance(model, Found) else resolve(model))
-    abstract = abstract_model(source.config, dtype, context=context)
-    match(source, abstract)
-    tokenizer = source.tokenizer()
-    abstract.stops = source.stops(tokenizer)
-    return nnx.merge(nnx.graphdef(abstract), load_params(source, abstract, dtype=dtype)), tokenizer
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)

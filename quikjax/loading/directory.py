@@ -85,8 +85,8 @@ def read_index(path: Path) -> dict[str, list[str]]:
     entries = read_json(path).get("weight_map")
     if not isinstance(entries, dict) or not entries or not all(isinstance(shard, str) for shard in entries.values()):
         raise QuikError(f'{path} has no usable "weight_map"; copy or download it again')
-    # "./model-00001-of-00002.safetensors" is the same file.
-    entries = {name: PurePosixPath(shard).as_posix() for name, shard in entries.items()}
+    # "./model-00001-of-00002.safetensors" is the same file, and so is what was written on Windows.
+    entries = {name: PurePosixPath(shard.replace("\\", "/")).as_posix() for name, shard in entries.items()}
     shards: dict[str, list[str]] = {shard: [] for shard in sorted(set(entries.values()))}
     for name, shard in entries.items():
         shards[shard].append(name)
@@ -147,6 +147,8 @@ class SafetensorsSource(DirectorySource):
             self.believed(single, index)
         elif index.is_file():
             expected = read_index(index)
+        elif single.is_symlink():
+            raise QuikError(f"{single} is a link to a file that is gone; download the model again")
         else:
             raise QuikError(f"{directory} has neither model.safetensors nor model.safetensors.index.json")
         self.files = tuple(directory / shard for shard in expected) or (single,)

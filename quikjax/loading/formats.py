@@ -1,5 +1,6 @@
 """Find the format of a checkpoint on disk and open the source that reads it."""
 
+import os
 import re
 from pathlib import Path
 
@@ -9,11 +10,12 @@ from quikjax.loading.directory import SafetensorsSource
 from quikjax.loading.flax_source import FlaxSource
 from quikjax.loading.gguf_header import is_gguf
 from quikjax.loading.gguf_source import GGUFSource
-from quikjax.loading.resolve import Found, resolve
+from quikjax.loading.locate import Found, resolve
 from quikjax.loading.source import Source
 
 # What quikjax.checkpoint writes into each artifact of its own.
 ARTIFACT_FILE = "quikjax.json"
+_SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 # How llama.cpp names the parts of a model that is split.
 _PART = re.compile(r"-\d{5}-of-\d{5}\.gguf$", re.IGNORECASE)
@@ -42,13 +44,15 @@ def open_found(found: Found) -> Source:
     refuse_lfs_pointer(path)
     if path.suffix in (".safetensors", ".msgpack"):
         raise QuikError(f"{path} holds weights without their configuration; give the directory that it is in")
+    if path.suffix == ".json":
+        raise QuikError(f"{path} is a part of a model; give the directory that it is in")
     raise QuikError(f"{path} is not a model: a directory, a .gguf file or a hub name is expected")
 
 
 def _open_directory(path: Path, revision: str | None) -> Source:
     if (path / ARTIFACT_FILE).is_file():
         raise QuikError(f"{path} is an artifact of quikjax and quantized already, not a published checkpoint; restore it instead")
-    if any(path.glob("model*.safetensors")) or (path / "model.safetensors.index.json").is_file():
+    if any(os.path.lexists(path / name) for name in _SAFETENSORS) or any(path.glob("model-*-of-*.safetensors")):
         return SafetensorsSource(path, revision)
     if any(path.glob("flax_model*.msgpack")):
         return FlaxSource(path, revision)

@@ -11,9 +11,11 @@ import numpy as np
 from jaxtyping import Shaped
 
 from quikjax.errors import QuikError
+from quikjax.loading.gguf_blocks import dequantize
 from quikjax.loading.gguf_config import generation_config, published_config
 from quikjax.loading.gguf_header import GGUFTensor, read_header
 from quikjax.loading.source import Source, TensorInfo
+from quikjax.weights.host import empty
 
 _WHOLE = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _IN_BLOCK = {
@@ -83,9 +85,6 @@ class GGUFSource(Source):
         return array
 
     def _read_stored(self, tensor: GGUFTensor) -> np.ndarray:
-        from gguf.constants import GGMLQuantizationType
-        from gguf.quants import dequantize
-
         plain = _PLAIN.get(tensor.kind)
         stored = np.dtype(np.uint8) if plain is None else plain.newbyteorder("<")
         raw = np.fromfile(self.files[0], dtype=stored, count=tensor.size // stored.itemsize, offset=tensor.offset)
@@ -93,10 +92,9 @@ class GGUFSource(Source):
             raise OSError("the file became shorter while it was being read")
         if plain is not None:
             return raw.reshape(tensor.shape)
-        rows = raw.reshape(*tensor.shape[:-1], -1)
         try:
             with np.errstate(all="ignore"):  # a scale that is not finite is reported by `read`, with the tensor's name
-                return dequantize(rows, GGMLQuantizationType[tensor.kind]).reshape(tensor.shape)
+                return dequantize(raw, tensor.kind, tensor.shape)
         except NotImplementedError:
             raise QuikError(
                 f"{self.where}: the block format {tensor.kind} cannot be read; convert the file to F16 or Q8_0"
@@ -134,4 +132,6 @@ def halves_from_pairs(array: Shaped[np.ndarray, "rows ..."], heads: int) -> Shap
     array([0, 2, 1, 3, 4, 6, 5, 7])
     """
     pairs = array.reshape(heads, -1, 2, *array.shape[1:])
-    return np.ascontiguousarray(np.moveaxis(pairs, 2, 1)).reshape(array.shape)
+    out = empty(array.shape, array.dtype)
+    out.reshape(heads, 2, -1, *array.shape[1:])[...] = np.moveaxis(pairs, 2, 1)
+    return out

@@ -11,7 +11,7 @@ from quikjax.errors import QuikError
 HEAD = "lm_head.weight"
 # Published beside the weights, and computed from the configuration by every implementation.
 _COMPUTED = re.compile(
-    r"(^|\.)(rotary_emb\.\w+|rotary_pos_emb\.\w+|rope\.freqs|masked_bias|position_ids|attn_rot_embd(\.\w+)?|causal_mask"
+    r"(^|\.)((rotary_emb|rotary_pos_emb|rope)\.\w+|masked_bias|position_ids|attn_rot_embd(\.\w+)?|causal_mask"
     r"|h\.\d+\.attn\.bias)$"  # GPT-2's causal mask
 )
 # Modules that training tools wrap a model, or a part of one, in; they are no part of the published name, wherever they stand.

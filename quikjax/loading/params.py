@@ -13,6 +13,7 @@ from quikjax.loading.names import HEAD, is_computed, quantized_with
 from quikjax.loading.source import Source
 from quikjax.models.base import Transformer
 from quikjax.models.registry import dotted, nested, pure_params
+from quikjax.weights.host import adopt
 
 _EMBEDDING = re.compile(r"(^|\.)(embed_tokens|word_embeddings|wte)\.weight$")
 
@@ -142,11 +143,11 @@ def _convert(source: Source, name: str, dtype: Any, *, transposed: bool) -> Floa
     if transposed:
         array = np.ascontiguousarray(array.T)
     if array.dtype == dtype:
-        return jnp.asarray(array)
+        return adopt(array)
     with np.errstate(over="ignore"):  # reported below, by name
         converted = array.astype(dtype)
     if jnp.finfo(dtype).max < jnp.finfo(array.dtype).max and not np.isfinite(converted).all():
         raise QuikError(
             f"{source.where}: tensor {name} has values beyond the range of {jnp.dtype(dtype)}; use float32 or bfloat16"
         )
-    return jnp.asarray(converted)
+    return adopt(converted)

@@ -5,7 +5,6 @@ GPT-2 does. Only other vocabularies are left to the classes of `transformers`: s
 of its class, and lose what its file says.
 """
 
-import json
 import os
 import sys
 from collections.abc import Mapping
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from quikjax.errors import QuikError
+from quikjax.files import read_json, read_text
 from quikjax.loading.byte_level import build_byte_level
 from quikjax.loading.sentencepiece_model import read_model
 from quikjax.loading.sentencepiece_tokenizer import Prefix, build_sentencepiece
@@ -84,7 +84,10 @@ def read_tokenizer(directory: Path, config: Mapping[str, Any] | None = None) -> 
 
 def wrap(core: Any, special: Mapping[str, str], chat_template: str | dict[str, str] | None, **fields: Any) -> Any:
     """A `tokenizers.Tokenizer` as a `transformers.PreTrainedTokenizerFast`, with special tokens by role and a chat template."""
-    wrapped = import_transformers().PreTrainedTokenizerFast(tokenizer_object=core, **special, **fields)
+    try:
+        wrapped = import_transformers().PreTrainedTokenizerFast(tokenizer_object=core, **special, **fields)
+    except (TypeError, ValueError) as problem:
+        raise QuikError(f"a setting of the tokenizer cannot be used: {str(problem).splitlines()[0]}") from None
     wrapped.chat_template = chat_template
     return wrapped
 
@@ -107,8 +110,9 @@ def _from_json(directory: Path, settings: Settings) -> Any:
     """`tokenizer.json` as it is. A special token that it does not have is none: another would take its id."""
     import tokenizers
 
+    content = read_text(directory / "tokenizer.json")
     try:
-        core = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
+        core = tokenizers.Tokenizer.from_str(content)
     except Exception as problem:  # tokenizers raises bare Exception
         raise _unreadable(directory, problem) from None
     # Whoever saved it may have been cutting or filling up texts just then.
@@ -153,8 +157,8 @@ def _from_merges(directory: Path, settings: Settings) -> Any:
     from tokenizers import pre_tokenizers
 
     try:
-        vocabulary = json.loads((directory / "vocab.json").read_text(encoding="utf-8"))
-        lines = (directory / "merges.txt").read_text(encoding="utf-8").split("\n")
+        vocabulary = read_json(directory / "vocab.json")
+        lines = read_text(directory / "merges.txt").split("\n")
         pairs = [line.partition(" ") for line in lines if line.strip() and not line.startswith("#version")]
         core = build_byte_level(vocabulary, [(left, right) for left, _, right in pairs], "gpt-2")
     except Exception as problem:  # whatever a damaged file leads to; tokenizers raises bare Exception

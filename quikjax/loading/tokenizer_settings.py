@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from quikjax.errors import QuikError
-from quikjax.files import read_json
+from quikjax.files import read_json, read_text
 
 ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 # Of the other fields, those that a wrapped tokenizer takes and that leave the tokens of a text alone.
@@ -79,8 +79,8 @@ def _chat_template(directory: Path, fields: Mapping[str, Any], older: Mapping[st
         template = {entry["name"]: entry["template"] for entry in template}
     single = directory / "chat_template.jinja"
     if single.is_file():
-        template = single.read_text(encoding="utf-8")
-    named = {file.stem: file.read_text(encoding="utf-8") for file in sorted(directory.glob("additional_chat_templates/*.jinja"))}
+        template = read_text(single)
+    named = {file.stem: read_text(file) for file in sorted(directory.glob("additional_chat_templates/*.jinja"))}
     if named:
         template = {**({"default": template} if isinstance(template, str) else template or {}), **named}
     return template

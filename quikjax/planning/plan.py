@@ -16,10 +16,11 @@ from quikjax.errors import QuikError, did_you_mean
 from quikjax.files import read_json, user_path
 from quikjax.loading import Source, match
 from quikjax.loading.formats import ARTIFACT_FILE, open_found
-from quikjax.loading.resolve import DEMO_MODELS, Found, resolve
+from quikjax.loading.locate import DEMO_MODELS, Found, resolve
 from quikjax.models.base import CausalLM, Transformer
+from quikjax.models.dtypes import floating_dtype
 from quikjax.models.memory import device_memory, physical_memory
-from quikjax.models.registry import abstract_model, dotted, floating_dtype, pure_params
+from quikjax.models.registry import abstract_model, dotted, pure_params
 from quikjax.pallas_kernels import devices
 from quikjax.pallas_kernels.choice import BackendError, Choice, Problem, choose
 from quikjax.pallas_kernels.devices import Device

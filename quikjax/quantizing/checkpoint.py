@@ -30,7 +30,8 @@ from quikjax.files import described
 from quikjax.loading import load_params, open_source, verify
 from quikjax.loading.source import Source
 from quikjax.models.base import Transformer
-from quikjax.models.registry import abstract_model, dotted, floating_dtype, nested, pure_params
+from quikjax.models.dtypes import floating_dtype
+from quikjax.models.registry import abstract_model, dotted, nested, pure_params
 from quikjax.models.tokens import checked_tokens
 from quikjax.quantizing import memory
 from quikjax.quantizing.activation_store import ActivationStore, Batch

@@ -11,8 +11,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from quikjax.checkpoint.output import real_path
 from quikjax.errors import QuikError
-from quikjax.files import finite
+from quikjax.files import finite, user_path
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,7 +29,7 @@ class EvaluationRecord:
 
 def evaluations_file(artifact: str | os.PathLike[str]) -> Path:
     """Where the evaluations of the artifact in directory `artifact` are on record."""
-    path = Path(os.path.realpath(artifact))
+    path = real_path(artifact)
     return path.with_name(path.name + ".evaluations.jsonl")
 
 
@@ -38,7 +39,7 @@ def check_writable(path: str | os.PathLike[str]) -> None:
     Raises:
         QuikError: it is a directory, or its place is missing or refuses.
     """
-    target = Path(path)
+    target = user_path(path)
     place = target.parent
     if target.is_dir():
         raise QuikError(f"cannot write {target}: it is a directory; name a file")

@@ -14,6 +14,7 @@ import jinja2
 from quikjax.checkpoint import Reader
 from quikjax.checkpoint.atomic import write_text
 from quikjax.errors import QuikError
+from quikjax.files import user_path
 from quikjax.reports.artifact import ArtifactReport, read_report
 from quikjax.reports.charts import STYLE, BarChart, LineChart, Point, bar_chart, line_chart, range_chart
 from quikjax.reports.codes import CodesUse, codes_use
@@ -50,7 +51,7 @@ def json_beside(html: str | Path) -> Path:
     Raises:
         QuikError: that is the page itself.
     """
-    path = Path(html)
+    path = user_path(html)
     beside = path.with_suffix(".json")
     if beside == path:
         raise QuikError(f"{path} is where the page's JSON goes; give the page another ending, such as .html")
@@ -86,7 +87,7 @@ def write_page(page: Page, html: str | Path) -> None:
         QuikError: they cannot be written.
     """
     try:
-        write_text(Path(html), render(page))
+        write_text(user_path(html), render(page))
         write_text(json_beside(html), json.dumps(page.as_json(), allow_nan=False, indent=1) + "\n")
     except OSError as error:
         raise QuikError(f"cannot write {html}: {error.strerror}") from None

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from quikjax.errors import QuikError, resumable
+from quikjax.files import user_path
 
 Json = Any
 
@@ -95,7 +96,7 @@ def read_rows(path: str | os.PathLike[str]) -> dict[str, Row]:
         QuikError: a line is no row of a grid.
     """
     try:
-        text = Path(path).read_bytes()
+        text = user_path(path).read_bytes()
     except FileNotFoundError:
         return {}
     except OSError as error:
@@ -142,7 +143,7 @@ def run_grid(
     for cell, key in zip(cells, keys, strict=True):
         if keys.count(key) > 1:
             raise QuikError(f"two cells have the same parameters ({cell.label})")
-    target = Path(path)
+    target = user_path(path)
     with _locked(target):
         rows = read_rows(target)
         missing = [(cell, key) for cell, key in zip(cells, keys, strict=True) if key not in rows]

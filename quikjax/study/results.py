@@ -10,11 +10,11 @@ import dataclasses
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from quikjax.checkpoint import atomic
 from quikjax.errors import QuikError, resumable
+from quikjax.files import user_path
 from quikjax.reports.charts import LineChart, line_chart
 from quikjax.reports.tables import markdown_table
 from quikjax.study.grid import Cell, Progress, Row, finished_cells, run_grid
@@ -42,7 +42,7 @@ class Study:
 
     def finished(self, directory: str | os.PathLike[str]) -> list[bool]:
         """Which cells an earlier run in `directory` has finished."""
-        return finished_cells(self.cells, Path(directory) / ROWS, self.inputs)
+        return finished_cells(self.cells, user_path(directory) / ROWS, self.inputs)
 
     def run(self, directory: str | os.PathLike[str], progress: Progress | None = None) -> "StudyResult":
         """Compute what is missing and write table, plot and JSON to `directory`.
@@ -50,7 +50,7 @@ class Study:
         Raises:
             QuikError: as `run_grid`; finished cells stay.
         """
-        target = Path(directory)
+        target = user_path(directory)
         rows = run_grid(self.cells, self.compute, target / ROWS, inputs=self.inputs, progress=progress)
         head, lines = self.table(rows)
         result = StudyResult(self.name, self.title, tuple(head), tuple(map(tuple, lines)), tuple(self.notes), self.inputs, rows)
@@ -99,7 +99,7 @@ def check_directory(directory: str | os.PathLike[str]) -> None:
     Raises:
         QuikError: it is a file, or cannot be made or written.
     """
-    target = Path(directory)
+    target = user_path(directory)
     try:
         target.mkdir(parents=True, exist_ok=True)
     except OSError as error:

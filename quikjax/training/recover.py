@@ -23,10 +23,11 @@ from flax import nnx
 from jaxtyping import Array, Float32, Int32
 
 from quikjax.checkpoint import REST, Reader, Writer
+from quikjax.checkpoint.output import real_path
 from quikjax.errors import QuikError
 from quikjax.evaluation import Reference, evaluate
 from quikjax.loading import load_params, open_source, verify
-from quikjax.loading.resolve import DEMO_MODELS
+from quikjax.loading.locate import DEMO_MODELS
 from quikjax.loading.source import Source
 from quikjax.models.registry import abstract_model, dotted, nested, pure_params
 from quikjax.models.tokens import checked_model
@@ -100,7 +101,7 @@ def recover(
     """
     started = time.perf_counter()
     settings, progress = settings or RecoverySettings(), progress or NoProgress()
-    target = Path(os.path.realpath(out))
+    target = real_path(out)
     refuse_existing(target, force=force)
     reader = Reader(artifact)
     check_formats(reader)

@@ -6,6 +6,8 @@ from typing import Any, Protocol, TypeGuard
 import jax
 from jaxtyping import Array, Float32
 
+from quikjax.errors import QuikError
+from quikjax.files import described
 from quikjax.weights import codebook, groups, quik, sparse
 from quikjax.weights.codebook import CodebookWeight
 from quikjax.weights.groups import GroupWeight
@@ -64,7 +66,13 @@ def is_packed(leaf: Any) -> TypeGuard[PackedWeight]:
 
 
 def dequantize(weight: PackedWeight) -> Float32[Array, "..."]:
-    """The float32 kernel that a packed weight stands for, in the shape of the array it replaced."""
+    """The float32 kernel that a packed weight stands for, in the shape of the array it replaced.
+
+    Raises:
+        QuikError: it is no packed weight.
+    """
+    if not is_packed(weight):
+        raise QuikError(f"a packed weight is expected ({', '.join(PACKED)}), not {described(weight)}; a tree: dequantize_params")
     return _DEQUANTIZE[type(weight)](weight)
 
 

@@ -206,10 +206,15 @@ def test_an_export_fills_an_empty_directory(original: Path, tmp_path: Path) -> N
 
 def test_home_is_expanded_wherever_a_path_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from quikjax.checkpoint.load import load
+    from quikjax.cli.generation_options import DrawingOptions
+    from quikjax.generation.executables import VARIABLE, cache_directory
     from quikjax.loading import open_source
     from quikjax.planning.plan import describe
     from quikjax.quantizing.checkpoint import quantize_checkpoint
     from quikjax.quantizing.recipe import RECIPES, find_recipe
+    from quikjax.reports.evaluations import evaluations_file
+    from quikjax.reports.page import check_page, read_page, write_page
+    from quikjax.study.results import check_directory
     from quikjax.testing import write_tiny_checkpoint
     from quikjax.texts import evaluation_text
 
@@ -229,4 +234,14 @@ def test_home_is_expanded_wherever_a_path_is_given(tmp_path: Path, monkeypatch: 
     assert size_of_artifact("~/saved") == checkpoint.sizes(Path("~/saved")).disk_bytes
     assert checkpoint.read_manifest("~/saved").fingerprint == read_report("~/saved").fingerprint
     assert checkpoint.restore_params("~/saved")
+    check_page("~/page.html")
+    write_page(read_page("~/saved"), "~/page.html")
+    assert (tmp_path / "page.html").is_file()
+    assert evaluations_file("~/saved") == tmp_path / "saved.evaluations.jsonl"
+    assert cache_directory("~/kept") == tmp_path / "kept"
+    monkeypatch.setenv(VARIABLE, "~/kept too")
+    assert cache_directory() == tmp_path / "kept too"
+    check_directory("~/study")
+    assert (tmp_path / "study").is_dir()
+    assert DrawingOptions(template=Path("~/text.txt")).chat_template() == "some text"
     assert not (tmp_path / "~").exists()

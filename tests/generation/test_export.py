@@ -13,6 +13,7 @@ import pytest
 from flax import nnx
 
 import quikjax
+from quikjax.checkpoint.export import runner
 from quikjax.checkpoint.export.programs import carried, export_jax, write_arrays
 from quikjax.errors import QuikError
 from quikjax.generation import Generator
@@ -44,9 +45,9 @@ except ImportError:
 """
 
 
-def python(*arguments: str, cwd: Path) -> "subprocess.CompletedProcess[str]":
+def python(*arguments: str, cwd: Path, env: dict[str, str] | None = None) -> "subprocess.CompletedProcess[str]":
     """A process that does not find this package."""
-    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | (env or {})
     return subprocess.run(
         [sys.executable, *arguments], capture_output=True, text=True, env=env, cwd=cwd, timeout=300, check=False
     )
@@ -106,6 +107,45 @@ def test_the_command_and_its_runner(tmp_path: Path, tiny_checkpoint: Path, quikj
         refused = python(str(out / "run.py"), *arguments, cwd=tmp_path)
         assert refused.returncode == 1
         assert message in refused.stderr
+
+
+def test_the_runners_texts_are_those_of_generate() -> None:
+    """A word's space, half a character, and BOS that was typed."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    words = Tokenizer(models.WordLevel({"<s>": 0, "▁the": 1, "▁lazy": 2, "▁dog": 3}, unk_token="<s>"))
+    words.pre_tokenizer, words.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    words.add_special_tokens(["<s>"])
+    assert runner.tokens_of(words, "the", [0]) == [0, 1]
+    assert runner.tokens_of(words, "<s>the", [0]) == [0, 1]
+    assert runner.tokens_of(words, "<s><s>the", [0]) == [0, 0, 1]
+    assert words.decode([2, 3]) == "lazy dog"
+    assert runner.text_behind(words, [0, 1], [2, 3]) == " lazy dog"
+    assert runner.text_behind(words, [], [2, 3]) == "lazy dog"
+    core = tiny_tokenizer().backend_tokenizer
+    whole = core.encode("é!", add_special_tokens=False).ids
+    assert runner.text_behind(core, whole[:1], whole[1:]) == "é!"
+
+
+def test_a_runner_says_what_is_wrong_and_prints_in_any_locale(tmp_path: Path) -> None:
+    """`é` and then an end, under ASCII; and how it is called."""
+    start, first, second = tiny_tokenizer()("Aé", add_special_tokens=False)["input_ids"]
+    following = [0] * 257
+    following[start], following[first], following[second] = first, second, 256
+    quikjax.save(tmp_path / "artifact", chain_model(following, eos_token_id=256), tokenizer=tiny_tokenizer())
+    (tmp_path / "out" / "lost+found").mkdir(parents=True)
+    (tmp_path / "out" / ".DS_Store").write_bytes(b"x")
+    done = export_jax(tmp_path / "artifact", tmp_path / "out", length=4, context=64)
+    assert (tmp_path / "out" / "lost+found").is_dir()
+    assert sorted(done.files) == sorted(path.name for path in (tmp_path / "out").iterdir() if path.name[0] not in ".l")
+    ran = python(str(tmp_path / "out" / "run.py"), "A", cwd=tmp_path, env={"PYTHONIOENCODING": "ascii"})
+    assert (ran.returncode, ran.stdout) == (0, "\\xe9\n")
+    for wrong in ([], ["A", "x"], ["A", "1", "2"]):
+        ran = python(str(tmp_path / "out" / "run.py"), *wrong, cwd=tmp_path)
+        assert ran.returncode == 1
+        assert ran.stderr == "usage: python run.py TEXT [NEW_TOKENS]\n"
+    (tmp_path / "out" / "tokenizer.json").unlink()
+    assert "without a tokenizer.json" in python(str(tmp_path / "out" / "run.py"), "A", cwd=tmp_path).stderr
 
 
 def test_a_row_ends_at_a_stop(tmp_path: Path) -> None:

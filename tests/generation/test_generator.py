@@ -274,7 +274,7 @@ def test_buckets_waste_at_most_half() -> None:
         ({"seed": -1}, "a seed is a number"),
         ({"seed": [1, 2]}, "1 prompts and 2 seeds"),
         ({"samples": 2}, "2 greedy samples would be the same"),
-        ({"samples": 0}, "at least 1 sample"),
+        ({"samples": 0}, "samples of each prompt must be at least 1"),
         ({"stop_strings": [""]}, "a stop string is empty"),
         ({"max_new_tokens": 500}, "exceed the model's context of 256"),
     ],

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from quikjax.errors import QuikError
 from quikjax.generation import sampling
-from quikjax.generation.sampling import Sampling
+from quikjax.generation.settings import Sampling
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "processors.npz")
 CASES = sorted({name.split("/")[0] for name in GOLDEN.files if name.startswith("case")})

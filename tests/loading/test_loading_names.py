@@ -69,6 +69,14 @@ def test_a_typing_error_in_the_demo_models_name() -> None:
     assert 'did you mean "smollm2-135m"?' in _says("smolm2-135m")
 
 
+@pytest.mark.parametrize(
+    "address", ["https://huggingface.co/{}", "https://huggingface.co/{}/tree/main", "hf://{}", "http://hf.co/{}"]
+)
+def test_an_address_is_no_name(address: str) -> None:
+    with pytest.raises(QuikError, match="is an address; give the name alone: facebook/opt-125m"):
+        open_source(address.format("facebook/opt-125m"))
+
+
 def test_a_name_like_nothing_else(tmp_path: Path) -> None:
     message = _says("xyzzy")
     assert "a directory, a .gguf file, a hub name (org/name) or one of: smollm2-135m" in message

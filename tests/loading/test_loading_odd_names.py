@@ -92,6 +92,7 @@ HARMLESS = [
     "model.rotary_emb.inv_freq",
     "module.model.layers.1.self_attn.rotary_emb.cos_cached",
     "model.layers.0.self_attn.masked_bias",
+    "model.layers.0.self_attn.rope.inv_freq",
 ]
 
 
@@ -147,7 +148,7 @@ def test_a_head_that_the_index_leaves_out_is_read(tmp_path: Path, weights: Weigh
     assert_read(directory, weights)
 
 
-@pytest.mark.parametrize("spelling", ["./{}", "././{}", "weights/{}", "./weights/{}"])
+@pytest.mark.parametrize("spelling", ["./{}", "././{}", "weights/{}", "./weights/{}", ".\\weights\\{}"])
 def test_shards_spelled_as_paths(tmp_path: Path, weights: Weights, spelling: str) -> None:
     directory = write_sharded(tmp_path, CONFIG, weights)
     if "weights" in spelling:
@@ -187,6 +188,27 @@ def test_a_git_lfs_pointer_is_called_that(tmp_path: Path, weights: Weights, name
     (tmp_path / name).write_bytes(LFS)
     with pytest.raises(QuikError, match=rf"{name} is a git-lfs pointer, not the file itself; fetch it with: git lfs pull"):
         open_source(tmp_path).tokenizer()
+
+
+def test_a_link_to_a_file_that_is_gone_is_called_that(tmp_path: Path, weights: Weights) -> None:
+    """As in a hub cache of which somebody deleted the blobs."""
+    directory = write_single(tmp_path, CONFIG, weights)
+    (directory / "model.safetensors").unlink()
+    (directory / "model.safetensors").symlink_to("../blobs/0")
+    assert "model.safetensors is a link to a file that is gone; download the model again" in refusal(directory)
+
+
+@pytest.mark.parametrize("name", ["consolidated.safetensors", "model.fp16.safetensors"])
+def test_weights_under_another_name_are_named(tmp_path: Path, weights: Weights, name: str) -> None:
+    directory = write_single(tmp_path, CONFIG, weights)
+    (directory / "model.safetensors").rename(directory / name)
+    assert f"neither model.safetensors nor its index, but {name}; if that is the model, rename it" in refusal(directory)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json"])
+def test_a_part_of_a_directory_is_called_that(tmp_path: Path, weights: Weights, name: str) -> None:
+    with pytest.raises(QuikError, match=f"{name} is a part of a model; give the directory that it is in"):
+        open_source(write_sharded(tmp_path, CONFIG, weights) / name)
 
 
 def test_a_shard_that_is_a_pointer_is_called_that(tmp_path: Path, weights: Weights) -> None:

@@ -96,6 +96,28 @@ def test_a_json_file_is_used_as_it_is(tmp_path: Path, make: Any, label: str | No
     assert len(tokenizer) == truth.get_vocab_size()
 
 
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"])
+def test_a_byte_order_mark_before_any_file(tmp_path: Path, name: str) -> None:
+    byte_level().save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"chat_template": "x"}')
+    (tmp_path / "special_tokens_map.json").write_text("{}")
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xef\xbb\xbf{{ messages }}")
+    before = read_tokenizer(tmp_path)
+    (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + (tmp_path / name).read_bytes())
+    after = read_tokenizer(tmp_path)
+    assert before is not None
+    assert after is not None
+    assert after(TEXT)["input_ids"] == before(TEXT)["input_ids"]
+    assert after.chat_template == before.chat_template == "{{ messages }}"
+
+
+def test_a_tokenizer_in_another_encoding_is_called_that(tmp_path: Path) -> None:
+    byte_level().save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer.json").write_bytes((tmp_path / "tokenizer.json").read_text().encode("utf-16"))
+    with pytest.raises(QuikError, match=r"tokenizer.json is UTF-16 text; save it as UTF-8"):
+        read_tokenizer(tmp_path)
+
+
 def test_settings_from_older_files(tmp_path: Path) -> None:
     byte_level().save(str(tmp_path / "tokenizer.json"))
     special = {"eos_token": "</s>", "additional_special_tokens": ["<s>", "[no]"]}
@@ -117,7 +139,10 @@ def test_settings_from_older_files(tmp_path: Path) -> None:
     assert [file.name for file in tokenizer_files(tmp_path)] == sorted(file.name for file in tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("settings", ["[]", "{", '{"added_tokens_decoder": {"x": {}}}', '{"chat_template": [{"x": 1}]}'])
+@pytest.mark.parametrize(
+    "settings",
+    ["[]", "{", '{"padding_side": "middle"}', '{"added_tokens_decoder": {"x": {}}}', '{"chat_template": [{"x": 1}]}'],
+)
 def test_damaged_settings(tmp_path: Path, settings: str) -> None:
     byte_level().save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "tokenizer_config.json").write_text(settings)
@@ -146,6 +171,11 @@ def test_vocabulary_and_merges_as_opt_publishes_them(tmp_path: Path) -> None:
         assert tokenizer.decode(tokenizer(text)["input_ids"][1:]) == text
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (2, 2, 1)
     assert tokenize(tokenizer, "</s>the").tolist() == [2, *core.encode("the").ids]
+    (tmp_path / "merges.txt").write_bytes(b"\xef\xbb\xbf" + merges.replace("\n", "\r\n").encode())
+    (tmp_path / "vocab.json").write_bytes(b"\xef\xbb\xbf" + (tmp_path / "vocab.json").read_bytes())
+    again = read_tokenizer(tmp_path)
+    assert again is not None
+    assert again(TEXT)["input_ids"] == tokenizer(TEXT)["input_ids"]
     (tmp_path / "merges.txt").write_text("no such\n")
     with pytest.raises(QuikError, match=r"cannot be read: its tokenizer's merges do not fit"):
         read_tokenizer(tmp_path)

@@ -8,7 +8,8 @@ import pytest
 from model_variants import VARIANTS
 
 from quikjax.errors import QuikError
-from quikjax.models.registry import abstract_model, floating_dtype
+from quikjax.models.dtypes import floating_dtype
+from quikjax.models.registry import abstract_model
 from quikjax.testing import tiny_config
 
 ONE_EACH = {"llama": "llama-2-70b", "opt": "opt-125m", "gpt2": "gpt2", "falcon": "falcon-40b"}

@@ -17,6 +17,7 @@ from quikjax.errors import QuikError
 from quikjax.evaluation import evaluate
 from quikjax.loading import load_params, open_source
 from quikjax.models.registry import abstract_model, dotted
+from quikjax.models.tokens import checked_model
 from quikjax.quantizing.checkpoint import quantize_checkpoint
 from quikjax.quantizing.params import quantize_block
 from quikjax.quantizing.proxies import block_proxies
@@ -88,7 +89,7 @@ def test_a_cells_weights_are_those_of_the_packed_layers_bit_for_bit(
     models: list[str], data_type: str, bits: int, block: int | str, proxy: float
 ) -> None:
     source = open_source(models[1])
-    abstract = abstract_model(source.config)
+    abstract = checked_model(abstract_model(source.config))
     params = dotted(load_params(source, abstract, dtype=jnp.float32))
     recipe = recipe_of({"type": data_type, "bits": bits, "block": block, "proxy": proxy})
     assert recipe is not None
@@ -111,7 +112,7 @@ def test_a_cells_weights_are_those_of_the_packed_layers_bit_for_bit(
 
 def test_weights_that_cannot_be_written_are_refused(models: list[str]) -> None:
     source = open_source(models[0])
-    abstract = abstract_model(source.config)
+    abstract = checked_model(abstract_model(source.config))
     params = dotted(load_params(source, abstract, dtype=jnp.float32))
     path = "model.layers.0.self_attn.q_proj.weight"
     for value in (jnp.nan, jnp.inf, 1e6):

@@ -22,7 +22,7 @@ import numpy as np
 from quikjax.checkpoint import atomic
 from quikjax.checkpoint.export import runner
 from quikjax.checkpoint.load import load
-from quikjax.checkpoint.output import real_path, refuse_file_in_the_way, remove
+from quikjax.checkpoint.output import beside, is_empty, real_path, refuse_file_in_the_way, remove
 from quikjax.errors import QuikError
 from quikjax.generation.export import NOT_EXPORTED, ExportedPrograms, check_platforms, export_programs
 from quikjax.texts import tokenize
@@ -53,7 +53,8 @@ def export_jax(
 
     Args:
         model: whatever `load` takes. All of it is held in memory, its largest stack of blocks twice.
-        out: a directory that does not exist, or is empty. Until the export is whole, it is `OUT.exporting`.
+        out: a directory that does not exist, or is empty. Until the export is whole, it is `OUT.exporting`, or
+            `OUT/quikjax.exporting` where OUT is there already.
         length: tokens that prompts are padded to; left out, 128, or all but one of a shorter context.
         context: tokens of a prompt and its continuation at most; left out, 1024, or the model's own if that is shorter.
         batch, cache, platforms: see `export_programs`.
@@ -64,9 +65,9 @@ def export_jax(
     platforms = check_platforms(platforms)
     target = real_path(out)
     refuse_file_in_the_way(target)
-    if os.path.lexists(target) and not (target.is_dir() and not os.listdir(target)):
+    if os.path.lexists(target) and not (target.is_dir() and is_empty(target)):
         raise QuikError(f"{target} exists; choose another directory")
-    partial = target.with_name(target.name + ".exporting")
+    partial = beside(target, "exporting")
     if os.path.lexists(partial) and not (partial.is_dir() and _is_ours(partial)):
         raise QuikError(f"{partial} is needed to write the export, but is something else; move it away")
     network, tokenizer = load(os.fspath(model))
@@ -88,21 +89,29 @@ def export_jax(
                 remove(left)
             _write(partial, made, tokenizer)
             atomic.sync_tree(partial)
-            if target.is_dir():
-                target.rmdir()
-            atomic.publish(partial, target, replace=False)
+            if partial.parent == target:
+                # A directory that was there stays, as a mount point must; what says how programs are called comes last.
+                for name in sorted(os.listdir(partial), key=lambda name: (name == DESCRIPTION, name)):
+                    os.rename(partial / name, target / name)
+                partial.rmdir()
+                atomic.sync(target)
+            else:
+                atomic.publish(partial, target, replace=False)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
         finally:
             os.close(lock)
-    files = tuple(sorted(os.listdir(target)))
+    files = tuple(sorted(name for name in os.listdir(target) if _is_our_file(name)))
     return Exported(files, sum((target / file).stat().st_size for file in files), made)
 
 
 def _is_ours(partial: Path) -> bool:
-    names = os.listdir(partial)
-    return all(name in (DESCRIPTION, PARAMS, RUNNER, TOKENIZER) or name.endswith((".jax", ".tmp")) for name in names)
+    return all(_is_our_file(name) or name.endswith(".tmp") for name in os.listdir(partial))
+
+
+def _is_our_file(name: str) -> bool:
+    return name in (DESCRIPTION, PARAMS, RUNNER, TOKENIZER) or name.endswith(".jax")
 
 
 def _write(directory: Path, made: ExportedPrograms, tokenizer: Any) -> None:

@@ -56,11 +56,33 @@ def generate(opened: Any, prompts: list[list[int]], new: int) -> list[list[int]]
     return [[token for token in row if token >= 0 and token not in spec["stops"]] for row in rows]
 
 
+def tokens_of(tokenizer: Any, text: str, before: list[int]) -> list[int]:
+    """The text's tokens behind those of `before`, less what the text begins with itself: BOS is not doubled."""
+    inner = tokenizer.encode(text, add_special_tokens=False).ids
+    typed = next((n for n in range(len(before), 0, -1) if inner[:n] == before[-n:]), 0)
+    return before[: len(before) - typed] + inner
+
+
+def text_behind(tokenizer: Any, prompt: list[int], new: list[int]) -> str:
+    """What decoding both has more than decoding the prompt: alone, the first word would lose its space, or half a character."""
+    known, whole = tokenizer.decode(prompt), tokenizer.decode(prompt + new)
+    pairs = zip(known, whole, strict=False)
+    common = next((at for at, (a, b) in enumerate(pairs) if a != b), min(len(known), len(whole)))
+    return whole[common:]
+
+
 if __name__ == "__main__":
     from tokenizers import Tokenizer
 
+    if len(sys.argv) not in (2, 3) or (len(sys.argv) == 3 and not sys.argv[2].isdigit()):
+        raise SystemExit("usage: python run.py TEXT [NEW_TOKENS]")
+    if hasattr(sys.stdout, "reconfigure"):  # a text is not lost because a terminal lacks its letters
+        sys.stdout.reconfigure(errors="backslashreplace")
     here = Path(__file__).resolve().parent
+    if not (here / "tokenizer.json").is_file():
+        raise SystemExit("the model was exported without a tokenizer.json; import run.py and call generate with tokens")
     tokenizer = Tokenizer.from_file(str(here / "tokenizer.json"))
-    opened, new_tokens = open_export(here), int(sys.argv[2]) if len(sys.argv) > 2 else 64
-    tokens_of_text = opened[0]["before"] + tokenizer.encode(sys.argv[1], add_special_tokens=False).ids
-    print(tokenizer.decode(generate(opened, [tokens_of_text], new_tokens)[0]))
+    opened = open_export(here)
+    tokens = tokens_of(tokenizer, sys.argv[1], opened[0]["before"])
+    new = int(sys.argv[2]) if len(sys.argv) == 3 else max(1, min(64, opened[0]["context"] - len(tokens)))
+    print(text_behind(tokenizer, tokens, generate(opened, [tokens], new)[0]))

