@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "kerne
 from quikjax.pallas_kernels import layout, tuned
 from quikjax.pallas_kernels.arg_specs import MODELS, LinearSpec
 from quikjax.pallas_kernels.devices import H100
+from quikjax.pallas_kernels.quik_matmul.mosaic import DIRECT_ROWS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,8 +34,39 @@ class Assumed:
 
 
 DEVICES = (Assumed("H100", 3.0e12, 798e12), Assumed("H200", 4.3e12, 798e12))
-# Layers that read one tensor share a split: how many products follow it, in models' blocks.
-SHARED = {"q": 3, "k": 0, "gate": 2}
+# Layers that read one tensor share a split and are one product: how many of each there are. Other models' are fused as published.
+JOINED = {"q": 3, "k": 0, "gate": 2}
+# Layers whose result is added to the hidden state.
+ONTO = ("o", "down", "out", "fc2", "dense", "4h_to_h")
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Layers of a block that read one tensor, and what running them launches: a split, products, and slices behind them."""
+
+    name: str
+    spec: LinearSpec
+    outputs: tuple[int, ...]
+    products: int
+    slices: int
+    residual: bool
+
+
+def groups(model: str, rows: int, separate: bool) -> list[Group]:
+    """The groups of a model's block. `separate`: as before products were joined, sliced in themselves and added to."""
+    specs = {spec.name: spec for spec in MODELS[model]}
+    found = []
+    for name, spec in specs.items():
+        members = JOINED.get(name, 1)
+        if members == 0:
+            continue
+        outputs = (spec.outputs,) * members
+        if name == "q" and "k" in specs:
+            outputs = (spec.outputs, specs["k"].outputs, specs["k"].outputs)
+        cut = rows % 8 != 0 and (separate or rows > DIRECT_ROWS)
+        products = members if separate else 1
+        found.append(Group(name, spec, outputs, products, members * cut, name in ONTO and not separate and rows <= DIRECT_ROWS))
+    return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,23 +80,27 @@ class Count:
     dense_operations: float
 
 
-def count(spec: LinearSpec, rows: int) -> Count:
-    """Bytes and operations of one layer for `rows` tokens: what the kernels move, padding included."""
+def count(spec: LinearSpec, rows: int, outputs: tuple[int, ...] | None = None, residual: bool = False) -> Count:
+    """Bytes and operations of one layer for `rows` tokens: what the kernels move, padding included.
+
+    `outputs`: of several joined layers, each its own; left out, the layer's alone. `residual`: it is read, and added.
+    """
+    outputs = (spec.outputs,) if outputs is None else outputs
     base, kept = layout.round_up(spec.base, layout.COLUMN_TILE), layout.round_up(spec.outliers, layout.COLUMN_TILE)
     there = layout.round_up(rows, 8)
     # Inputs and column indices in; codes, outliers, scale and zero out.
     split = rows * spec.inputs * 2 * spec.producer.inputs + 4 * (base + kept) + 2 * spec.inputs * spec.producer.parameters
     written = rows * (base + 2 * kept + 8)
-    n, b = layout.round_up(spec.outputs, layout.WEIGHT_TILE), layout.round_up(spec.base, layout.WEIGHT_TILE)
+    n, b = sum(layout.round_up(n, layout.WEIGHT_TILE) for n in outputs), layout.round_up(spec.base, layout.WEIGHT_TILE)
     o = layout.round_up(spec.outliers, layout.OUTLIER_TILE)
     weight = n * (b * spec.weight_bits // 8 + 2 * o + 8 + 4 * spec.bias)
     read = there * (b + 2 * o + 8)
     return Count(
         split_bytes=split + written,
-        product_bytes=weight + read + there * spec.outputs * 2,
-        operations=2 * rows * spec.outputs * (spec.base / 2 + spec.outliers),
-        dense_bytes=2 * (rows * spec.inputs + spec.outputs * spec.inputs + rows * spec.outputs),
-        dense_operations=2 * rows * spec.outputs * spec.inputs,
+        product_bytes=weight + read + (1 + residual) * there * sum(outputs) * 2,
+        operations=2 * rows * sum(outputs) * (spec.base / 2 + spec.outliers),
+        dense_bytes=2 * (rows * spec.inputs + sum(outputs) * spec.inputs + rows * sum(outputs)),
+        dense_operations=2 * rows * sum(outputs) * spec.inputs,
     )
 
 
@@ -114,7 +150,7 @@ def code_of(spec: LinearSpec, rows: int) -> str:
     return "no loop" if loop is None else f"{loop.instructions} / {loop.products} / {loop.shared_loads}"
 
 
-def table(models: list[str], rows: list[int], with_code: bool) -> list[str]:
+def table(models: list[str], rows: list[int], with_code: bool, separate: bool = False) -> list[str]:
     """The table's lines."""
     times = [f"{device.name} us, bf16, ratio" for device in DEVICES]
     lines = ["| layer | rows | kernels | MB split | MB product | tiles | loop | " + " | ".join(times) + " |"]
@@ -123,35 +159,30 @@ def table(models: list[str], rows: list[int], with_code: bool) -> list[str]:
     for model in models:
         for m in rows:
             kernels, totals = 0, [[0.0, 0.0] for _ in DEVICES]
-            for spec in MODELS[model]:
-                products = SHARED.get(spec.name, 1)
-                # A key-value layer of its own shape is one of the three behind the shared split: two of it, one of q.
-                if spec.name == "q" and any(other.name == "k" for other in MODELS[model]):
-                    products = 1
-                if spec.name == "k":
-                    products = 2
-                splits = 0 if spec.name == "k" else 1
-                cut = 1 if m % 8 else 0
-                counted = count(spec, m)
+            for group in groups(model, m, separate):
+                spec = group.spec
+                parts = [(n,) for n in group.outputs] if separate else [group.outputs]
+                counts = [count(spec, m, part, group.residual) for part in parts]
+                padded = [sum(layout.round_up(n, layout.WEIGHT_TILE) for n in part) for part in parts]
                 base = layout.round_up(spec.base, layout.WEIGHT_TILE)
-                outputs = layout.round_up(spec.outputs, layout.WEIGHT_TILE)
-                tiles, _ = tuned.matmul_tiles(m, outputs, base, spec.weight_bits, spec.bits, H100)
-                key = (layout.round_up(m, 8), outputs, base, spec.outliers, spec.weight_bits, spec.bits, spec.bias)
+                tiles, _ = tuned.matmul_tiles(m, padded[0], base, spec.weight_bits, spec.bits, H100)
+                key = (layout.round_up(m, 8), padded[0], base, spec.outliers, spec.weight_bits, spec.bits, spec.bias)
                 if key not in seen:
-                    seen[key] = code_of(spec, m) if with_code else ""
+                    seen[key] = code_of(dataclasses.replace(spec, outputs=padded[0]), m) if with_code else ""
                 cells = []
                 for device, total in zip(DEVICES, totals, strict=True):
-                    ours = splits * microseconds(device, counted.split_bytes, 0)
-                    ours += products * microseconds(device, counted.product_bytes, counted.operations)
-                    dense = products * microseconds(device, counted.dense_bytes, counted.dense_operations)
+                    ours = microseconds(device, counts[0].split_bytes, 0)
+                    ours += sum(microseconds(device, c.product_bytes, c.operations) for c in counts)
+                    each = [count(spec, m, (n,)) for n in group.outputs]
+                    dense = sum(microseconds(device, c.dense_bytes, c.dense_operations) for c in each)
                     total[0] += ours
                     total[1] += dense
                     cells.append(f"{ours:.1f}, {dense:.1f}, {dense / ours:.2f}")
-                launched = splits + products * (1 + cut)
+                launched = 1 + group.products + group.slices
                 kernels += launched
                 size = f"{tiles.n}x{tiles.m}, {tiles.stages} slots, {tiles.splits} parts"
-                numbers = f"{counted.split_bytes * splits / 1e6:.2f} | {counted.product_bytes * products / 1e6:.2f}"
-                name = f"{model}.{spec.name}" + (f" (x{products})" if products > 1 else "")
+                numbers = f"{counts[0].split_bytes / 1e6:.2f} | {sum(c.product_bytes for c in counts) / 1e6:.2f}"
+                name = f"{model}.{group.name}" + (f" (x{len(group.outputs)})" if len(group.outputs) > 1 else "")
                 lines.append(f"| {name} | {m} | {launched} | {numbers} | {size} | {seen[key]} | " + " | ".join(cells) + " |")
             sums = [f"{ours:.1f}, {dense:.1f}, {dense / ours:.2f}" for ours, dense in totals]
             lines.append(f"| **{model}, linears of a block** | {m} | {kernels} | | | | | " + " | ".join(sums) + " |")
@@ -163,6 +194,7 @@ def main() -> int:
     parser.add_argument("--models", nargs="*", choices=list(MODELS), default=["llama-2-7b", "llama-2-70b"])
     parser.add_argument("--rows", type=int, nargs="*", default=[1, 16, 2048])
     parser.add_argument("--no-code", action="store_true", help="without compiling, and without the inner loops")
+    parser.add_argument("--separate", action="store_true", help="as it was before products were joined")
     parser.add_argument("--decode", action="store_true", help="the whole program that decodes instead, compiled")
     arguments = parser.parse_args()
     if any(rows < 1 for rows in arguments.rows):
@@ -185,11 +217,13 @@ def main() -> int:
             f"{device.name}: assumed {device.bandwidth / 1e12:.1f} TB/s copied, {device.rate / 1e12:.0f} TFLOP/s bf16, "
             f"int8 at twice that, {device.fixed} us a kernel beside its bytes and operations"
         )
-    print("kernels: a split, the products behind it, and where rows are no multiple of 8 a slice behind each")
-    print("(which XLA may fuse into what reads it: slices are counted, their time is not)")
+    print(
+        f"kernels: a split, the product behind it (with the residual in it), and above {DIRECT_ROWS} rows that are no multiple of"
+    )
+    print("8 a slice of each result (which XLA may fuse into what reads it: slices are counted, their time is not)")
     print("loop: instructions / products / loads from shared memory a turn of the base product, in machine code")
     print()
-    print("\n".join(table(arguments.models, arguments.rows, not arguments.no_code)))
+    print("\n".join(table(arguments.models, arguments.rows, not arguments.no_code, arguments.separate)))
     return 0
 
 

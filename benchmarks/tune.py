@@ -36,7 +36,7 @@ from quikjax.pallas_kernels import api, layout, reference, tuned
 from quikjax.pallas_kernels.arg_specs import MODELS, ROWS, LinearSpec
 from quikjax.pallas_kernels.quik_linear import mosaic as mosaic_layer
 from quikjax.pallas_kernels.quik_matmul import mosaic as matmul_kernel
-from quikjax.pallas_kernels.quik_matmul.mosaic import MatmulTiles
+from quikjax.pallas_kernels.quik_matmul.tiles import LONGEST_ROWS, MatmulTiles, why_not
 from quikjax.pallas_kernels.split_quantize import mosaic as split_kernel
 from quikjax.pallas_kernels.split_quantize.mosaic import SplitTiles
 from quikjax.pallas_kernels.split_quantize.producers import Producer
@@ -69,7 +69,7 @@ def matmul_candidates(rows: int, base: int, weight_bits: int, bits: int) -> list
     else:
         sides = [(128, 128), (128, 64), (64, 128), (64, 64)]
         tilings = [MatmulTiles(n, m, stages, strip) for n, m in sides for stages in (3, 4, 5, 6) for strip in (1, 4, 8, 16)]
-    return [t for t in tilings if matmul_kernel.why_not(t, base, weight_bits, bits) is None]
+    return [t for t in tilings if why_not(t, base, weight_bits, bits) is None]
 
 
 def rank(
@@ -115,7 +115,7 @@ def tune_split(spec: LinearSpec, rows: int, clock: gpu_timing.Clock, found: Foun
     def run(tiles: SplitTiles) -> Callable[..., Any]:
         padded = layout.round_up(spec.base, layout.COLUMN_TILE)
         return lambda *inputs: split_kernel.split_quantize(
-            inputs, tiled, spec.base, padded, spec.bits, spec.producer, parameters, tiles, matmul_kernel.LONGEST_ROWS
+            inputs, tiled, spec.base, padded, spec.bits, spec.producer, parameters, tiles, LONGEST_ROWS
         )
 
     sets = gpu_timing.make_sets(make, 1, False)
@@ -154,8 +154,8 @@ def tune_matmul(spec: LinearSpec, rows: int, clock: gpu_timing.Clock, device: ap
 
     def run(tiles: MatmulTiles) -> Callable[..., Any]:
         return lambda split, packed: matmul_kernel.quik_matmul(
-            split, packed, None, bits=spec.bits, out_dtype=jnp.bfloat16, tiles=tiles, cores=device.cores
-        )
+            split, packed, None, rows=rows, bits=spec.bits, out_dtype=jnp.bfloat16, tiles=tiles, cores=device.cores
+        )[0]
 
     sets = gpu_timing.make_sets(make, 1, False)
     want = np.asarray(_reference(spec, rows, *sets[0]), np.float32)

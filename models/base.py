@@ -21,7 +21,7 @@ from quikjax.models.cache import BlockCache, KeyValues
 from quikjax.pallas_kernels import api
 from quikjax.weights.formats import is_packed
 from quikjax.weights.linear import Produced, dense_product, linears
-from quikjax.weights.tiled import TiledWeight
+from quikjax.weights.tiled import TiledMember, TiledWeight
 
 # Called by a block with the name of a group of layers and the tensor they all read; the block goes on with what it returns.
 # This is how calibration sees a block's inside, and spares what led to a tensor that it has kept from an earlier pass.
@@ -244,14 +244,24 @@ class Linear(nnx.Module):
         self.weight = nnx.Param(jnp.zeros((outputs, inputs), dtype))
         self.bias = nnx.Param(jnp.zeros((outputs,), dtype)) if bias else None
 
-    def __call__(self, x: Float[Array, "*batch k"] | Produced) -> Float[Array, "*batch n"]:
-        return project(x, self)[0]
+    def __call__(
+        self, x: Float[Array, "*batch k"] | Produced, onto: Float[Array, "*batch n"] | None = None
+    ) -> Float[Array, "*batch n"]:
+        """The product; `onto + product` where something is given to add it to."""
+        return project(x, self, onto=onto)[0]
 
 
-def project(x: Float[Array, "*batch k"] | Produced, *layers: Linear) -> list[Float[Array, "*batch n_i"]]:
-    """Several layers on one input: packed ones of a group make, split and quantize it once."""
+def project(
+    x: Float[Array, "*batch k"] | Produced, *layers: Linear, onto: Float[Array, "*batch n"] | None = None
+) -> list[Float[Array, "*batch n_i"]]:
+    """Several layers on one input: packed ones of a group make, split and quantize it once.
+
+    The layers of one of a block's `groups` go through here together: on a GPU they may be one product. `onto`, for one layer, is
+    what its result is added to.
+    """
     weights = [layer.weight.get_value() for layer in layers]
-    return linears(x, weights, [None if layer.bias is None else layer.bias.get_value() for layer in layers])
+    biases = [None if layer.bias is None else layer.bias.get_value() for layer in layers]
+    return linears(x, weights, biases, residual=onto)
 
 
 class Embedding(nnx.Module):
@@ -294,7 +304,7 @@ def count_parameters(params: Any) -> int:
     """Count the parameters of a tree, packed weights by the kernels that they replaced."""
 
     def is_kernel(leaf: Any) -> bool:
-        return isinstance(leaf, TiledWeight) or is_packed(leaf)
+        return isinstance(leaf, TiledWeight | TiledMember) or is_packed(leaf)
 
     leaves = jax.tree.leaves(params, is_leaf=is_kernel)
     return sum(leaf.outputs * leaf.inputs if is_kernel(leaf) else leaf.size for leaf in leaves)

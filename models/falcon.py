@@ -212,7 +212,7 @@ class FalconBlock(Block):
 
         x = see("mlp_input", self.ln_mlp.of(hidden))
         x = see("mlp_output", _gelu(mlp.dense_h_to_4h(x)))
-        return hidden + (mlp.dense_4h_to_h(x) + attended), written
+        return hidden + mlp.dense_4h_to_h(x, onto=attended), written
 
 
 class FalconOneNormBlock(FalconBlock):
@@ -240,7 +240,7 @@ class FalconOneNormBlock(FalconBlock):
         mixed, written = attention.mix(fused, positions, cache, observe)
         attended = attention.dense(see("attention_output", mixed))
         x = see("mlp_output", _gelu(wide))
-        return hidden + (mlp.dense_4h_to_h(x) + attended), written
+        return hidden + mlp.dense_4h_to_h(x, onto=attended), written
 
 
 class FalconSequentialBlock(FalconBlock):
@@ -260,11 +260,11 @@ class FalconSequentialBlock(FalconBlock):
 
         x = see("attention_input", self.input_layernorm.of(hidden))
         mixed, written = attention.mix(attention.query_key_value(x), positions, cache, observe)
-        hidden = hidden + attention.dense(see("attention_output", mixed))
+        hidden = attention.dense(see("attention_output", mixed), onto=hidden)
 
         x = see("mlp_input", self.post_attention_layernorm.of(hidden))
         x = see("mlp_output", _gelu(mlp.dense_h_to_4h(x)))
-        return hidden + mlp.dense_4h_to_h(x), written
+        return mlp.dense_4h_to_h(x, onto=hidden), written
 
 
 def _gelu(x: Float[Array, "*batch wide"]) -> Float[Array, "*batch wide"]:

@@ -149,11 +149,11 @@ class GPT2Block(Block):
 
         x = see("attention_input", self.ln_1.of(hidden))
         mixed, written = attention.mix(attention.c_attn(x), positions, cache, observe)
-        hidden = hidden + attention.c_proj(see("attention_output", mixed))
+        hidden = attention.c_proj(see("attention_output", mixed), onto=hidden)
 
         x = see("mlp_input", self.ln_2.of(hidden))
         x = see("mlp_output", ACTIVATIONS[self.activation](mlp.c_fc(x)))
-        return hidden + mlp.c_proj(x), written
+        return mlp.c_proj(x, onto=hidden), written
 
 
 class GPT2Model(nnx.Module):

@@ -155,12 +155,12 @@ class LlamaBlock(Block):
         query, key = rotate(query, positions.queries, config.rope), rotate(key, positions.queries, config.rope)
         mixed, written = attend(query, key, value, positions, cache, scale=config.head_size**-0.5, observe=observe)
         x = see("attention_output", mixed.reshape(*hidden.shape[:-1], -1))
-        hidden = hidden + attention.o_proj(x)
+        hidden = attention.o_proj(x, onto=hidden)
 
         x = see("mlp_input", self.post_attention_layernorm.of(hidden))
         gate, up = project(x, mlp.gate_proj, mlp.up_proj)
         x = see("mlp_output", Produced(api.SiluMul(), (gate, up)))
-        return hidden + mlp.down_proj(x), written
+        return mlp.down_proj(x, onto=hidden), written
 
 
 class LlamaModel(nnx.Module):

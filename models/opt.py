@@ -149,13 +149,13 @@ class OPTBlock(Block):
         )
         mixed, written = attend(query, key, value, positions, cache, scale=config.head_size**-0.5, observe=observe)
         x = see("attention_output", mixed.reshape(hidden.shape))
-        hidden = hidden + attention.out_proj(x)
+        hidden = attention.out_proj(x, onto=hidden)
         if not config.norm_first:
             hidden = self.self_attn_layer_norm(hidden)
 
         x = see("mlp_input", self.final_layer_norm.of(hidden) if config.norm_first else hidden)
         x = see("mlp_output", _ACTIVATIONS[config.activation](self.fc1(x)))
-        hidden = hidden + self.fc2(x)
+        hidden = self.fc2(x, onto=hidden)
         if not config.norm_first:
             hidden = self.final_layer_norm(hidden)
         return hidden, written

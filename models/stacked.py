@@ -25,7 +25,7 @@ from quikjax.models.cache import Fresh, LayerCache, StackedCache, formed
 from quikjax.pallas_kernels import api
 from quikjax.weights import host
 from quikjax.weights.quik import QuikWeight
-from quikjax.weights.tiled import TiledWeight, put_on_device, widened
+from quikjax.weights.tiled import TiledMember, TiledWeight, join_groups, put_on_device, widened
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +82,7 @@ def stack(
     for block in copy.blocks.values():
         block_graphdef, block_state = nnx.split(block)
         given = nnx.to_pure_dict(block_state)
-        tree = put_on_device(given)
+        tree = join_groups(put_on_device(given), type(block).groups.values())
         if release and unrolled:
             _free(given, tree)
         alike = (block_graphdef, jax.tree.structure(tree), [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(tree)])
@@ -121,7 +121,7 @@ def _free(given: Any, kept: Any) -> None:
 
 
 def _is_packed(leaf: Any) -> bool:
-    return isinstance(leaf, QuikWeight | TiledWeight)
+    return isinstance(leaf, QuikWeight | TiledWeight | TiledMember)
 
 
 def _widened(leaf: Any) -> Any:

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 from quikjax.pallas_kernels import cpu, reference
 from quikjax.pallas_kernels.choice import BACKENDS, SPLIT, BackendError, Choice, Problem, choose
 from quikjax.pallas_kernels.devices import Device, current_device
-from quikjax.pallas_kernels.layout import Packed, Tiled, from_tiles, pack, to_tiles
+from quikjax.pallas_kernels.layout import Joined, Packed, Tiled, from_tiles, join, pack, part, to_tiles
 from quikjax.pallas_kernels.reference import Split
 from quikjax.pallas_kernels.split_quantize.producers import Identity, LayerNorm, Producer, RmsNorm, SiluMul
 
@@ -28,6 +28,7 @@ __all__ = [
     "Choice",
     "Device",
     "Identity",
+    "Joined",
     "LayerNorm",
     "Packed",
     "Problem",
@@ -39,6 +40,7 @@ __all__ = [
     "current_device",
     "explain",
     "from_tiles",
+    "join",
     "linears",
     "pack",
     "quik_matmul",
@@ -50,7 +52,7 @@ __all__ = [
 
 def explain(
     rows: int,
-    packed: Packed | Tiled,
+    packed: Packed | Tiled | Joined,
     bits: int,
     dtype: Any,
     *,
@@ -66,7 +68,7 @@ def explain(
     return choose(_problem(rows, packed, bits, dtype, producer), device or current_device(), backend)
 
 
-def _problem(rows: int, packed: Packed | Tiled, bits: int, dtype: Any, producer: Producer) -> Problem:
+def _problem(rows: int, packed: Packed | Tiled | Joined, bits: int, dtype: Any, producer: Producer) -> Problem:
     return Problem(
         rows=rows,
         inputs=packed.inputs,
@@ -145,7 +147,7 @@ def quik_matmul(
     if taken == "mosaic":
         from quikjax.pallas_kernels.quik_linear import mosaic as mosaic_layer
 
-        y = mosaic_layer.product(mosaic_layer.tile_split(flat), rows, packed, bias, bits, out_dtype, device)
+        (y,) = mosaic_layer.product(mosaic_layer.tile_split(flat), rows, packed, [bias], bits, out_dtype, device)
     elif taken == "triton":
         from quikjax.pallas_kernels.quik_linear import triton as triton_layer
 
@@ -187,19 +189,21 @@ class _Call:
 
 def linears(
     inputs: Sequence[Float[Array, "*batch k"]],
-    weights: Sequence[Packed | Tiled],
+    weights: Sequence[Packed | Tiled | Joined],
     biases: Sequence[Float[Array, " _"] | None],
     bits: int,
     *,
     producer: Producer = Identity(),  # noqa: B008 -- frozen
     parameters: Sequence[Float[Array, " k"]] = (),
+    residual: Float[Array, "*batch _"] | None = None,
     backend: str | None = None,
     device: Device | None = None,
 ) -> list[Float[Array, "*batch _"]]:
     """Layers that read one tensor `x = producer(*inputs, *parameters)`: `x W^T + bias` each, in the dtype of the inputs.
 
-    All `weights` have the same `columns`, `base` and `level_clip`, so `x` is split and quantized once. `bits` of the
-    activations: 4, 8, 16.
+    All `weights` have the same `columns`, `base` and `level_clip`, so `x` is split and quantized once. A `Joined` one stands for
+    as many as it has members, each with a bias and a result of its own. `bits` of the activations: 4, 8, 16. A `residual`, in the
+    dtype of the inputs, is added to the result of a single weight: to the rounded `y`, as a sum beside it would be.
     Gradients flow to inputs, parameters and biases as if the activations were not quantized (the straight-through estimate:
     `dx = dy W_hat` with the dequantized weight); weights are frozen. Under `vmap` a batch axis of the inputs joins the rows.
 
@@ -207,8 +211,11 @@ def linears(
         BackendError: the named backend cannot run one of the layers.
         ValueError: shapes that do not fit together.
     """
-    if not weights or len(weights) != len(biases):
-        raise ValueError(f"{len(weights)} weights with {len(biases)} biases")
+    outputs = [count for weight in weights for count in _outputs(weight)]
+    if not weights or len(outputs) != len(biases):
+        raise ValueError(f"{len(outputs)} weights with {len(biases)} biases")
+    if residual is not None and (len(outputs) != 1 or residual.dtype != inputs[0].dtype):
+        raise ValueError(f"a {residual.dtype} residual beside {len(outputs)} weights and {inputs[0].dtype} inputs")
     if bits not in (4, 8, 16):
         raise ValueError(f"activations have 4, 8 or 16 bits, not {bits}")
     if len(inputs) != producer.inputs or len(parameters) != producer.parameters:
@@ -226,31 +233,51 @@ def linears(
             )
     call = _Call(bits, producer, backend, device or current_device())
     flat = tuple(x.reshape(-1, k) for x in inputs)
-    results = _differentiable(call, flat, tuple(parameters), tuple(weights), tuple(biases))
-    return [y.reshape(*batch, packed.outputs) for y, packed in zip(results, weights, strict=True)]
+    # Only a kernel gains by adding it; elsewhere the sum stands beside the product.
+    fused = residual is not None and _backends(call, flat[0].shape[0], weights[0], flat[0].dtype)[0] == "mosaic"
+    residuals = (residual.reshape(-1, outputs[0]),) if residual is not None and fused else ()
+    results = _differentiable(call, flat, tuple(parameters), tuple(weights), tuple(biases), residuals)
+    ys = [y.reshape(*batch, count) for y, count in zip(results, outputs, strict=True)]
+    return ys if residual is None or fused else [residual + y for y in ys]
+
+
+def _backends(call: _Call, rows: int, weight: Packed | Tiled | Joined, dtype: Any) -> list[str]:
+    """Which backend runs each of the weights that `weight` stands for."""
+    problem = _problem(rows, weight, call.bits, dtype, call.producer)
+    return [choose(dataclasses.replace(problem, outputs=n), call.device, call.backend).backend for n in _outputs(weight)]
+
+
+def _outputs(weight: Packed | Tiled | Joined) -> tuple[int, ...]:
+    return weight.members if isinstance(weight, Joined) else (weight.outputs,)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _differentiable(call: _Call, inputs: Any, parameters: Any, weights: Any, biases: Any) -> tuple[jax.Array, ...]:
-    return _batched(call, inputs, parameters, weights, biases)
+def _differentiable(
+    call: _Call, inputs: Any, parameters: Any, weights: Any, biases: Any, residuals: Any
+) -> tuple[jax.Array, ...]:
+    return _batched(call, inputs, parameters, weights, biases, residuals)
 
 
-def _forward(call: _Call, inputs: Any, parameters: Any, weights: Any, biases: Any) -> tuple[tuple[jax.Array, ...], Any]:
-    return _batched(call, inputs, parameters, weights, biases), (inputs, parameters, weights, biases)
+def _forward(
+    call: _Call, inputs: Any, parameters: Any, weights: Any, biases: Any, residuals: Any
+) -> tuple[tuple[jax.Array, ...], Any]:
+    count = tuple(None for _ in residuals)  # what it adds is not needed backwards
+    return _batched(call, inputs, parameters, weights, biases, residuals), (inputs, parameters, weights, biases, count)
 
 
-def _backward(call: _Call, saved: Any, cotangents: tuple[jax.Array, ...]) -> tuple[Any, Any, None, Any]:
-    inputs, parameters, weights, biases = saved
+def _backward(call: _Call, saved: Any, cotangents: tuple[jax.Array, ...]) -> tuple[Any, Any, None, Any, Any]:
+    inputs, parameters, weights, biases, residuals = saved
     x, pull = jax.vjp(lambda tensors, norm: call.producer(*tensors, *norm), inputs, parameters)
     dx = jnp.zeros(x.shape, jnp.float32)
-    for dy, weight in zip(cotangents, weights, strict=True):
+    apart = [member for weight in weights for member in (part(weight) if isinstance(weight, Joined) else [weight])]
+    for dy, weight in zip(cotangents, apart, strict=True):
         dx = dx + _times_dequantized(dy.astype(jnp.float32), from_tiles(weight))
     d_inputs, d_parameters = pull(dx.astype(x.dtype))
     d_biases = tuple(
         None if bias is None else dy.astype(jnp.float32).sum(0).astype(bias.dtype)
         for dy, bias in zip(cotangents, biases, strict=True)
     )
-    return d_inputs, d_parameters, None, d_biases
+    return d_inputs, d_parameters, None, d_biases, tuple(cotangents[: len(residuals)])
 
 
 def _times_dequantized(dy: jax.Array, weight: Packed) -> jax.Array:
@@ -265,16 +292,16 @@ def _times_dequantized(dy: jax.Array, weight: Packed) -> jax.Array:
 _differentiable.defvjp(_forward, _backward)
 
 
-def _batched(call: _Call, inputs: Any, parameters: Any, weights: Any, biases: Any) -> tuple[jax.Array, ...]:
+def _batched(call: _Call, inputs: Any, parameters: Any, weights: Any, biases: Any, residuals: Any) -> tuple[jax.Array, ...]:
     """`_run` with its batching rule: a kernel knows nothing of `vmap`, but rows are independent."""
     run = jax.custom_batching.custom_vmap(functools.partial(_run, call))
 
     @run.def_vmap
-    def rule(axis_size: int, batched: Any, inputs: Any, parameters: Any, weights: Any, biases: Any) -> Any:
-        out_batched = tuple(True for _ in weights)
-        if any(jax.tree.leaves(batched[1:])):
+    def rule(axis_size: int, batched: Any, inputs: Any, parameters: Any, weights: Any, biases: Any, residuals: Any) -> Any:
+        out_batched = tuple(True for _ in biases)
+        if any(jax.tree.leaves(batched[1:4])):
             # Weights differ along the axis: one member after the other.
-            arguments = (inputs, parameters, weights, biases)
+            arguments = (inputs, parameters, weights, biases, residuals)
             moving = jax.tree.map(lambda array, moves: array if moves else None, arguments, tuple(batched))
 
             def member(part: Any) -> Any:
@@ -284,35 +311,47 @@ def _batched(call: _Call, inputs: Any, parameters: Any, weights: Any, biases: An
                 return _batched(call, *whole)
 
             return jax.lax.map(member, moving), out_batched
-        rows = next(x.shape[1] for x, moves in zip(inputs, batched[0], strict=True) if moves)
-        folded = tuple(
-            (x if moves else jnp.broadcast_to(x, (axis_size, *x.shape))).reshape(axis_size * rows, -1)
-            for x, moves in zip(inputs, batched[0], strict=True)
-        )
-        results = _batched(call, folded, parameters, weights, biases)
+        rows = inputs[0].shape[1 if batched[0][0] else 0]
+
+        def folded(arrays: Any, moving: Any) -> tuple[jax.Array, ...]:
+            return tuple(
+                (x if moves else jnp.broadcast_to(x, (axis_size, *x.shape))).reshape(axis_size * rows, -1)
+                for x, moves in zip(arrays, moving, strict=True)
+            )
+
+        results = _batched(call, folded(inputs, batched[0]), parameters, weights, biases, folded(residuals, batched[4]))
         return tuple(y.reshape(axis_size, rows, -1) for y in results), out_batched
 
-    return run(inputs, parameters, weights, biases)
+    return run(inputs, parameters, weights, biases, residuals)
 
 
-def _run(call: _Call, inputs: Any, parameters: Any, weights: Any, biases: Any) -> tuple[jax.Array, ...]:
+def _run(call: _Call, inputs: Any, parameters: Any, weights: Any, biases: Any, residuals: Any) -> tuple[jax.Array, ...]:
     rows, dtype = inputs[0].shape[0], inputs[0].dtype
-    choices = [choose(_problem(rows, w, call.bits, dtype, call.producer), call.device, call.backend) for w in weights]
-    results: list[jax.Array | None] = [None] * len(weights)
-    for backend in BACKENDS:
-        members = [i for i, choice in enumerate(choices) if choice.backend == backend]
-        if not members:
+    # What each backend runs: weights, and the numbers of their results. Joined ones stay so where Mosaic takes every member.
+    taken: dict[str, list[tuple[Any, list[int]]]] = {}
+    first = 0
+    for weight in weights:
+        choices = _backends(call, rows, weight, dtype)
+        numbers = list(range(first, first + len(choices)))
+        first += len(choices)
+        if not isinstance(weight, Joined) or set(choices) == {"mosaic"}:
+            taken.setdefault(choices[0], []).append((weight, numbers))
             continue
+        for member, number, backend in zip(part(weight), numbers, choices, strict=True):
+            taken.setdefault(backend, []).append((member, [number]))
+    results: dict[int, jax.Array] = {}
+    for backend in BACKENDS:
+        if backend not in taken:
+            continue
+        order = [number for _, numbers in taken[backend] for number in numbers]
+        members = [weight for weight, _ in taken[backend]]
         with jax.named_scope(f"quik_{backend}"):
-            products = _RUNNERS[backend](
-                call, inputs, parameters, [weights[i] for i in members], [biases[i] for i in members], rows
-            )
-        for i, y in zip(members, products, strict=True):
-            results[i] = y
-    return tuple(y for y in results if y is not None)
+            products = _RUNNERS[backend](call, inputs, parameters, members, [biases[i] for i in order], rows, residuals)
+        results.update(zip(order, products, strict=True))
+    return tuple(results[number] for number in range(first))
 
 
-def _run_xla(call: _Call, inputs: Any, parameters: Any, weights: Any, biases: Any, rows: int) -> list[jax.Array]:
+def _run_xla(call: _Call, inputs: Any, parameters: Any, weights: Any, biases: Any, rows: int, _: Any) -> list[jax.Array]:
     weights = [from_tiles(weight) for weight in weights]
     x = call.producer(*inputs, *parameters)
     if call.bits == 16:
@@ -326,13 +365,17 @@ def _run_xla(call: _Call, inputs: Any, parameters: Any, weights: Any, biases: An
     return [_reference_product(split, w, bias, call.bits).astype(x.dtype) for w, bias in zip(weights, biases, strict=True)]
 
 
-def _run_mosaic(call: _Call, inputs: Any, parameters: Any, weights: Any, biases: Any, rows: int) -> list[jax.Array]:
-    first = weights[0]
+def _run_mosaic(
+    call: _Call, inputs: Any, parameters: Any, weights: Any, biases: Any, rows: int, residuals: Any
+) -> list[jax.Array]:
+    first, biases = weights[0], iter(biases)
     tiled = _mosaic_split(inputs, first.columns, first.base, call.bits, call.producer, parameters, call.device, first.level_clip)
-    return [
-        _mosaic_product(tiled, rows, w, bias, call.bits, inputs[0].dtype, call.device)
-        for w, bias in zip(weights, biases, strict=True)
-    ]
+    residual = residuals[0] if residuals else None
+    results = []
+    for weight in weights:
+        own = [next(biases) for _ in _outputs(weight)]
+        results += _mosaic_product(tiled, rows, weight, own, call.bits, inputs[0].dtype, call.device, residual)
+    return results
 
 
 # Under `jit` of their own: a model has hundreds of layers in a handful of shapes, and JAX traces and lowers an inner function
@@ -355,14 +398,14 @@ def _mosaic_split(
 
 @functools.partial(jax.jit, static_argnames=("rows", "bits", "out_dtype", "device"))
 def _mosaic_product(
-    tiled: Any, rows: int, packed: Packed | Tiled, bias: Any, bits: int, out_dtype: Any, device: Device
-) -> jax.Array:
+    tiled: Any, rows: int, packed: Packed | Tiled | Joined, biases: Any, bits: int, out_dtype: Any, device: Device, residual: Any
+) -> list[jax.Array]:
     from quikjax.pallas_kernels.quik_linear import mosaic as mosaic_layer
 
-    return mosaic_layer.product(tiled, rows, packed, bias, bits, out_dtype, device)
+    return mosaic_layer.product(tiled, rows, packed, biases, bits, out_dtype, device, residual)
 
 
-def _run_triton(call: _Call, inputs: Any, parameters: Any, weights: Any, biases: Any, rows: int) -> list[jax.Array]:
+def _run_triton(call: _Call, inputs: Any, parameters: Any, weights: Any, biases: Any, rows: int, _: Any) -> list[jax.Array]:
     from quikjax.pallas_kernels.quik_linear import triton as triton_layer
 
     del rows

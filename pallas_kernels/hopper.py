@@ -10,7 +10,7 @@ Everything here is traced inside a kernel body with warpgroup semantics.
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -32,6 +32,7 @@ SHARED_MEMORY = 232448 - 2048
 
 COMPILER_PARAMS = plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup)
 
+_SCALAR = plgpu.Layout.WG_SPLAT(())
 _LOAD_TAKES_INDEX = inspect.signature(plgpu.load).parameters["idx"].default is inspect.Parameter.empty
 
 
@@ -50,6 +51,77 @@ def swizzled(shape: tuple[int, ...], dtype: Any) -> Any:
     tiling = plgpu.TilingTransform((8, swizzle * 8 // bits))  # type: ignore[abstract, unused-ignore]
     transforms = (tiling, plgpu.SwizzleTransform(swizzle))  # type: ignore[abstract, unused-ignore]
     return plgpu.SMEM(shape, dtype, transforms=transforms)
+
+
+def load_transposed(ref: Any, shape: tuple[int, int], first_row: Any, first_column: Any) -> jax.Array:
+    """The transpose `[n, m]` of rows from `first_row` and columns from `first_column` on of a global `[rows, columns]` array.
+
+    It lies as an accumulator does. What is past the end of `ref` is some element of it.
+    """
+    rows, columns = ref.shape
+    result = plgpu.ShapeDtypeStruct(shape, ref.dtype, layout=plgpu.Layout.WGMMA)
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), _SCALAR, _SCALAR), return_type=result)
+    def gather(ctx: Any, source: Any, row: FragmentedArray, column: FragmentedArray) -> FragmentedArray:
+        del ctx
+        index = ir.IndexType.get()
+        element = ir.MemRefType(source.type).element_type
+        layout: Any = plgpu.Layout.WGMMA.to_mgpu()
+        registers = []
+        for places in _elements(layout, shape, row, column):
+            within = [
+                [arith.minui(at, mosaic_utils.c(length - 1, at.type)) for at, length in zip(place, (rows, columns), strict=True)]
+                for place in places
+            ]
+            loaded = [memref.load(source, [arith.index_cast(index, at) for at in place]) for place in within]
+            registers.append(vector.from_elements(ir.VectorType.get((len(loaded),), element), loaded))
+        there = np.array(registers, dtype=object).reshape(layout.registers_shape(shape))
+        return FragmentedArray(_registers=there, _layout=layout, _is_signed=None)
+
+    return gather(ref, first_row, first_column)
+
+
+def store_transposed(ref: Any, values: jax.Array, first_row: Any, first_column: Any) -> None:
+    """Write `values` `[n, m]`, which lie as an accumulator does, to `ref[first_row + m, first_column + n]` in global memory.
+
+    What is past the end of `ref` is not written. Threads are predicated, no branch parts a warp.
+    """
+    rows, columns = ref.shape
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WGMMA, _SCALAR, _SCALAR))
+    def scatter(ctx: Any, target: Any, tile: FragmentedArray, row: FragmentedArray, column: FragmentedArray) -> None:
+        del ctx
+        i32 = ir.IntegerType.get_signless(32)
+        kind = ir.MemRefType(target.type)
+        bits = mosaic_utils.bitwidth(kind.element_type)
+        whole = ir.IntegerType.get_signless(bits)
+        base = mosaic_utils.memref_ptr(target)
+        # Of an array in global memory the generic address is the global one.
+        text = f"{{ .reg .pred there; setp.ne.b32 there, $0, 0; @there st.global.b{bits} [$1], $2; }}"
+        for register, places in zip(tile.registers.flat, _elements(tile.layout, tile.shape, row, column), strict=True):
+            for lane, (at_row, at_column) in enumerate(places):
+                inside = arith.andi(
+                    arith.cmpi(arith.CmpIPredicate.ult, at_row, mosaic_utils.c(rows, i32)),
+                    arith.cmpi(arith.CmpIPredicate.ult, at_column, mosaic_utils.c(columns, i32)),
+                )
+                offset = arith.addi(arith.muli(at_row, mosaic_utils.c(columns, i32)), at_column)
+                address = mosaic_utils.getelementptr(base, [offset], kind.element_type)
+                value = mosaic_utils.bitcast(vector.extract(register, dynamic_position=[], static_position=[lane]), whole)
+                operands = [arith.extui(i32, inside), address, value]
+                llvm.inline_asm(None, operands, text, f"r,l,{'h' if bits == 16 else 'r'}", has_side_effects=True)
+
+    scatter(ref, values, first_row, first_column)
+
+
+def _elements(layout: Any, shape: Any, row: FragmentedArray, column: FragmentedArray) -> Iterator[list[tuple[Any, Any]]]:
+    """For each register of a tile `[n, m]`, the row and the column (int32) of each of its elements in the transposed whole."""
+    i32 = ir.IntegerType.get_signless(32)
+    first_row, first_column = row.registers.item(), column.registers.item()
+    length = layout.vector_length
+    for n, m in layout.thread_idxs(tuple(shape)):
+        at_column = arith.addi(first_column, arith.index_cast(i32, n))
+        at_row = arith.addi(first_row, arith.index_cast(i32, m))
+        yield [(arith.addi(at_row, mosaic_utils.c(lane, i32)), at_column) for lane in range(length)]
 
 
 def row_unit(columns: int) -> int | None:

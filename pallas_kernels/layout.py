@@ -9,10 +9,12 @@ A weight on disk holds exactly `B` base and `O` outlier columns and `N` rows. Ke
 
 A padded base column repeats a real one, so it cannot move a token's minimum or maximum, and meets zero codes, so it cannot move
 an accumulator; a padded outlier column meets zeros. The true `B`, `K` and `N` stay beside the arrays. `Packed` is a weight
-without padding, `Tiled` one in tile form: made once, when a model is put on a GPU, it costs nothing per call.
+without padding, `Tiled` one in tile form, `Joined` several that one kernel multiplies: made once, when a model is put on a GPU,
+they cost nothing per call.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -63,6 +65,26 @@ class Packed(_Weight):
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Tiled(_Weight):
     """A weight's arrays in tile form: padded as the table above says."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Joined(_Weight):
+    """Weights that share their columns, in tile form, one after the other along `N`: each begins at a multiple of 128 rows.
+
+    `outputs` counts all rows, padding included; `members` (static) are the true numbers of outputs of each weight.
+    """
+
+    members: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+
+    @property
+    def places(self) -> tuple[tuple[int, int, int], ...]:
+        """Of each member its first row, its true number of rows, and that with padding."""
+        found, first = [], 0
+        for count in self.members:
+            found.append((first, count, round_up(count, WEIGHT_TILE)))
+            first += round_up(count, WEIGHT_TILE)
+        return tuple(found)
 
 
 class TileSplit(NamedTuple):
@@ -155,6 +177,38 @@ def to_tiles(packed: Packed | Tiled) -> Tiled:
         outputs=packed.outputs,
         level_clip=packed.level_clip,
     )
+
+
+def join(weights: Sequence[Tiled]) -> Joined:
+    """Weights with the same `columns`, `base` and formats as one. Columns are the first one's."""
+    first = weights[0]
+    # int4 is concatenated in int8, as it is padded.
+    codes = jnp.concatenate([w.qweight.astype(jnp.int8) for w in weights]).astype(first.qweight.dtype)
+    return Joined(
+        qweight=codes,
+        **{name: jnp.concatenate([getattr(w, name) for w in weights]) for name in ("scale", "reduced", "outliers")},
+        columns=first.columns,
+        base=first.base,
+        inputs=first.inputs,
+        outputs=sum(w.qweight.shape[0] for w in weights),
+        level_clip=first.level_clip,
+        members=tuple(w.outputs for w in weights),
+    )
+
+
+def part(joined: Joined) -> list[Tiled]:
+    """The weights that `join` joined."""
+    return [
+        Tiled(
+            **{name: getattr(joined, name)[first : first + rows] for name in ("qweight", "scale", "reduced", "outliers")},
+            columns=joined.columns,
+            base=joined.base,
+            inputs=joined.inputs,
+            outputs=outputs,
+            level_clip=joined.level_clip,
+        )
+        for first, outputs, rows in joined.places
+    ]
 
 
 def from_tiles(packed: Packed | Tiled) -> Packed:

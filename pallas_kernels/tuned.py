@@ -12,9 +12,9 @@ from importlib import resources
 from typing import Any
 
 from quikjax.pallas_kernels.devices import Device
-from quikjax.pallas_kernels.quik_matmul.mosaic import MatmulTiles
-from quikjax.pallas_kernels.quik_matmul.mosaic import default_tiles as default_matmul_tiles
-from quikjax.pallas_kernels.quik_matmul.mosaic import why_not as why_not_matmul
+from quikjax.pallas_kernels.quik_matmul.tiles import MatmulTiles
+from quikjax.pallas_kernels.quik_matmul.tiles import default_tiles as default_matmul_tiles
+from quikjax.pallas_kernels.quik_matmul.tiles import why_not as why_not_matmul
 from quikjax.pallas_kernels.split_quantize.mosaic import SplitTiles
 from quikjax.pallas_kernels.split_quantize.mosaic import default_tiles as default_split_tiles
 from quikjax.pallas_kernels.split_quantize.producers import Producer

@@ -1,5 +1,6 @@
 """A QUIK layer out of the two Mosaic kernels: padding, tiles, and what travels between them."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -7,8 +8,9 @@ import jax.numpy as jnp
 
 from quikjax.pallas_kernels import layout, reference, tuned
 from quikjax.pallas_kernels.devices import Device
-from quikjax.pallas_kernels.layout import Packed, Tiled, TileSplit
+from quikjax.pallas_kernels.layout import Joined, Packed, Tiled, TileSplit
 from quikjax.pallas_kernels.quik_matmul import mosaic as matmul_kernel
+from quikjax.pallas_kernels.quik_matmul.tiles import LONGEST_ROWS
 from quikjax.pallas_kernels.reference import Split
 from quikjax.pallas_kernels.split_quantize import mosaic as split_kernel
 from quikjax.pallas_kernels.split_quantize.producers import Identity, Producer
@@ -41,7 +43,7 @@ def split(
             return split((producer(*inputs, *parameters),), columns, base, bits, Identity(), (), device, clip)
         return tile_split(reference.split_quantize(inputs[0], exact, base, bits, clip))
     codes, outliers, scale, zero = split_kernel.split_quantize(
-        inputs, columns, base, padded_base, bits, producer, parameters, tiles, matmul_kernel.LONGEST_ROWS, clip
+        inputs, columns, base, padded_base, bits, producer, parameters, tiles, LONGEST_ROWS, clip
     )
     return TileSplit(codes, scale, zero, outliers)
 
@@ -49,7 +51,7 @@ def split(
 def tile_split(exact: Split) -> TileSplit:
     """Tile form of a split that any backend made, `[M, ...]`."""
     rows = layout.round_up(exact.codes.shape[0], 8)
-    long = layout.round_up(rows, matmul_kernel.LONGEST_ROWS)
+    long = layout.round_up(rows, LONGEST_ROWS)
     outliers = None
     if count := exact.outliers.shape[1]:
         outliers = layout.pad_to(exact.outliers, (rows, layout.round_up(count, layout.COLUMN_TILE)))
@@ -70,12 +72,40 @@ def exact_split(tiled: TileSplit, rows: int, base: int, outliers: int) -> Split:
 
 
 def product(
-    tiled: TileSplit, rows: int, packed: Packed | Tiled, bias: jax.Array | None, bits: int, out_dtype: Any, device: Device
-) -> jax.Array:
-    """`y [M, N]` of a split in tile form and a weight in either form."""
-    weight = layout.to_tiles(packed)
+    tiled: TileSplit,
+    rows: int,
+    packed: Packed | Tiled | Joined,
+    biases: Sequence[jax.Array | None],
+    bits: int,
+    out_dtype: Any,
+    device: Device,
+    residual: jax.Array | None = None,
+) -> list[jax.Array]:
+    """`y [M, N]` of a split in tile form and a weight in any form, one for each weight of a joined one; so are `biases`.
+
+    A `residual` `[M, N]` in `out_dtype` is added to the only `y`, once that is rounded: in the kernel where that takes few rows.
+    """
+    weight = packed if isinstance(packed, Joined) else layout.to_tiles(packed)
     n, base = weight.qweight.shape
     tiles, _ = tuned.matmul_tiles(rows, n, base, weight.weight_bits, bits, device)
-    padded_bias = None if bias is None else layout.pad_to(bias.astype(jnp.float32), (n,))
-    y = matmul_kernel.quik_matmul(tiled, weight, padded_bias, bits=bits, out_dtype=out_dtype, tiles=tiles, cores=device.cores)
-    return y[:rows]
+    bias = None
+    if any(given is not None for given in biases):
+        lengths = [length for _, _, length in weight.places] if isinstance(weight, Joined) else [n]
+        padded = [
+            jnp.zeros(length, jnp.float32) if given is None else layout.pad_to(given.astype(jnp.float32), (length,))
+            for given, length in zip(biases, lengths, strict=True)
+        ]
+        bias = padded[0] if len(padded) == 1 else jnp.concatenate(padded)
+    fused = rows <= matmul_kernel.DIRECT_ROWS
+    ys = matmul_kernel.quik_matmul(
+        tiled,
+        weight,
+        bias,
+        rows=rows,
+        bits=bits,
+        out_dtype=out_dtype,
+        tiles=tiles,
+        cores=device.cores,
+        residual=residual if fused else None,
+    )
+    return ys if residual is None or fused else [y + residual for y in ys]

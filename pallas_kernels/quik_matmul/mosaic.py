@@ -25,6 +25,11 @@ streaming. A cluster of `splits` thread blocks then shares one tile and takes th
 
 Partial sums travel from registers into the leader's shared memory; nothing goes through global memory.
 
+What is written: `y` of one weight, or of each of several that share their columns and lie one after the other in one array of
+tiles (`layout.Joined`): a warpgroup's rows are one member's, because members begin at multiples of 128 rows. Up to `DIRECT_ROWS`
+rows go from registers to exactly the elements that there are, `y` rounded to its type and then a residual added to it, which was
+read before the first step. More rows are staged in shared memory and stored by the copy engine.
+
 Weight-only (`bits = 16`): the same kernel with 16-bit activations: weights widen to the activations' dtype, the first product
 accumulates in float32, and its epilogue is `acc * scale + bias`.
 """
@@ -32,6 +37,7 @@ accumulates in float32, and its epilogue is `acc * scale + bias`.
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -42,91 +48,19 @@ import numpy as np
 from jax import lax
 
 from quikjax.pallas_kernels import hopper
-from quikjax.pallas_kernels.layout import Tiled, TileSplit
+from quikjax.pallas_kernels.layout import Joined, Tiled, TileSplit
+from quikjax.pallas_kernels.quik_matmul.tiles import (
+    COMPUTE,
+    K_STEP,
+    MatmulTiles,
+    allocated_outputs,
+    outlier_step,
+    shortened,
+)
 
-K_STEP = 128  # base columns per step: a swizzle of 128 bytes of int8
-LONGEST_ROWS = 256  # a token's scale and zero are allocated up to a multiple of this, so that every tile reads whole vectors
-COMPUTE = 2  # compute warpgroups
+DIRECT_ROWS = 64  # up to so many rows are stored from registers
 _MEMORY_REGISTERS = 40
 _COMPUTE_REGISTERS = 232
-
-
-@dataclasses.dataclass(frozen=True)
-class MatmulTiles:
-    """A warpgroup's tile is `n x m`; a thread block holds two of them along `n`, and a ring of `stages` slots.
-
-    `strip`: how many tiles along `m` are walked together for each tile along `n`. `splits`: thread blocks that share a tile.
-    """
-
-    n: int = 128
-    m: int = 128
-    stages: int = 5
-    strip: int = 8
-    splits: int = 1
-
-
-def default_tiles(rows: int, outputs: int, base: int, weight_bits: int, bits: int, cores: int) -> MatmulTiles:
-    """Tiles where nothing was tuned, reasoned from the machine's sizes and not measured."""
-    if rows <= 64:
-        m = next(m for m in (8, 16, 32, 64) if rows <= m)
-        blocks = math.ceil(outputs / (COMPUTE * 64))
-        # Each part keeps four steps, and the others' sums fit beside the ring.
-        possible = [s for s in (1, 2, 3, 4) if s == 1 or (base // K_STEP >= 4 * s and (s - 1) * m <= 64)]
-        # A thread block has its multiprocessor to itself, so what counts is whole waves of them, each 1/s of a tile long.
-        splits = min(possible, key=lambda s: (math.ceil(blocks * s / cores) / s, s))
-        tiles = MatmulTiles(64, m, 8, 1, splits)
-    else:
-        sides = [(128, 128, 1), (128, 64, 1), (64, 128, 1), (64, 64, 1), (64, 64, 2)]
-        candidates = [MatmulTiles(n, m, 5, 8 if s == 1 else 1, s) for n, m, s in sides if base // K_STEP >= 4 * s]
-        tiles = min(candidates, key=lambda tiles: _cycles(tiles, rows, outputs, base, cores))
-    return _shortened(tiles, weight_bits, bits)
-
-
-def _shortened(tiles: MatmulTiles, weight_bits: int, bits: int, out_bytes: int = 2) -> MatmulTiles:
-    """The tiles with as deep a ring, two slots at least, as shared memory has room for."""
-    while tiles.stages > 2 and shared_memory(tiles, weight_bits, bits, out_bytes) > hopper.SHARED_MEMORY:
-        tiles = dataclasses.replace(tiles, stages=tiles.stages - 1)
-    return tiles
-
-
-def _cycles(tiles: MatmulTiles, rows: int, outputs: int, base: int, cores: int) -> float:
-    """Rough time of the base product on `cores` multiprocessors: whole waves of tiles."""
-    n, m, splits = tiles.n, tiles.m, tiles.splits
-    waves = math.ceil(math.ceil(rows / m) * math.ceil(outputs / (COMPUTE * n)) * splits / cores)
-    # Per step of 128: the tensor core's 4096 products a cycle, or 128 bytes a cycle of shared memory; then what neither hides.
-    step = max(n * m / 16, n * m / 32 + 3 * n + m) + 100
-    return waves * (math.ceil(base / K_STEP / splits) * step + n * m / 4 + (3000 if splits > 1 else 0))
-
-
-def outlier_step(weight_bits: int) -> int:
-    """Outlier columns per step: as many as fill exactly the bytes of a slot of weight codes."""
-    return K_STEP * weight_bits // 16
-
-
-def shared_memory(tiles: MatmulTiles, weight_bits: int, bits: int, out_bytes: int = 2) -> int:
-    """Bytes of shared memory that the kernel allocates; `out_bytes`: of an element of `y`."""
-    slot = (COMPUTE * tiles.n * weight_bits + tiles.m * max(8, bits)) * K_STEP // 8
-    partial = (tiles.splits - 1) * COMPUTE * tiles.n * tiles.m * 8
-    return tiles.stages * slot + COMPUTE * tiles.m * min(64, tiles.n) * out_bytes + partial
-
-
-def why_not(tiles: MatmulTiles, base: int, weight_bits: int, bits: int) -> str | None:
-    """`None` when the kernel compiles with these tiles, otherwise the reason. `base` is padded."""
-    if tiles.n % 64 or tiles.m % 8 or not 8 <= tiles.m <= 256:
-        return f"tiles of {tiles.n} x {tiles.m} are not multiples of the tensor core's 64 x 8"
-    if tiles.n * tiles.m > 128 * 128:
-        return f"an accumulator of {tiles.n} x {tiles.m} does not fit into the registers of a warpgroup"
-    if base % K_STEP or base == 0:
-        return f"{base} base columns are not a positive multiple of {K_STEP}"
-    if LONGEST_ROWS % tiles.m:
-        return f"tiles of {tiles.m} rows do not divide the {LONGEST_ROWS} that scales are padded to"
-    if not 1 <= tiles.splits <= min(8, base // K_STEP):
-        return f"{tiles.splits} parts along K do not fit a cluster or {base // K_STEP} steps"
-    if tiles.stages < 2:
-        return "a ring of one slot: a step's slot is given back when the next one is there"
-    if (needed := shared_memory(tiles, weight_bits, bits)) > hopper.SHARED_MEMORY:
-        return f"{needed} bytes of slots do not fit into shared memory"
-    return None
 
 
 def _swizzled(shape: tuple[int, ...], dtype: Any) -> Any:
@@ -149,46 +83,47 @@ class _Problem:
     outlier_steps: int
     has_bias: bool
     out_dtype: Any
-
-
-def allocated_outputs(outputs: int) -> int:
-    """Columns that `y` is allocated with: whole pieces of 64, which the copy engine stores, and two at least.
-
-    With one piece JAX drops the axis of pieces from the tensor map, and with it the index that says which one: the store of a
-    thread block's second warpgroup would land on the first piece instead of being clipped.
-    """
-    return max(2, -(-outputs // 64)) * 64
+    # First row among the weights, true and padded number of outputs of each result.
+    members: tuple[tuple[int, int, int], ...]
+    direct: bool
+    has_residual: bool
 
 
 def quik_matmul(
     split: TileSplit,
-    weight: Tiled,
+    weight: Tiled | Joined,
     bias: jax.Array | None,
     *,
+    rows: int,
     bits: int,
     out_dtype: Any,
     tiles: MatmulTiles,
     cores: int,
-) -> jax.Array:
-    """`y [M, N]` of split activations and a weight, both in tile form (`layout.py`); `M` is a multiple of 8, `N` the true one.
+    residual: jax.Array | None = None,
+) -> list[jax.Array]:
+    """`y [rows, N]` of split activations and a weight, both in tile form (`layout.py`); one for each weight of a joined one.
 
     Args:
         split: codes and their scale and zero, or the base columns themselves in 16 bits when `bits` is 16.
         weight: its outliers in the dtype of the activations'.
         bias: float32, padded like `weight.scale`, or None.
+        rows: the true number of them; those of `split` are a multiple of 8.
         bits: of the activations: 4, 8 or 16.
         cores: multiprocessors of the device.
+        residual: `[rows, N]` of `out_dtype`, added to the rounded `y` of a weight that is not joined; at most `DIRECT_ROWS` rows.
     """
     tokens, x_scale, x_zero, x_outliers = split
-    qweight, scale, outputs = weight.qweight, weight.scale, weight.outputs
+    qweight, scale = weight.qweight, weight.scale
     reduced = weight.reduced if bits < 16 else None
     w_outliers = weight.outliers if weight.outlier_count else None
     m = tokens.shape[0]
     n, base = qweight.shape
     weight_bits = weight.weight_bits
     # Tiles are chosen for 16-bit outputs; wider ones take their room from the ring.
-    tiles = _shortened(tiles, weight_bits, bits, jnp.dtype(out_dtype).itemsize)
-    width = allocated_outputs(outputs)
+    tiles = shortened(tiles, weight_bits, bits, jnp.dtype(out_dtype).itemsize)
+    direct, members = rows <= DIRECT_ROWS, weight.places if isinstance(weight, Joined) else ((0, weight.outputs, n),)
+    assert residual is None or (direct and len(members) == 1), "only few rows of one result have a residual added"
+    results = [(rows, count) if direct else (m, allocated_outputs(count)) for _, count, _ in members]
     block_n = COMPUTE * tiles.n
     grid = (math.ceil(m / tiles.m), math.ceil(n / block_n))
     step = outlier_step(weight_bits)
@@ -200,14 +135,18 @@ def quik_matmul(
         outlier_steps=0 if w_outliers is None else w_outliers.shape[1] // step,
         has_bias=bias is not None,
         out_dtype=jnp.dtype(out_dtype),
+        members=members,
+        direct=direct,
+        has_residual=residual is not None,
     )
     scratch: dict[str, Any] = {
         "weights": _swizzled((tiles.stages, block_n, K_STEP), qweight.dtype),
         "tokens": _swizzled((tiles.stages, tiles.m, K_STEP), tokens.dtype),
-        "out": _swizzled((COMPUTE, tiles.m, min(64, tiles.n)), out_dtype),
         "full": plgpu.Barrier(num_arrivals=2, num_barriers=tiles.stages),
         "empty": plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=tiles.stages),
     }
+    if not direct:
+        scratch["out"] = _swizzled((COMPUTE, tiles.m, min(64, tiles.n)), out_dtype)
     if w_outliers is not None:
         # Same bytes per slot as the ring of codes, so slot i of one ring is slot i of the other.
         assert x_outliers is not None
@@ -222,7 +161,7 @@ def quik_matmul(
     tile_count = grid[0] * grid[1]
     kernel = plgpu.kernel(
         functools.partial(_kernel, problem),
-        out_type=jax.ShapeDtypeStruct((m, width), out_dtype),
+        out_type=[jax.ShapeDtypeStruct(shape, out_dtype) for shape in results],
         grid=(tile_count if tiles.splits > 1 else min(cores, tile_count),),
         grid_names=("core",),
         cluster=(tiles.splits,) if tiles.splits > 1 else (),
@@ -232,9 +171,9 @@ def quik_matmul(
         scratch_types=scratch,
         compiler_params=hopper.COMPILER_PARAMS,
     )
-    optional = [x_scale, x_zero, reduced, x_outliers, w_outliers, bias]
-    y = kernel(tokens, qweight, scale, *[array for array in optional if array is not None])
-    return y if width == outputs else y[:, :outputs]
+    optional = [x_scale, x_zero, reduced, x_outliers, w_outliers, bias, residual]
+    ys = kernel(tokens, qweight, scale, *[array for array in optional if array is not None])
+    return [y if y.shape == (rows, count) else y[:rows, :count] for y, (_, count, _) in zip(ys, members, strict=True)]
 
 
 def _kernel(problem: _Problem, *refs: Any, **scratch: Any) -> None:
@@ -266,7 +205,8 @@ class _Operands:
         self.x_outliers: Any = rest.pop(0) if outliers else None
         self.w_outliers: Any = rest.pop(0) if outliers else None
         self.bias: Any = rest.pop(0) if problem.has_bias else None
-        (self.y,) = rest
+        self.residual: Any = rest.pop(0) if problem.has_residual else None
+        self.ys = rest
 
 
 class _Walk:
@@ -337,7 +277,7 @@ def _rings(problem: _Problem, scratch: dict[str, Any]) -> tuple[Any, Any, Any, A
 
 def _multiply(problem: _Problem, operands: _Operands, scratch: dict[str, Any], group: Any) -> None:
     """A compute warpgroup: both products and the epilogue of its `n` rows of each tile."""
-    tiles, full, empty, out = problem.tiles, scratch["full"], scratch["empty"], scratch["out"]
+    tiles, full, empty, out = problem.tiles, scratch["full"], scratch["empty"], scratch.get("out")
     weights, weights16, tokens, tokens16 = _rings(problem, scratch)
     shape = (tiles.n, tiles.m)
     mine = pl.ds(group * tiles.n, tiles.n)
@@ -426,9 +366,11 @@ def _multiply(problem: _Problem, operands: _Operands, scratch: dict[str, Any], g
         def outliers_onto(value: jax.Array) -> jax.Array:
             return pl.run_state(outlier_products)(plgpu.ACC.init(value)) if problem.outlier_steps else value
 
+        residual = _residual(problem, walk, group, operands)
         sums = pl.run_scoped(base_products, plgpu.ACC(shape, sum_dtype))
         if tiles.splits == 1:
-            _store(problem, walk, group, out, operands, outliers_onto(_epilogue(problem, operands, walk, group, sums)))
+            value = outliers_onto(_epilogue(problem, operands, walk, group, sums))
+            _store(problem, walk, group, out, operands, value, residual)
             return
         base_sums, outlier_sums, arrived = scratch["base_sums"], scratch["outlier_sums"], scratch["arrived"]
         send = functools.partial(plgpu.async_store_smem, cluster_idx=jnp.int32(0), cluster_dim="part", optimized=False)
@@ -451,9 +393,10 @@ def _multiply(problem: _Problem, operands: _Operands, scratch: dict[str, Any], g
                 plgpu.barrier_wait(arrived.at[COMPUTE + group])
                 for other in range(tiles.splits - 1):
                     value = value + hopper.load(outlier_sums.at[other, group], plgpu.Layout.WGMMA)
-            _store(problem, walk, group, out, operands, value)
+            _store(problem, walk, group, out, operands, value, residual)
 
-    plgpu.wait_smem_to_gmem(0)
+    if not problem.direct:
+        plgpu.wait_smem_to_gmem(0)
 
 
 def _epilogue(problem: _Problem, operands: _Operands, walk: _Walk, group: Any, sums: jax.Array) -> jax.Array:
@@ -481,15 +424,44 @@ def _epilogue(problem: _Problem, operands: _Operands, walk: _Walk, group: Any, s
     return value if operands.bias is None else value + of_weight(operands.bias)
 
 
-def _store(problem: _Problem, walk: _Walk, group: Any, out: Any, operands: _Operands, value: jax.Array) -> None:
-    """Cast, transpose and store a warpgroup's tile; rows and columns past the end of `y` are clipped by the copy engine."""
-    tiles, width = problem.tiles, out.shape[-1]
+def _residual(problem: _Problem, walk: _Walk, group: Any, operands: _Operands) -> Any:
+    """A warpgroup's tile of what is added to `y`, transposed like its sums; None where there is nothing."""
+    if not problem.has_residual:
+        return None
+    tiles = problem.tiles
+    return hopper.load_transposed(operands.residual, (tiles.n, tiles.m), walk.first_m, walk.first_n + group * tiles.n)
+
+
+def _store(problem: _Problem, walk: _Walk, group: Any, out: Any, operands: _Operands, value: jax.Array, residual: Any) -> None:
+    """Cast and store a warpgroup's tile into the result whose rows it has; what lies past the end of a result is clipped."""
+    tiles = problem.tiles
     value = value.astype(problem.out_dtype)
+    if residual is not None:
+        value = (value.astype(jnp.float32) + residual.astype(jnp.float32)).astype(problem.out_dtype)
+    ours = walk.first_n + group * tiles.n
+
+    def each(store: Callable[[Any, Any], None]) -> None:
+        if len(operands.ys) == 1:
+            store(operands.ys[0], ours)
+            return
+        for y, (start, _, length) in zip(operands.ys, problem.members, strict=True):
+
+            @pl.when((ours >= start) & (ours < start + length))
+            def _(y: Any = y, start: int = start) -> None:
+                store(y, ours - start)
+
+    if problem.direct:
+        each(lambda y, column: hopper.store_transposed(y, value, walk.first_m, column))
+        return
+    width = out.shape[-1]
     for first in range(0, tiles.n, width):
         # The previous part must have left shared memory before it is overwritten.
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         piece = plgpu.layout_cast(value[first : first + width], plgpu.Layout.WGMMA)
         out.at[group].transpose((1, 0))[...] = plgpu.layout_cast(piece, plgpu.Layout.WGMMA_TRANSPOSED)
         plgpu.commit_smem()
-        target = pl.ds(walk.first_n + group * tiles.n + first, width)
-        plgpu.copy_smem_to_gmem(out.at[group], operands.y.at[pl.ds(walk.first_m, tiles.m), target])
+
+        def copy(y: Any, column: Any, first: int = first) -> None:
+            plgpu.copy_smem_to_gmem(out.at[group], y.at[pl.ds(walk.first_m, tiles.m), pl.ds(column + first, width)])
+
+        each(copy)

@@ -18,7 +18,7 @@ from quikjax.weights.formats import PackedWeight, Weight
 from quikjax.weights.groups import GroupWeight
 from quikjax.weights.quik import QuikWeight
 from quikjax.weights.sparse import SparseWeight
-from quikjax.weights.tiled import TiledWeight, packed
+from quikjax.weights.tiled import TiledMember, TiledWeight, packed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,8 +62,9 @@ def linear(
     weight: Weight | TiledWeight | TiledCodebook | Trained,
     bias: Float[Array, "..."] | None = None,
     backend: str | None = None,
+    residual: Float[Array, "..."] | None = None,
 ) -> Float[Array, "..."]:
-    """`y = x W^T + bias`, in the dtype of `x`.
+    """`y = x W^T + bias`, in the dtype of `x`, and added to a `residual` where one is given.
 
     A dense `weight` is `[N, K]` (outputs, inputs) and multiplies in its promoted dtype with float32 accumulation. A
     `QuikWeight` may stand for a kernel with several axes: `x` ends in its `in_shape`, the result in its `out_shape`. It runs on
@@ -74,16 +75,30 @@ def linear(
     Raises:
         BackendError: the named backend cannot run this layer.
     """
-    return linears(x, [weight], [bias], backend)[0]
+    return linears(x, [weight], [bias], backend, residual)[0]
 
 
 def linears(
     x: Float[Array, "..."] | Produced,
-    weights: Sequence[Weight | TiledWeight | TiledCodebook | Trained],
+    weights: Sequence[Weight | TiledWeight | TiledCodebook | TiledMember | Trained],
     biases: Sequence[Float[Array, "..."] | None],
     backend: str | None = None,
+    residual: Float[Array, "..."] | None = None,
 ) -> list[Float[Array, "..."]]:
-    """Several layers that read the same `x`: those of one `group` share one split and one quantized activation."""
+    """Several layers that read the same `x`: those of one `group` share one split and one quantized activation.
+
+    A `residual` is what the result of a single layer is added to: `residual + y`, which a kernel that has `y` can do for nothing.
+
+    Raises:
+        BackendError: the named backend cannot run one of the layers.
+        ValueError: some layers of a joined group are missing.
+    """
+    if residual is not None:
+        (weight,), (bias,) = weights, biases
+        if isinstance(weight, QuikWeight | TiledWeight) and residual.dtype == _dtype(x):
+            produced = x if isinstance(x, Produced) else Produced(api.Identity(), (x,))
+            return _quik(produced, [weight], [bias], backend, residual)
+        return [residual + linears(x, [weight], [bias], backend)[0]]
     produced = x if isinstance(x, Produced) else Produced(api.Identity(), (x,))
     made = functools.cache(produced.value)  # once, however many dense layers read it
     results: dict[int, Float[Array, "..."]] = {}
@@ -93,7 +108,7 @@ def linears(
     for i, (weight, bias) in enumerate(zip(readable, biases, strict=True)):
         if isinstance(weight, Trained):
             trained.setdefault((type(weight), weight.group if weight.group is not None else i), []).append(i)
-        elif isinstance(weight, QuikWeight | TiledWeight):
+        elif isinstance(weight, QuikWeight | TiledWeight | TiledMember):
             shared = weight.group if weight.group is not None else ("alone", i)
             groups.setdefault((shared, weight.base, weight.activation_bits, weight.level_clip, weight.in_shape), []).append(i)
         elif isinstance(weight, CodebookWeight | GroupWeight | TiledCodebook):
@@ -105,7 +120,7 @@ def linears(
         products = first.products(made(), [readable[i] for i in members], [biases[i] for i in members])
         results.update(zip(members, products, strict=True))
     for members in groups.values():
-        quantized = [weight for i in members if isinstance(weight := readable[i], QuikWeight | TiledWeight)]
+        quantized = [weight for i in members if isinstance(weight := readable[i], QuikWeight | TiledWeight | TiledMember)]
         for i, y in zip(members, _quik(produced, quantized, [biases[i] for i in members], backend), strict=True):
             results[i] = y
     return [results[i] for i in range(len(weights))]
@@ -210,19 +225,45 @@ def dense_product(x: Float[Array, "*batch k"], weight: Float[Array, "n k"]) -> F
 
 def _quik(
     x: Produced,
-    weights: Sequence[QuikWeight | TiledWeight],
+    weights: Sequence[QuikWeight | TiledWeight | TiledMember],
     biases: Sequence[Float[Array, "..."] | None],
     backend: str | None,
+    residual: Float[Array, "..."] | None = None,
 ) -> list[Float[Array, "..."]]:
     first = weights[0]
     batch = _batch_shape(x.inputs[0].shape, first.in_shape)
+    order = _order(weights)
     results = api.linears(
         tuple(tensor.reshape(*batch, first.inputs) for tensor in x.inputs),
-        [packed(weight) for weight in weights],
-        [None if bias is None else bias.reshape(-1) for bias in biases],
+        [packed(weight) for i in order if not isinstance(weight := weights[i], TiledMember)],
+        [None if (bias := biases[i]) is None else bias.reshape(-1) for i in order],
         first.activation_bits,
         producer=x.producer,
         parameters=tuple(parameter.reshape(-1) for parameter in x.parameters),
+        residual=None if residual is None else residual.reshape(*batch, first.outputs),
         backend=backend,
     )
-    return [y.reshape(*batch, *weight.out_shape) for y, weight in zip(results, weights, strict=True)]
+    found = dict(zip(order, results, strict=True))
+    return [found[i].reshape(*batch, *weight.out_shape) for i, weight in enumerate(weights)]
+
+
+def _order(weights: Sequence[QuikWeight | TiledWeight | TiledMember]) -> list[int]:
+    """Numbers of the weights, each joined one followed by its members in their order."""
+    members = {weight.number: i for i, weight in enumerate(weights) if isinstance(weight, TiledMember)}
+    wanted = next((len(w.tiles.members) for w in weights if isinstance(w, TiledWeight) and isinstance(w.tiles, api.Joined)), 1)
+    if sorted(members) != list(range(1, wanted)):
+        raise ValueError(
+            f"the layers of the group {weights[0].group!r} were joined for this device, and are multiplied together: "
+            "give all of them to one call of linears or project"
+        )
+    order = []
+    for i, weight in enumerate(weights):
+        if not isinstance(weight, TiledMember):
+            order.append(i)
+            if isinstance(weight, TiledWeight) and isinstance(weight.tiles, api.Joined):
+                order += [members[number] for number in range(1, wanted)]
+    return order
+
+
+def _dtype(x: Float[Array, "..."] | Produced) -> Any:
+    return x.inputs[0].dtype if isinstance(x, Produced) else x.dtype

@@ -2,13 +2,15 @@
 
 `QuikWeight` is the format of files and of quantizing. A `TiledWeight` stands for the same numbers, is made from one by
 `put_on_device` (padded to the tiles of GPU kernels) or `widened` (codes in whole bytes, for a CPU), and multiplies like one
-(`linear.py`); nothing saves, validates or shards it.
+(`linear.py`); nothing saves, validates or shards it. Layers that are always multiplied together are joined (`join_groups`): the
+first one's weight has the tiles of all, each of the others is a `TiledMember`.
 """
 
 import dataclasses
+import functools
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, overload
 
 import jax
 
@@ -22,40 +24,24 @@ def _static() -> Any:
     return dataclasses.field(metadata={"static": True})
 
 
-@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TiledWeight:
-    """A `QuikWeight` whose arrays are in a device's form: the same layer, bit for bit.
+class _Place:
+    """The place of a layer in a model. Static: `activation_bits`, `shape`, `in_axes` and `group` as in `QuikWeight`."""
 
-    Data: `tiles`, arrays padded to the kernels' tiles (`pallas_kernels/layout.py`), or unpadded ones with int8 codes. Static:
-    `activation_bits`, `shape`, `in_axes` and `group` as in `QuikWeight`.
-    """
-
-    tiles: api.Packed | api.Tiled
     activation_bits: int = _static()
     shape: tuple[int, ...] = _static()
     in_axes: tuple[int, ...] = _static()
     group: str | None = _static()
 
     @property
-    def base(self) -> int:
-        """The true number of base columns."""
-        return self.tiles.base
-
-    @property
-    def level_clip(self) -> tuple[int, int] | None:
-        """The level clip of the activations."""
-        return self.tiles.level_clip
-
-    @property
     def inputs(self) -> int:
         """`K`, the true number of input columns."""
-        return self.tiles.inputs
+        return math.prod(self.in_shape)
 
     @property
     def outputs(self) -> int:
         """`N`, the true number of output rows."""
-        return self.tiles.outputs
+        return math.prod(self.out_shape)
 
     @property
     def in_shape(self) -> tuple[int, ...]:
@@ -68,7 +54,50 @@ class TiledWeight:
         return tuple(length for axis, length in enumerate(self.shape) if axis not in self.in_axes)
 
 
-def packed(weight: QuikWeight | TiledWeight) -> api.Packed | api.Tiled:
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TiledWeight(_Place):
+    """A `QuikWeight` whose arrays are in a device's form: the same layer, bit for bit.
+
+    Data: `tiles`, arrays padded to the kernels' tiles (`pallas_kernels/layout.py`), or unpadded ones with int8 codes; or those of
+    all layers of its group, of which it is the first.
+    """
+
+    tiles: api.Packed | api.Tiled | api.Joined
+
+    @property
+    def base(self) -> int:
+        """The true number of base columns."""
+        return self.tiles.base
+
+    @property
+    def level_clip(self) -> tuple[int, int] | None:
+        """The level clip of the activations."""
+        return self.tiles.level_clip
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TiledMember(_Place):
+    """A layer whose arrays are among the tiles of the first layer of its group, in the place `number`. No data.
+
+    Static: `base` and `level_clip` as in `TiledWeight`.
+    """
+
+    number: int = _static()
+    base: int = _static()
+    level_clip: tuple[int, int] | None = _static()
+
+
+@overload
+def packed(weight: QuikWeight) -> api.Packed: ...
+
+
+@overload
+def packed(weight: QuikWeight | TiledWeight) -> api.Packed | api.Tiled | api.Joined: ...
+
+
+def packed(weight: QuikWeight | TiledWeight) -> api.Packed | api.Tiled | api.Joined:
     """The arrays of a weight as the kernels' interface takes them, in the form that they have."""
     if isinstance(weight, TiledWeight):
         return weight.tiles
@@ -124,6 +153,47 @@ def put_on_device(params: Any, device: api.Device | None = None) -> Any:
         return params
     params = put_codebooks_on_device(params, device)
     return _mapped(params, lambda weight: tile(weight) if _on_one_device(weight) else weight)
+
+
+def join_groups(params: dict[str, Any], groups: Iterable[tuple[str, ...]]) -> dict[str, Any]:
+    """A tree whose layers of a group, all in tile form and of one format, are multiplied by one kernel.
+
+    `groups` name layers that read one tensor and are given to `linears` together, by their path in `params` (`mlp.gate_proj`).
+    Groups whose layers differ in format, or that no kernel runs, stay as they are.
+    """
+    for layers in groups:
+        weights = [_weight_at(params, layer) for layer in layers]
+        if len(weights) > 1 and all(isinstance(w, TiledWeight) and isinstance(w.tiles, api.Tiled) for w in weights):
+            formats = {
+                (w.group, w.activation_bits, w.in_shape, w.base, w.level_clip, w.tiles.qweight.dtype, w.tiles.outliers.dtype)
+                for w in weights
+            }
+            if len(formats) == 1 and weights[0].group is not None and all(w.outputs % 8 == 0 for w in weights):
+                for number, layer in enumerate(layers):
+                    params = _with_weight(params, layer.split("."), _joined(weights, number))
+    return params
+
+
+def _joined(weights: list[TiledWeight], number: int) -> TiledWeight | TiledMember:
+    weight = weights[number]
+    if number == 0:
+        return dataclasses.replace(weight, tiles=_JOIN([w.tiles for w in weights]))
+    place = {field.name: getattr(weight, field.name) for field in dataclasses.fields(_Place)}
+    return TiledMember(**place, number=number, base=weight.base, level_clip=weight.level_clip)
+
+
+# One program for all groups of a shape.
+_JOIN = jax.jit(api.join)
+
+
+def _weight_at(params: dict[str, Any], layer: str) -> Any:
+    return functools.reduce(lambda node, name: node[name], layer.split("."), params)["weight"]
+
+
+def _with_weight(params: dict[str, Any], path: list[str], weight: Any) -> dict[str, Any]:
+    if not path:
+        return {**params, "weight": weight}
+    return {**params, path[0]: _with_weight(params[path[0]], path[1:], weight)}
 
 
 def _expanded(params: Any) -> Any:

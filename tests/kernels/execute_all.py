@@ -19,7 +19,7 @@ from test_ptx import PRODUCTS, SPLITS
 
 from quikjax.pallas_kernels import layout
 from quikjax.pallas_kernels.devices import H100
-from quikjax.pallas_kernels.quik_matmul import mosaic as matmul
+from quikjax.pallas_kernels.quik_matmul import tiles as matmul
 from quikjax.pallas_kernels.split_quantize import mosaic as split
 from quikjax.pallas_kernels.split_quantize.producers import Producer, RmsNorm, SiluMul
 

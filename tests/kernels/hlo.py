@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
-_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)$")
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([a-z][a-z\-]*)\((.*)$")
 _ARRAY = re.compile(r"([a-z]+[0-9]*\w*)\[([\d,]*)\]")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 # Not launched: names for what is there already.
@@ -37,14 +37,15 @@ class Instruction:
         return "" if found is None else found[1]
 
     @property
-    def is_kernel(self) -> bool:
-        """Whether it is a Mosaic kernel."""
-        return self.opcode == "custom-call" and _KERNEL in self.rest
+    def result(self) -> str:
+        """The shape of what is made; of what begins and ends later, without its operands."""
+        inside = re.match(r"\(\(.*?\), (.*), u32\[\]\)$", self.shape) if self.opcode.endswith("-start") else None
+        return self.shape if inside is None else inside[1]
 
     @property
     def bytes(self) -> int:
         """Bytes of the result; codes of 4 bits take half a byte."""
-        return sum(size(dtype, dims) for dtype, dims in _ARRAY.findall(self.shape))
+        return sum(size(dtype, dims) for dtype, dims in _ARRAY.findall(self.result))
 
 
 def size(dtype: str, dims: str) -> int:
@@ -82,8 +83,18 @@ class Program:
                 yield from self.executed(body[1], times * (int(trips[1]) if trips else 1))
             elif instruction.opcode == "call":
                 yield from self.executed(instruction.called, times)
-            elif instruction.opcode not in _FREE:
+            elif instruction.opcode not in _FREE and not instruction.opcode.endswith("-done"):
                 yield name, instruction, times
+
+    def is_kernel(self, instruction: Instruction) -> bool:
+        """Whether it is a Mosaic kernel, alone or (JAX 0.11) in a fusion that hands it parts of arrays where they lie."""
+        if instruction.opcode == "fusion":
+            return any(self.is_kernel(inside) for inside in self.computations[instruction.called].values())
+        return instruction.opcode == "custom-call" and _KERNEL in instruction.rest
+
+    def kernels(self) -> int:
+        """Mosaic kernels of one run."""
+        return sum(times for _, instruction, times in self.executed() if self.is_kernel(instruction))
 
     def launched(self) -> int:
         """Kernels and copies of one run (of a loop of unknown length, one turn)."""
@@ -93,7 +104,7 @@ class Program:
         """Arrays of the program's own arguments that are copied, whole or in part, for a kernel to read; and how often."""
         found: dict[str, tuple[Instruction, int]] = {}
         for name, instruction, times in self.executed():
-            if not instruction.is_kernel:
+            if not self.is_kernel(instruction):
                 continue
             for operand in instruction.operands:
                 source = self._behind(name, operand)
@@ -104,7 +115,7 @@ class Program:
     def _behind(self, computation: str, name: str) -> Instruction | None:
         """The instruction that made an array, behind those that only rename it."""
         instruction = self.computations[computation].get(name)
-        while instruction is not None and instruction.opcode == "bitcast":
+        while instruction is not None and (instruction.opcode == "bitcast" or instruction.opcode.endswith("-done")):
             instruction = self.computations[computation].get(instruction.operands[0])
         return instruction
 
@@ -113,9 +124,9 @@ class Program:
         return all(instruction.opcode in _MOVES for instruction in self.computations[computation].values())
 
     def _moves(self, instruction: Instruction) -> bool:
-        if instruction.opcode == "fusion":
+        if instruction.opcode in ("fusion", "fusion-start"):
             return self._only_moves(instruction.called)
-        return instruction.opcode in _MOVES - {"parameter", "constant"} or instruction.opcode.startswith(("copy-", "async-"))
+        return instruction.opcode in _MOVES - {"parameter", "constant"} or instruction.opcode.startswith("copy-")
 
     def _is_given(self, computation: str, instruction: Instruction) -> bool:
         """Whether what an instruction moves is an argument, or is carried by a loop, and was not computed beside it."""

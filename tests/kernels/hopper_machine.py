@@ -396,6 +396,20 @@ def _store_partials(slots: Ref, first: Any, values: jax.Array, layout: Any, oper
         slots[int(first) + warp] = reduce(part)
 
 
+def _load_transposed(ref: Ref, shape: tuple[int, int], first_row: Any, first_column: Any) -> jax.Array:
+    rows, columns = (
+        np.minimum(int(first) + np.arange(count), limit - 1)
+        for first, count, limit in zip((first_row, first_column), reversed(shape), ref.shape, strict=True)
+    )
+    return jnp.asarray(ref.read()[np.ix_(rows, columns)].T)
+
+
+def _store_transposed(ref: Ref, values: jax.Array, first_row: Any, first_column: Any) -> None:
+    n, m = values.shape
+    if int(first_row) < ref.shape[0] and int(first_column) < ref.shape[1]:
+        ref.view((pl.ds(int(first_row), m), pl.ds(int(first_column), n))).write(np.asarray(values).T, clipped=True)
+
+
 @contextlib.contextmanager
 def running(patch: pytest.MonkeyPatch) -> Iterator[None]:
     """Within this context the Mosaic kernels run on this machine, eagerly."""
@@ -407,6 +421,8 @@ def running(patch: pytest.MonkeyPatch) -> Iterator[None]:
         p.setattr(hopper, "load", lambda ref, layout: jnp.asarray(ref.read()))
         p.setattr(hopper, "reciprocal", lambda x: np.float32(1) / x)
         p.setattr(hopper, "redefine", lambda values: values)
+        p.setattr(hopper, "load_transposed", _load_transposed)
+        p.setattr(hopper, "store_transposed", _store_transposed)
         p.setattr(hopper, "gather_row", _gather_row)
         p.setattr(hopper, "store_warp_partials", _store_partials)
         yield

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -59,6 +59,20 @@ def layer_shapes(spec: LinearSpec, rows: int, dtype: Any = jnp.bfloat16) -> tupl
     return call, (inputs, packed, bias, parameters)
 
 
+def joined_shapes(specs: Sequence[LinearSpec], rows: int, residual: bool = False) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """Layers that read one tensor and are one product for Mosaic on an H100, or one to whose result something is added."""
+    inputs, packed, biases, parameters = zip(*(layer_shapes(spec, rows)[1] for spec in specs), strict=True)
+    joined = jax.eval_shape(api.join, packed) if len(specs) > 1 else packed[0]
+    onto = jax.ShapeDtypeStruct((rows, specs[0].outputs), jnp.bfloat16) if residual else None
+
+    def call(inputs: Any, packed: Any, biases: Any, parameters: Any, onto: Any) -> Any:
+        first = specs[0]
+        settings: dict[str, Any] = {"producer": first.producer, "parameters": parameters, "residual": onto}
+        return api.linears(inputs, [packed], biases, first.bits, **settings, backend="mosaic", device=H100)
+
+    return call, (inputs[0], joined, biases, parameters[0], onto)
+
+
 def _layer(inputs: Any, packed: Any, bias: Any, parameters: Any, *, bits: int, producer: Any) -> Any:
     return api.linears(inputs, [packed], [bias], bits, producer=producer, parameters=parameters, backend="mosaic", device=H100)[0]
 
@@ -97,7 +111,7 @@ def product_kernel(spec: LinearSpec, rows: int) -> tuple[tuple[Any, ...], Callab
 
     def function(tokens: Any, scale: Any, zero: Any, kept: Any, packed: Any, bias: Any) -> Any:
         split = layout.TileSplit(tokens, scale, zero, kept)
-        return mosaic_layer.product(split, rows, packed, bias, spec.bits, jnp.bfloat16, H100)
+        return mosaic_layer.product(split, rows, packed, [bias], spec.bits, jnp.bfloat16, H100)[0]
 
     # The kernel knows the padded widths only: 1 and 36 outliers of 4096 are one kernel.
     widths = (layout.round_up(spec.base, layout.WEIGHT_TILE), layout.round_up(spec.outliers, layout.OUTLIER_TILE))

@@ -20,7 +20,7 @@ from quikjax.pallas_kernels import api, choice, layout
 from quikjax.pallas_kernels.arg_specs import ROWS, all_linears
 from quikjax.pallas_kernels.choice import Problem, choose
 from quikjax.pallas_kernels.devices import A100, CPU, H100, L40S
-from quikjax.pallas_kernels.quik_matmul import mosaic as matmul_kernel
+from quikjax.pallas_kernels.quik_matmul import tiles as matmul_kernel
 
 PROBLEM = Problem(16, 4096, 4096, 3840, jnp.int4, 4, jnp.bfloat16, jnp.bfloat16)
 

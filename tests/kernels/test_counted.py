@@ -51,6 +51,6 @@ def test_the_table_without_a_compiler() -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
     lines = [line for line in done.stdout.splitlines() if line.startswith("|")]
     totals = [line for line in lines if "linears of a block" in line]
-    # Four splits and seven products; at one row a slice behind each product.
-    assert [line.split("|")[3].strip() for line in totals] == ["18", "11", "18", "11"]
+    # Four splits and four products: q, k and v are one, gate and up are one.
+    assert [line.split("|")[3].strip() for line in totals] == ["8"] * 4
     assert len({line.count("|") for line in lines}) == 1

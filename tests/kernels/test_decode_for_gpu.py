@@ -57,14 +57,19 @@ def test_a_scan_copies_what_its_kernels_read() -> None:
         return jax.lax.scan(lambda x, packed: (layer((x,), packed, None, ()), None), x, stack)[0]
 
     program = hlo.Program(absent_gpu.compile_for("h100", scanned, inputs[0], stack).hlo)
-    copied = [(array.shape.split("{")[0], times) for array, times in program.copied_for_kernels()]
-    assert ("s4[1,256,256]", 3) in copied
+    copied = [(array.result.split("{")[0], times) for array, times in program.copied_for_kernels()]
+    assert program.kernels() == 3
+    assert ("s4[1,256,256]", 3) in copied  # JAX 0.11 hands wider types over where they lie
 
 
 @compiles
-def test_no_packed_weight_is_copied_for_a_token() -> None:
+def test_a_block_decodes_one_row_in_eight_kernels_and_copies_no_packed_weight() -> None:
+    """Four splits and four products: q, k and v are one, gate and up another; no slice of `y`, no sum with the residual."""
     fields = module("gpu_model").TINY | {"num_hidden_layers": 2}
     decoding = module("counted_decode").compiled(fields)
-    assert sum(times for _, instruction, times in decoding.program.executed() if instruction.is_kernel) == 2 * 11
+    assert decoding.program.kernels() == 2 * 8
+    assert decoding.compiled.complaints(exact_division=False) == []  # the gate's SiLU divides as it likes
     # What is left is the embedding of the token.
     assert decoding.copied <= fields["hidden_size"] * 2
+    # The rest of a block is attention; around the blocks, the token's embedding, angles, head and choice.
+    assert decoding.program.launched() <= 2 * (8 + 8) + 22

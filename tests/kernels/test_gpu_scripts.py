@@ -20,7 +20,7 @@ import pytest
 from quikjax.pallas_kernels import api, reference, tuned
 from quikjax.pallas_kernels.arg_specs import MODELS, ROWS, LinearSpec, all_linears
 from quikjax.pallas_kernels.devices import H100
-from quikjax.pallas_kernels.quik_matmul.mosaic import MatmulTiles
+from quikjax.pallas_kernels.quik_matmul.tiles import MatmulTiles
 from quikjax.pallas_kernels.split_quantize.producers import Identity
 
 BENCHMARKS = Path(__file__).parent.parent.parent / "benchmarks"
@@ -298,7 +298,7 @@ def test_tuner_checks_before_it_ranks(tune: ModuleType) -> None:
 
 def test_every_layer_has_candidates_and_the_default_among_what_is_legal(tune: ModuleType) -> None:
     from quikjax.pallas_kernels import layout
-    from quikjax.pallas_kernels.quik_matmul import mosaic as matmul
+    from quikjax.pallas_kernels.quik_matmul import tiles as matmul
 
     for specs in MODELS.values():
         for spec in specs:

@@ -1,6 +1,7 @@
 """`quikjax.weights.linear` on top of the kernels' dispatch: groups, tile form, the named backend, the explanation."""
 
 import dataclasses
+import functools
 import re
 from typing import Any
 
@@ -21,7 +22,7 @@ from quikjax.quantizing.recipe import Recipe, Rule
 from quikjax.testing import tiny_model
 from quikjax.weights.linear import Produced, explain, linear, linears
 from quikjax.weights.quik import QuikWeight
-from quikjax.weights.tiled import TiledWeight, put_on_device
+from quikjax.weights.tiled import TiledMember, TiledWeight, join_groups, put_on_device
 
 
 def packed_weight(seed: int, outputs: int, inputs: int, outliers: int, bits: int = 4, group: str | None = None) -> QuikWeight:
@@ -134,6 +135,11 @@ def test_a_model_as_a_hopper_gpu_runs_it_gives_the_same_bits() -> None:
     model = tiny_model(num_hidden_layers=2)
     recipe = Recipe(name="test", rules=(Rule(match=r"proj\.weight", method="rtn", outliers=0),))
     quantized = nnx.merge(nnx.split(model)[0], quantize_params(pure_params(model), recipe))
+    for block in quantized.blocks.values():
+        for group, layers in block.groups.items():
+            for layer in layers:
+                param = functools.reduce(getattr, layer.split("."), block).weight  # type: ignore[attr-defined]
+                param.set_value(dataclasses.replace(param.get_value(), group=group))
     plain, params = stacked.stack(quantized)
     given = [leaf for block in quantized.blocks.values() for leaf in jax.tree.leaves(nnx.split(block)[1])]
     with tracing_for(H100):
@@ -141,7 +147,10 @@ def test_a_model_as_a_hopper_gpu_runs_it_gives_the_same_bits() -> None:
     assert (plain.unrolled, layout.unrolled) == (False, True)
     assert any(leaf.is_deleted() for leaf in given), "what was padded is freed"
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(tiled)), "what was not is kept"
-    assert any(_is_tiled(leaf) for leaf in jax.tree.leaves(tiled, is_leaf=_is_tiled))
+    found = [leaf for leaf in jax.tree.leaves(tiled, is_leaf=_is_tiled) if _is_tiled(leaf)]
+    joined = [leaf.tiles.members for leaf in found if isinstance(leaf, TiledWeight) and isinstance(leaf.tiles, api.Joined)]
+    assert joined == [(112, 112), (64, 32, 32)] * 2, "gate and up are one product, q, k and v another"
+    assert sum(isinstance(leaf, TiledMember) for leaf in found) == 2 * 3
     assert not any(_is_tiled(leaf) for leaf in jax.tree.leaves(params, is_leaf=_is_tiled))
     ids, lengths = jnp.arange(12, dtype=jnp.int32).reshape(2, 6), jnp.array([6, 4], jnp.int32)
     token, one = jnp.array([[7], [9]], jnp.int32), jnp.ones(2, jnp.int32)
@@ -154,4 +163,19 @@ def test_a_model_as_a_hopper_gpu_runs_it_gives_the_same_bits() -> None:
 
 
 def _is_tiled(leaf: Any) -> bool:
-    return isinstance(leaf, TiledWeight)
+    return isinstance(leaf, TiledWeight | TiledMember)
+
+
+def test_layers_that_were_joined_are_multiplied_together() -> None:
+    params = {name: {"weight": packed_weight(n, (n + 1) * 16, 192, 12, group="g")} for n, name in enumerate("abc")}
+    placed = join_groups(put_on_device(params, H100), [("a", "b", "c")])
+    assert join_groups(placed, [("a", "b", "c")]) is placed
+    x, residual = kernel_cases.tokens(1, (2, 192)), kernel_cases.tokens(2, (2, 16))
+    weights = [placed[name]["weight"] for name in "bca"]
+    want = linears(x, [params[name]["weight"] for name in "bca"], [None] * 3)
+    for got, expected in zip(linears(x, weights, [None] * 3), want, strict=True):
+        np.testing.assert_array_equal(np.asarray(got), np.asarray(expected))
+    with pytest.raises(ValueError, match="give all of them to one call"):
+        linears(x, weights[:2], [None] * 2)
+    added = linear(x, params["a"]["weight"], residual=residual)
+    np.testing.assert_array_equal(np.asarray(added), np.asarray(residual + want[2]))

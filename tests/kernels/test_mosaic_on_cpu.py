@@ -15,7 +15,7 @@ from hopper_machine import running
 from quikjax.pallas_kernels import api, hopper, reference, tuned
 from quikjax.pallas_kernels.devices import H100, Device
 from quikjax.pallas_kernels.quik_linear import mosaic as mosaic_layer
-from quikjax.pallas_kernels.quik_matmul.mosaic import MatmulTiles
+from quikjax.pallas_kernels.quik_matmul.tiles import MatmulTiles
 from quikjax.pallas_kernels.split_quantize import mosaic as split_kernel
 from quikjax.pallas_kernels.split_quantize.mosaic import SplitTiles
 
@@ -92,7 +92,7 @@ def test_a_layer_whose_split_no_kernel_can_hold_whole(
     monkeypatch.setattr(split_kernel, "split_quantize", note)
     with running(monkeypatch):
         tiled = mosaic_layer.split((x,), api.to_tiles(packed).columns, packed.base, 4, producer, parameters, H100)
-        y = mosaic_layer.product(tiled, 3, packed, None, 4, jnp.float32, H100)
+        (y,) = mosaic_layer.product(tiled, 3, packed, [None], 4, jnp.float32, H100)
     assert splits == ([] if inputs == 332 else [api.Identity()])
     # XLA computes the norm either way, so nothing differs.
     for got, expected in zip(mosaic_layer.exact_split(tiled, 3, packed.base, 20), want, strict=True):
@@ -137,7 +137,7 @@ def test_product(monkeypatch: pytest.MonkeyPatch, case: tuple) -> None:
     with running(monkeypatch):
         if bits == 16:
             split = mosaic_layer.split((x,), packed.columns, packed.base, 16, api.Identity(), (), device)
-            got = mosaic_layer.product(split, rows, packed, bias, 16, jnp.float16, device)
+            (got,) = mosaic_layer.product(split, rows, packed, [bias], 16, jnp.float16, device)
         else:
             exact = reference.split_quantize(x, packed.columns, packed.base, bits)
             got = api.quik_matmul(exact, packed, bias, bits, jnp.float16, backend="mosaic", device=device)

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from ptx.cases import BFLOAT16, Product, Split, wrong
 
-from quikjax.pallas_kernels.quik_matmul.mosaic import MatmulTiles
+from quikjax.pallas_kernels.quik_matmul.mosaic import DIRECT_ROWS
+from quikjax.pallas_kernels.quik_matmul.tiles import MatmulTiles
 from quikjax.pallas_kernels.split_quantize.mosaic import SplitTiles
 from quikjax.pallas_kernels.split_quantize.producers import Identity, LayerNorm, RmsNorm, SiluMul
 
@@ -21,17 +22,18 @@ T, S = MatmulTiles, SplitTiles
 PRODUCTS = [
     Product(1, 8, 640, 0, 4, 4, False, T(64, 8, 3, 1, 1)),
     Product(3, 192, 576, 36, 4, 4, True, T(64, 8, 3, 1, 1)),
+    Product(3, 192, 576, 36, 4, 4, True, T(64, 8, 3, 1, 1), residual=True),
     Product(2, 40, 640, 36, 4, 4, False, T(64, 8, 3, 1, 3)),
-    Product(17, 264, 640, 0, 4, 4, False, T(64, 32, 4, 1, 2)),
+    Product(17, 264, 640, 0, 4, 4, False, T(64, 32, 4, 1, 2), also=(40, 128)),
     Product(130, 320, 384, 36, 4, 4, False, T(128, 64, 5, 8, 1)),
-    Product(130, 256, 384, 0, 4, 4, True, T(128, 128, 5, 8, 1)),
+    Product(130, 120, 384, 0, 4, 4, True, T(128, 128, 5, 8, 1), also=(256, 72)),
     Product(1, 520, 1152, 64, 4, 4, True, T(64, 8, 4, 1, 8)),
     Product(9, 64, 640, 632, 4, 4, False, T(64, 16, 3, 1, 1)),  # nearly all columns are outliers
     Product(8, 128, 1024, 130, 4, 8, True, T(64, 8, 2, 1, 4)),
     Product(12, 56, 768, 36, 4, 8, True, T(64, 16, 3, 1, 5)),
     Product(129, 136, 384, 20, 8, 4, True, T(128, 64, 4, 1, 1)),
     Product(7, 72, 1024, 128, 8, 4, False, T(64, 8, 3, 1, 7)),
-    Product(40, 576, 640, 64, 8, 8, False, T(64, 16, 3, 2, 1)),
+    Product(40, 192, 640, 64, 8, 8, False, T(64, 16, 3, 2, 1), also=(320,)),
     Product(6, 64, 896, 0, 8, 8, True, T(64, 8, 3, 1, 6)),
     Product(5, 256, 1024, 64, 4, 16, True, T(64, 8, 4, 1, 2)),
     Product(70, 192, 576, 36, 8, 16, False, T(64, 32, 3, 2, 1)),
@@ -67,6 +69,8 @@ def test_the_cases_meet_what_matters() -> None:
     assert {(case.weight_bits, case.bits) for case in PRODUCTS} == {(w, a) for w in (4, 8) for a in (4, 8, 16)}
     assert {case.tiles.splits for case in PRODUCTS} == set(range(1, 9))
     assert {np.dtype(case.out) for case in PRODUCTS} == {BFLOAT16, np.dtype(F16), np.dtype(F32)}
+    joined = [case.rows <= DIRECT_ROWS for case in PRODUCTS if case.also]
+    assert set(joined) == {True, False}, "few rows are stored from registers, more by the copy engine"
     assert {type(case.producer) for case in SPLITS} == {Identity, RmsNorm, LayerNorm, SiluMul}
 
 

@@ -12,7 +12,7 @@ from ptx.cases import Product, ProductRun, Split, SplitRun, product_run, split_r
 from ptx.machine import OPPOSITE
 from ptx.parser import Fault
 
-from quikjax.pallas_kernels.quik_matmul.mosaic import MatmulTiles
+from quikjax.pallas_kernels.quik_matmul.tiles import MatmulTiles
 from quikjax.pallas_kernels.split_quantize.mosaic import SplitTiles
 from quikjax.pallas_kernels.split_quantize.producers import RmsNorm
 
@@ -75,8 +75,8 @@ SPLIT: dict[str, Mutation] = {
 
 @pytest.fixture(scope="module")
 def product() -> ProductRun:
-    """Two tiles of outputs, five steps on a ring of three, outliers, a store for each warpgroup: a bit of everything."""
-    return product_run(Product(12, 192, 576, 36, 4, 4, True, MatmulTiles(64, 8, 3, 1, 1), cores=1))
+    """Several tiles, five steps on a ring of three, outliers, a store for each warpgroup by the copy engine."""
+    return product_run(Product(66, 192, 576, 36, 4, 4, True, MatmulTiles(64, 64, 3, 1, 1), cores=1))
 
 
 @pytest.fixture(scope="module")
@@ -116,9 +116,14 @@ def test_a_wrong_split_is_found(split: SplitRun, name: str) -> None:
 
 def test_sums_that_arrive_unannounced_are_found() -> None:
     """A K split over a cluster: the leader must wait for what the other part sends."""
-    run = product_run(Product(8, 128, 640, 36, 4, 4, False, MatmulTiles(64, 8, 4, 1, 2)))
+    run = product_run(Product(8, 120, 640, 36, 4, 4, False, MatmulTiles(64, 8, 4, 1, 2)))
     ptx = _without(r"mbarrier\.arrive\.expect_tx\.release\.cluster", 1)(run.compiled.ptx)
     assert ptx != run.compiled.ptx
     for timing in OPPOSITE:
         with pytest.raises(Fault):
             run.error(timing, run.compiled.with_ptx(ptx))
+    # Elements past the end of few rows are stored by nobody.
+    everyone = re.sub(r"@(\w+) (st\.global)", r"\2", run.compiled.ptx)
+    assert everyone != run.compiled.ptx
+    with pytest.raises(Fault, match=r"past the end|in no array"):
+        run.error(OPPOSITE[0], run.compiled.with_ptx(everyone))

@@ -16,7 +16,7 @@ from ptx.compiled import CompiledKernel, compile_kernel, shapes
 from ptx.machine import OPPOSITE, Timing
 from quikjax.pallas_kernels import api, layout, reference
 from quikjax.pallas_kernels.quik_matmul import mosaic as matmul
-from quikjax.pallas_kernels.quik_matmul.mosaic import MatmulTiles
+from quikjax.pallas_kernels.quik_matmul.tiles import LONGEST_ROWS, MatmulTiles, allocated_outputs
 from quikjax.pallas_kernels.split_quantize import mosaic as split
 from quikjax.pallas_kernels.split_quantize.mosaic import SplitTiles
 
@@ -27,7 +27,10 @@ _ROUNDING = {BFLOAT16: 2.0**-8, np.dtype(np.float16): 2.0**-11, np.dtype(np.floa
 
 @dataclasses.dataclass(frozen=True)
 class Product:
-    """`quik_matmul` with these tiles on a device of `cores` multiprocessors."""
+    """`quik_matmul` with these tiles on a device of `cores` multiprocessors.
+
+    `also`: numbers of outputs of further weights that are joined to the first. `residual`: one is added.
+    """
 
     rows: int
     outputs: int
@@ -40,11 +43,20 @@ class Product:
     out: Any = BFLOAT16
     dtype: Any = BFLOAT16
     cores: int = 3
+    also: tuple[int, ...] = ()
+    residual: bool = False
+
+    @property
+    def members(self) -> tuple[int, ...]:
+        """Outputs of each weight."""
+        return (self.outputs, *self.also)
 
     def __str__(self) -> str:
         tiles = "x".join(str(part) for part in dataclasses.astuple(self.tiles))
         kind = np.dtype(self.out).name if self.dtype == BFLOAT16 else f"{np.dtype(self.dtype).name}-{np.dtype(self.out).name}"
-        return f"{self.rows}x{self.outputs}x{self.inputs}-o{self.outliers}-w{self.weight_bits}a{self.bits}-{tiles}-{kind}"
+        kind += "-residual" * self.residual
+        outputs = "+".join(map(str, self.members))
+        return f"{self.rows}x{outputs}x{self.inputs}-o{self.outliers}-w{self.weight_bits}a{self.bits}-{tiles}-{kind}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,21 +85,23 @@ class ProductRun:
     def __init__(self, case: Product, seed: int = 0):
         self.case = case
         rng = np.random.default_rng(seed)
-        base, n, m = case.inputs - case.outliers, case.outputs, case.rows
+        base, m = case.inputs - case.outliers, case.rows
         quantized = case.bits < 16
         self.rows_there = layout.round_up(m, 8)
         # Weights, padded as `layout.to_tiles` does it.
-        rows = layout.round_up(n, layout.WEIGHT_TILE)
+        there = [np.arange(layout.round_up(n, layout.WEIGHT_TILE)) < n for n in case.members]
+        real = np.concatenate(there)
+        rows, n = len(real), int(real.sum())
         half = 2 ** (case.weight_bits - 1)
         codes = np.zeros((rows, layout.round_up(base, layout.WEIGHT_TILE)), np.int8)
-        codes[:n, :base] = rng.integers(-half, half, (n, base))
+        codes[real, :base] = rng.integers(-half, half, (n, base))
         scale = np.ones(rows, np.float32)
-        scale[:n] = rng.uniform(0.01, 0.2, n)
+        scale[real] = rng.uniform(0.01, 0.2, n)
         reduced = scale * codes.sum(1, dtype=np.float32)
         w_outliers = np.zeros((rows, layout.round_up(case.outliers, layout.OUTLIER_TILE)), case.dtype)
-        w_outliers[:n, : case.outliers] = rng.normal(size=(n, case.outliers))
+        w_outliers[real, : case.outliers] = rng.normal(size=(n, case.outliers))
         bias = np.zeros(rows, np.float32)
-        bias[:n] = rng.normal(size=n)
+        bias[real] = rng.normal(size=n)
         # Activations: rubbish in columns that meet zeros, NaN where no row is.
         tokens = np.full((self.rows_there, layout.round_up(base, layout.COLUMN_TILE)), 77, np.int8 if quantized else case.dtype)
         if quantized:
@@ -95,7 +109,7 @@ class ProductRun:
             tokens[:m, :base] = rng.integers(-lowest, lowest, (m, base))
         else:
             tokens[:m, :base] = rng.normal(size=(m, base))
-        vectors = np.full((2, layout.round_up(m, matmul.LONGEST_ROWS)), np.nan, np.float32)
+        vectors = np.full((2, layout.round_up(m, LONGEST_ROWS)), np.nan, np.float32)
         vectors[0, :m], vectors[1, :m] = rng.uniform(0.01, 0.1, m), rng.normal(size=m)
         kept = np.full((self.rows_there, layout.round_up(case.outliers, layout.COLUMN_TILE)), 7, case.dtype)
         kept[:m, : case.outliers] = rng.normal(size=(m, case.outliers))
@@ -107,6 +121,9 @@ class ProductRun:
             named |= {"x_outliers": kept, "w_outliers": w_outliers}
         if case.bias:
             named["bias"] = bias
+        if case.residual:
+            named["residual"] = rng.normal(size=(m, n)).astype(case.out)
+        self.real = real
         self.names, self.inputs = list(named), list(named.values())
         self.compiled = self._compile()
         self.want, self.magnitude = self._float64(codes, named, kept, w_outliers)
@@ -114,21 +131,29 @@ class ProductRun:
     def _compile(self) -> CompiledKernel:
         case = self.case
 
-        def function(*arrays: jax.Array) -> jax.Array:
+        def function(*arrays: jax.Array) -> list[jax.Array]:
             named = dict(zip(self.names, arrays, strict=True))
             tokens = layout.TileSplit(*[named.get(name) for name in ("tokens", "x_scale", "x_zero", "x_outliers")])  # type: ignore[arg-type]
-            weight = layout.Tiled(
-                qweight=named["qweight"],
-                scale=named["scale"],
-                reduced=named.get("reduced"),
-                outliers=named.get("w_outliers"),
-                columns=None,
-                base=case.inputs - case.outliers,
-                inputs=case.inputs,
-                outputs=case.outputs,
-            )
+            fields: dict[str, Any] = {
+                "qweight": named["qweight"],
+                "scale": named["scale"],
+                "reduced": named.get("reduced"),
+                "outliers": named.get("w_outliers"),
+                "columns": None,
+                "base": case.inputs - case.outliers,
+                "inputs": case.inputs,
+            }
+            joined = layout.Joined(**fields, outputs=len(self.real), members=case.members) if case.also else None
             return matmul.quik_matmul(
-                tokens, weight, named.get("bias"), bits=case.bits, out_dtype=case.out, tiles=case.tiles, cores=case.cores
+                tokens,
+                joined or layout.Tiled(**fields, outputs=case.outputs),
+                named.get("bias"),
+                rows=case.rows,
+                bits=case.bits,
+                out_dtype=case.out,
+                tiles=case.tiles,
+                cores=case.cores,
+                residual=named.get("residual"),
             )
 
         return compile_kernel(function, *shapes(self.inputs))
@@ -137,33 +162,52 @@ class ProductRun:
         self, codes: np.ndarray, named: dict[str, Any], kept: np.ndarray, w_outliers: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
         """The result, and the sum of magnitudes of what is added up to it."""
-        case, m, n, base = self.case, self.case.rows, self.case.outputs, self.case.inputs - self.case.outliers
-        x, weight = named["tokens"][:m, :base].astype(np.float64), codes[:n, :base].astype(np.float64)
-        scale = named["scale"][:n].astype(np.float64)
+        case, m, real, base = self.case, self.case.rows, self.real, self.case.inputs - self.case.outliers
+        x, weight = named["tokens"][:m, :base].astype(np.float64), codes[real, :base].astype(np.float64)
+        scale = named["scale"][real].astype(np.float64)
         if case.bits < 16:
             s, z = (named[name][:m, None].astype(np.float64) for name in ("x_scale", "x_zero"))
-            parts = [x @ weight.T * s * scale, (z + 2 ** (case.bits - 1) * s) * named["reduced"][:n].astype(np.float64)]
+            parts = [x @ weight.T * s * scale, (z + 2 ** (case.bits - 1) * s) * named["reduced"][real].astype(np.float64)]
             magnitude = np.abs(parts[0]) + np.abs(parts[1])
         else:
             parts = [x @ weight.T * scale]
             magnitude = np.abs(x) @ np.abs(weight).T * scale
-        x_out, w_out = kept[:m, : case.outliers].astype(np.float64), w_outliers[:n, : case.outliers].astype(np.float64)
+        x_out, w_out = kept[:m, : case.outliers].astype(np.float64), w_outliers[real, : case.outliers].astype(np.float64)
         parts.append(x_out @ w_out.T)
         magnitude = magnitude + np.abs(x_out) @ np.abs(w_out).T
         if case.bias:
-            parts.append(np.broadcast_to(named["bias"][:n].astype(np.float64), (m, n)))
+            parts.append(np.broadcast_to(named["bias"][real].astype(np.float64), (m, int(real.sum()))))
             magnitude = magnitude + np.abs(parts[-1])
         return np.sum(parts, axis=0), magnitude
 
-    def error(self, timing: Timing, compiled: CompiledKernel | None = None) -> float:
-        """The largest error over the stated bound: one rounding to `out`, and 64 of float32 of all magnitudes together."""
+    def result(self, timing: Timing, compiled: CompiledKernel | None = None) -> np.ndarray:
+        """`[rows, outputs]`, of joined weights side by side."""
         compiled, case = compiled or self.compiled, self.case
-        columns = matmul.allocated_outputs(case.outputs)
-        y = np.full((self.rows_there, columns), np.nan, case.out)
-        touched = ["x_scale", "x_zero", "scale", "reduced", "bias"]
+        direct = case.rows <= matmul.DIRECT_ROWS
+        ys = [
+            np.full((case.rows, n) if direct else (self.rows_there, allocated_outputs(n)), np.nan, case.out) for n in case.members
+        ]
+        arrays = [*self.inputs, *ys]
+        touched = ["residual", "x_scale", "x_zero", "scale", "reduced", "bias"]
         pointers = [self.names.index(name) for name in touched if name in self.names]
-        after, _ = compiled.run([*self.inputs, y], pointers, timing)
-        got = after[-1][: case.rows, : case.outputs].astype(np.float64)
+        # Few rows are stored from registers, more by the copy engine.
+        pointers += range(len(self.inputs), len(arrays)) if direct else []
+        after, _ = compiled.run(arrays, pointers, timing)
+        results = [y[: case.rows, :n] for y, n in zip(after[len(self.inputs) :], case.members, strict=True)]
+        return np.concatenate(results, axis=1)
+
+    def error(self, timing: Timing, compiled: CompiledKernel | None = None) -> float:
+        """The largest error over the stated bound: one rounding to `out`, and 64 of float32 of all magnitudes together.
+
+        With a residual: infinite unless it is to the bit what a sum behind the same product without one gives.
+        """
+        case, y = self.case, self.result(timing, compiled)
+        if case.residual:
+            alone = product_run(dataclasses.replace(case, residual=False)).result(timing)
+            residual = self.inputs[self.names.index("residual")]
+            added = (alone.astype(np.float32) + residual.astype(np.float32)).astype(case.out)
+            return 0.0 if np.array_equal(y, added) else float("inf")
+        got = y.astype(np.float64)
         bound = _ROUNDING[np.dtype(case.out)] * np.abs(self.want) * 1.01 + 64 * 2.0**-24 * self.magnitude
         error = np.abs(got - self.want) / bound
         return float("inf") if np.isnan(error).any() else float(error.max())
@@ -203,7 +247,7 @@ class SplitRun:
                 producer=case.producer,
                 parameters=norm,
                 tiles=case.tiles,
-                row_padding=matmul.LONGEST_ROWS,
+                row_padding=LONGEST_ROWS,
                 clip=case.clip,
             )
 
@@ -212,7 +256,7 @@ class SplitRun:
     def run(self, timing: Timing, compiled: CompiledKernel | None = None) -> reference.Split:
         """The split as the kernel leaves it, without padding."""
         case, m = self.case, self.case.rows
-        rows, long = layout.round_up(m, 8), layout.round_up(m, matmul.LONGEST_ROWS)
+        rows, long = layout.round_up(m, 8), layout.round_up(m, LONGEST_ROWS)
         arrays = [*self.tensors, self.padded, *self.norm, np.full((rows, self.padded_base), 99, np.int8)]
         if case.outliers:
             arrays.append(np.full((rows, len(self.padded) - self.padded_base), np.nan, case.dtype))

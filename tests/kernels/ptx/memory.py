@@ -149,6 +149,8 @@ def load(instruction: Instruction, kernel: Kernel) -> Operation:
     steps = size * np.arange(count)
 
     def run(group: Any, mask: np.ndarray | None) -> None:
+        if mask is not None and not mask.any():
+            return
         places = where(group)[:, None] + steps
         if (places[:, 0] % (size * count)).any():
             raise Fault(f"misaligned: {instruction.text}")
@@ -177,6 +179,8 @@ def store(instruction: Instruction, kernel: Kernel) -> Operation:
     steps = size * np.arange(count)
 
     def run(group: Any, mask: np.ndarray | None) -> None:
+        if mask is not None and not mask.any():
+            return
         lanes = slice(None) if mask is None else mask
         places = (where(group)[:, None] + steps)[lanes]
         if (places[:, 0] % (size * count)).any():
