@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 from quikjax.pallas_kernels import cpu, reference
 from quikjax.pallas_kernels.choice import BACKENDS, SPLIT, BackendError, Choice, Problem, choose
 from quikjax.pallas_kernels.devices import Device, current_device
-from quikjax.pallas_kernels.layout import Joined, Packed, Tiled, from_tiles, join, pack, part, to_tiles
+from quikjax.pallas_kernels.layout import Halved, Joined, Packed, Tiled, from_tiles, halve, join, pack, part, to_tiles
 from quikjax.pallas_kernels.reference import Split
 from quikjax.pallas_kernels.split_quantize.producers import Identity, LayerNorm, Producer, RmsNorm, SiluMul
 
@@ -27,6 +27,7 @@ __all__ = [
     "BackendError",
     "Choice",
     "Device",
+    "Halved",
     "Identity",
     "Joined",
     "LayerNorm",
@@ -40,6 +41,7 @@ __all__ = [
     "current_device",
     "explain",
     "from_tiles",
+    "halve",
     "join",
     "linears",
     "pack",
@@ -52,7 +54,7 @@ __all__ = [
 
 def explain(
     rows: int,
-    packed: Packed | Tiled | Joined,
+    packed: Packed | Tiled | Halved | Joined,
     bits: int,
     dtype: Any,
     *,
@@ -68,13 +70,13 @@ def explain(
     return choose(_problem(rows, packed, bits, dtype, producer), device or current_device(), backend)
 
 
-def _problem(rows: int, packed: Packed | Tiled | Joined, bits: int, dtype: Any, producer: Producer) -> Problem:
+def _problem(rows: int, packed: Packed | Tiled | Halved | Joined, bits: int, dtype: Any, producer: Producer) -> Problem:
     return Problem(
         rows=rows,
         inputs=packed.inputs,
         outputs=packed.outputs,
         base=packed.base,
-        weight_dtype=jnp.dtype(packed.qweight.dtype),
+        weight_dtype=packed.code_dtype,
         bits=bits,
         dtype=jnp.dtype(dtype),
         outlier_dtype=jnp.dtype(packed.outliers.dtype),
@@ -126,7 +128,7 @@ def split_quantize(
 
 def quik_matmul(
     split: Split,
-    packed: Packed | Tiled,
+    packed: Packed | Tiled | Halved,
     bias: Float[Array, " n"] | None,
     bits: int,
     out_dtype: Any,
@@ -147,11 +149,12 @@ def quik_matmul(
     if taken == "mosaic":
         from quikjax.pallas_kernels.quik_linear import mosaic as mosaic_layer
 
-        (y,) = mosaic_layer.product(mosaic_layer.tile_split(flat), rows, packed, [bias], bits, out_dtype, device)
+        tiled = packed if isinstance(packed, Tiled) else from_tiles(packed)
+        (y,) = mosaic_layer.product(mosaic_layer.tile_split(flat), rows, tiled, [bias], bits, out_dtype, device)
     elif taken == "triton":
         from quikjax.pallas_kernels.quik_linear import triton as triton_layer
 
-        y = triton_layer.product(flat, from_tiles(packed), bias, bits, out_dtype)
+        y = triton_layer.product(flat, triton_layer.readable(packed), bias, bits, out_dtype)
     else:
         y = _reference_product(flat, from_tiles(packed), bias, bits).astype(out_dtype)
     return y.reshape(*batch, packed.outputs)
@@ -159,7 +162,7 @@ def quik_matmul(
 
 def weight_only_matmul(
     x: Float[Array, "*batch k"],
-    packed: Packed | Tiled,
+    packed: Packed | Tiled | Halved,
     bias: Float[Array, " n"] | None,
     *,
     backend: str | None = None,
@@ -189,7 +192,7 @@ class _Call:
 
 def linears(
     inputs: Sequence[Float[Array, "*batch k"]],
-    weights: Sequence[Packed | Tiled | Joined],
+    weights: Sequence[Packed | Tiled | Halved | Joined],
     biases: Sequence[Float[Array, " _"] | None],
     bits: int,
     *,
@@ -241,13 +244,13 @@ def linears(
     return ys if residual is None or fused else [residual + y for y in ys]
 
 
-def _backends(call: _Call, rows: int, weight: Packed | Tiled | Joined, dtype: Any) -> list[str]:
+def _backends(call: _Call, rows: int, weight: Packed | Tiled | Halved | Joined, dtype: Any) -> list[str]:
     """Which backend runs each of the weights that `weight` stands for."""
     problem = _problem(rows, weight, call.bits, dtype, call.producer)
     return [choose(dataclasses.replace(problem, outputs=n), call.device, call.backend).backend for n in _outputs(weight)]
 
 
-def _outputs(weight: Packed | Tiled | Joined) -> tuple[int, ...]:
+def _outputs(weight: Packed | Tiled | Halved | Joined) -> tuple[int, ...]:
     return weight.members if isinstance(weight, Joined) else (weight.outputs,)
 
 
@@ -374,6 +377,7 @@ def _run_mosaic(
     results = []
     for weight in weights:
         own = [next(biases) for _ in _outputs(weight)]
+        weight = from_tiles(weight) if isinstance(weight, Halved) else weight
         results += _mosaic_product(tiled, rows, weight, own, call.bits, inputs[0].dtype, call.device, residual)
     return results
 
@@ -398,7 +402,14 @@ def _mosaic_split(
 
 @functools.partial(jax.jit, static_argnames=("rows", "bits", "out_dtype", "device"))
 def _mosaic_product(
-    tiled: Any, rows: int, packed: Packed | Tiled | Joined, biases: Any, bits: int, out_dtype: Any, device: Device, residual: Any
+    tiled: Any,
+    rows: int,
+    packed: Packed | Tiled | Joined,
+    biases: Any,
+    bits: int,
+    out_dtype: Any,
+    device: Device,
+    residual: Any,
 ) -> list[jax.Array]:
     from quikjax.pallas_kernels.quik_linear import mosaic as mosaic_layer
 
@@ -409,7 +420,7 @@ def _run_triton(call: _Call, inputs: Any, parameters: Any, weights: Any, biases:
     from quikjax.pallas_kernels.quik_linear import triton as triton_layer
 
     del rows
-    return triton_layer.run(inputs, parameters, call.producer, [from_tiles(w) for w in weights], biases, call.bits)
+    return triton_layer.run(inputs, parameters, call.producer, [triton_layer.readable(w) for w in weights], biases, call.bits)
 
 
 _RUNNERS = {"mosaic": _run_mosaic, "triton": _run_triton, "xla": _run_xla}

@@ -137,8 +137,6 @@ def why_not_triton(problem: Problem, device: Device) -> str | None:
         return f"Triton kernels need an NVIDIA GPU of compute capability 8.0 or later, this is {device}"
     if importlib.util.find_spec("jax_triton") is None:
         return "jax-triton is not installed; pip install 'quikjax[triton]'"
-    if problem.bits == 16:
-        return "weight-only layers have no Triton kernel"
     return _why_no_kernel(problem)
 
 

@@ -11,6 +11,10 @@ A padded base column repeats a real one, so it cannot move a token's minimum or 
 an accumulator; a padded outlier column meets zeros. The true `B`, `K` and `N` stay beside the arrays. `Packed` is a weight
 without padding, `Tiled` one in tile form, `Joined` several that one kernel multiplies: made once, when a model is put on a GPU,
 they cost nothing per call.
+
+Triton's kernels read columns as they are, but codes of 4 bits as bytes (`Halved`): byte `j` of the 64 that stand for 128 columns
+has the code of column `j` in its low half and that of column `64 + j` in its high one, so that each half of a tile is a product
+of 64 columns that lie next to each other in the activations. Codes past the last column are zero.
 """
 
 import dataclasses
@@ -23,6 +27,7 @@ from jaxtyping import Array, Shaped
 
 WEIGHT_TILE = 128
 OUTLIER_TILE = 64
+HALF = 64  # columns whose codes share bytes with those of as many others
 COLUMN_TILE = 256
 
 Leaf = Any
@@ -47,8 +52,13 @@ class _Weight:
     level_clip: tuple[int, int] | None = dataclasses.field(default=None, metadata={"static": True})
 
     @property
+    def code_dtype(self) -> Any:
+        """What a code is, however many share a byte."""
+        return jnp.dtype(self.qweight.dtype)
+
+    @property
     def weight_bits(self) -> int:
-        return int(jnp.iinfo(self.qweight.dtype).bits)
+        return int(jnp.iinfo(self.code_dtype).bits)
 
     @property
     def outlier_count(self) -> int:
@@ -65,6 +75,16 @@ class Packed(_Weight):
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Tiled(_Weight):
     """A weight's arrays in tile form: padded as the table above says."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Halved(_Weight):
+    """A weight's arrays without padding, its codes of 4 bits two to a byte: `qweight` uint8 `[N, ceil(B / 128) * 64]`."""
+
+    @property
+    def code_dtype(self) -> Any:
+        return jnp.dtype(jnp.int4)
 
 
 @jax.tree_util.register_dataclass
@@ -211,10 +231,28 @@ def part(joined: Joined) -> list[Tiled]:
     ]
 
 
-def from_tiles(packed: Packed | Tiled) -> Packed:
+def halve(packed: Packed) -> Halved:
+    """A weight of 4 bits with its codes two to a byte."""
+    fields = {field.name: getattr(packed, field.name) for field in dataclasses.fields(packed)}
+    n = packed.outputs
+    codes = pad_to(packed.qweight, (n, round_up(packed.base, 2 * HALF))).astype(jnp.uint8).reshape(n, -1, 2, HALF)
+    return Halved(**{**fields, "qweight": ((codes[:, :, 0] & 15) | (codes[:, :, 1] << 4)).reshape(n, -1)})
+
+
+def _whole(halved: Halved) -> Packed:
+    fields = {field.name: getattr(halved, field.name) for field in dataclasses.fields(halved)}
+    pairs = halved.qweight.reshape(halved.outputs, -1, 1, HALF)
+    signed = jax.lax.bitcast_convert_type(jnp.concatenate([pairs << 4, pairs], axis=2), jnp.int8) >> 4
+    codes = signed.reshape(halved.outputs, -1)[:, : halved.base].astype(jnp.int4)
+    return Packed(**{**fields, "qweight": codes})
+
+
+def from_tiles(packed: Packed | Tiled | Halved) -> Packed:
     """The weight without padding; itself if it has none."""
     if isinstance(packed, Packed):
         return packed
+    if isinstance(packed, Halved):
+        return _whole(packed)
     n, base, outliers = packed.outputs, packed.base, packed.outlier_count
     return Packed(
         qweight=_cut(packed.qweight, (n, base)),

@@ -1,9 +1,9 @@
 """A packed weight in the form that a device reads fastest, made once when a model is put there.
 
 `QuikWeight` is the format of files and of quantizing. A `TiledWeight` stands for the same numbers, is made from one by
-`put_on_device` (padded to the tiles of GPU kernels) or `widened` (codes in whole bytes, for a CPU), and multiplies like one
-(`linear.py`); nothing saves, validates or shards it. Layers that are always multiplied together are joined (`join_groups`): the
-first one's weight has the tiles of all, each of the others is a `TiledMember`.
+`put_on_device` (padded to the tiles of Hopper's kernels, or with codes two to a byte for Triton's) or `widened` (codes in whole
+bytes, for a CPU), and multiplies like one (`linear.py`); nothing saves, validates or shards it. Layers that are always multiplied
+together are joined (`join_groups`): the first one's weight has the tiles of all, each of the others is a `TiledMember`.
 """
 
 import dataclasses
@@ -59,11 +59,11 @@ class _Place:
 class TiledWeight(_Place):
     """A `QuikWeight` whose arrays are in a device's form: the same layer, bit for bit.
 
-    Data: `tiles`, arrays padded to the kernels' tiles (`pallas_kernels/layout.py`), or unpadded ones with int8 codes; or those of
-    all layers of its group, of which it is the first.
+    Data: `tiles`, arrays padded to the kernels' tiles (`pallas_kernels/layout.py`), or unpadded ones with int8 codes or codes two
+    to a byte; or those of all layers of its group, of which it is the first.
     """
 
-    tiles: api.Packed | api.Tiled | api.Joined
+    tiles: api.Packed | api.Tiled | api.Halved | api.Joined
 
     @property
     def base(self) -> int:
@@ -94,10 +94,10 @@ def packed(weight: QuikWeight) -> api.Packed: ...
 
 
 @overload
-def packed(weight: QuikWeight | TiledWeight) -> api.Packed | api.Tiled | api.Joined: ...
+def packed(weight: QuikWeight | TiledWeight) -> api.Packed | api.Tiled | api.Halved | api.Joined: ...
 
 
-def packed(weight: QuikWeight | TiledWeight) -> api.Packed | api.Tiled | api.Joined:
+def packed(weight: QuikWeight | TiledWeight) -> api.Packed | api.Tiled | api.Halved | api.Joined:
     """The arrays of a weight as the kernels' interface takes them, in the form that they have."""
     if isinstance(weight, TiledWeight):
         return weight.tiles
@@ -128,7 +128,7 @@ def widened(weight: QuikWeight) -> TiledWeight:
     return _in_form(weight, dataclasses.replace(arrays, qweight=arrays.qweight.astype("int8")))
 
 
-def _in_form(weight: QuikWeight, arrays: api.Packed | api.Tiled) -> TiledWeight:
+def _in_form(weight: QuikWeight, arrays: api.Packed | api.Tiled | api.Halved) -> TiledWeight:
     assert math.prod(weight.out_shape) == weight.outputs
     return TiledWeight(
         tiles=arrays,
@@ -143,16 +143,31 @@ def put_on_device(params: Any, device: api.Device | None = None) -> Any:
     """A parameter tree in the form that the kernels of `device` (by default this one) read; itself where they read no tiles.
 
     A `SparseWeight`, which no kernel reads, becomes the `QuikWeight` that it stands for. On a Hopper GPU every `QuikWeight`
-    that lies on one device becomes a `TiledWeight`. Call it once, where a model begins to run, and let go of the tree it was
-    given: both together take the memory of two models. A tree that went through it already, or that is sharded over several
-    devices, comes back as it is. Save and validate the tree before, not after.
+    that lies on one device becomes a `TiledWeight`, and where Triton's kernels run (`choice.py`) every one of 4 bits. Call it
+    once, where a model begins to run, and let go of the tree it was given: both together take the memory of two models. A tree
+    that went through it already, or that is sharded over several devices, comes back as it is. Save it before.
     """
     device = device or api.current_device()
     params = _expanded(params)
-    if not device.hopper:
+    if device.hopper:
+        params = put_codebooks_on_device(params, device)
+        return _mapped(params, lambda weight: tile(weight) if _on_one_device(weight) else weight)
+    if not any(isinstance(leaf, QuikWeight) and _by_triton(leaf, device) for leaf in jax.tree.leaves(params, is_leaf=_is_kernel)):
         return params
-    params = put_codebooks_on_device(params, device)
-    return _mapped(params, lambda weight: tile(weight) if _on_one_device(weight) else weight)
+    return _mapped(params, lambda weight: _halved(weight) if _by_triton(weight, device) else weight)
+
+
+def _by_triton(weight: QuikWeight, device: api.Device) -> bool:
+    """Whether Triton multiplies by a weight of 4 bits, given activations in the dtype of its outliers."""
+    if weight.weight_bits != 4 or not _on_one_device(weight):
+        return False
+    # Shapes decide: of one row, like of any number.
+    choice = api.explain(1, packed(weight), weight.activation_bits, weight.outliers.dtype, device=device)
+    return choice.backend == "triton"
+
+
+def _halved(weight: QuikWeight) -> TiledWeight:
+    return _in_form(weight, _HALVE(packed(weight)))
 
 
 def join_groups(params: dict[str, Any], groups: Iterable[tuple[str, ...]]) -> dict[str, Any]:
@@ -182,8 +197,9 @@ def _joined(weights: list[TiledWeight], number: int) -> TiledWeight | TiledMembe
     return TiledMember(**place, number=number, base=weight.base, level_clip=weight.level_clip)
 
 
-# One program for all groups of a shape.
+# One program for all groups, or weights, of a shape.
 _JOIN = jax.jit(api.join)
+_HALVE = jax.jit(api.halve)
 
 
 def _weight_at(params: dict[str, Any], layer: str) -> Any:
@@ -213,8 +229,12 @@ def _mapped(params: Any, change: Callable[[QuikWeight], Any]) -> Any:
     return jax.tree.map(
         lambda leaf: change(leaf) if isinstance(leaf, QuikWeight) else leaf,
         params,
-        is_leaf=lambda leaf: isinstance(leaf, QuikWeight | TiledWeight),
+        is_leaf=_is_kernel,
     )
+
+
+def _is_kernel(leaf: Any) -> bool:
+    return isinstance(leaf, QuikWeight | TiledWeight | TiledMember)
 
 
 def _on_one_device(weight: QuikWeight) -> bool:

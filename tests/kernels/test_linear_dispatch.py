@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import importlib.util
 import re
 from typing import Any
 
@@ -102,6 +103,21 @@ def test_tile_form_is_made_once_and_only_for_kernels_that_read_it() -> None:
     assert put_on_device(params, A100) is params
     tiled = put_on_device(params, H100)
     assert put_on_device(tiled, H100)["layer"] is tiled["layer"]
+
+
+def test_where_triton_runs_codes_lie_two_to_a_byte(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    params: dict[str, Any] = {"narrow": packed_weight(7, 40, 320, 20), "wide": packed_weight(8, 40, 320, 20)}
+    wide = params["wide"]
+    params["wide"] = dataclasses.replace(wide, qweight=wide.qweight.astype(jnp.int8), weight_bits=8)
+    placed = put_on_device(params, A100)
+    assert placed["wide"] is params["wide"]
+    assert isinstance(placed["narrow"].tiles, api.Halved)
+    assert placed["narrow"].tiles.qweight.shape == (40, 3 * 64)
+    assert put_on_device(placed, A100) is placed
+    x = kernel_cases.tokens(8, (4, 320), jnp.float32)
+    np.testing.assert_array_equal(np.asarray(linear(x, placed["narrow"])), np.asarray(linear(x, params["narrow"])))
+    assert explain(placed["narrow"], 4, jnp.bfloat16, device=A100).backend == "triton"
 
 
 def test_a_sharded_weight_keeps_its_form() -> None:

@@ -36,7 +36,7 @@ def test_triton_layer_compiles_to_integer_tensor_cores(gpu: str) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads(done.stdout.strip().splitlines()[-1])
     instructions = result["instructions"]
-    assert result["kernels"] == 6
+    assert result["kernels"] == 7  # weight-only layers quantize nothing
     assert any("s32" in name and "s8" in name and "mma" in name for name in instructions), instructions
     assert any("bf16" in name and "mma" in name for name in instructions), instructions
     # Flushing is harmless here: the scale is at least 1e-30, and neither it nor its reciprocal is ever subnormal.
@@ -60,5 +60,4 @@ def test_triton_refuses_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "not installed" in str(choice.why_not_triton(PROBLEM, A100))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     assert choice.why_not_triton(PROBLEM, A100) is None
-
-    assert "weight-only" in str(choice.why_not_triton(dataclasses.replace(PROBLEM, bits=16), A100))
+    assert choice.why_not_triton(dataclasses.replace(PROBLEM, bits=16), A100) is None

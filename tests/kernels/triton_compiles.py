@@ -14,7 +14,6 @@ from typing import Any
 
 import absent_gpu
 import jax
-import jax.numpy as jnp
 import kernel_cases
 
 from quikjax.pallas_kernels import api
@@ -37,13 +36,12 @@ def main(gpu: str) -> int:
     major, minor = absent_gpu.GPUS[gpu][0]
     capability = 10 * major + minor
     compiled = 0
-    for rows, outliers, bits in [(1, 64, 4), (17, 36, 4), (129, 0, 8)]:
-        packed = kernel_cases.weight(0, 576, 576, outliers, bits)
+    for rows, outliers, weight_bits, bits in [(1, 64, 4, 4), (17, 36, 4, 4), (129, 0, 8, 8), (3, 36, 4, 16)]:
+        packed = triton_layer.readable(kernel_cases.weight(0, 576, 576, outliers, weight_bits))
         x = kernel_cases.tokens(1, (rows, 576))
 
-        def layer(x: jax.Array, packed: api.Packed, bits: int = bits) -> jax.Array:
-            split = triton_layer.split((x,), packed.columns, packed.base, bits, api.Identity(), (), capability)
-            return triton_layer.product(split, packed, None, bits, jnp.bfloat16, capability)
+        def layer(x: jax.Array, packed: api.Packed | api.Halved, bits: int = bits) -> jax.Array:
+            return triton_layer.run((x,), (), api.Identity(), [packed], [None], bits, capability)[0]
 
         hlo = absent_gpu.compile_for(gpu, layer, x, packed).hlo
         compiled += len(re.findall(r'custom_call_target="\w*triton\w*"', hlo))

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import kernel_cases
 import numpy as np
 
-from quikjax.pallas_kernels import reference
+from quikjax.pallas_kernels import layout, reference
 from quikjax.pallas_kernels.quik_matmul import triton as matmul
 from quikjax.pallas_kernels.split_quantize import triton as split
 
@@ -100,30 +100,44 @@ def splits() -> list[str]:
 def products() -> list[str]:
     """Compare results with float64, within one rounding to float16 and 64 of float32."""
     wrong = []
-    for rows, outputs, inputs, outliers, bits in [(3, 40, 576, 36, 4), (17, 130, 300, 0, 8), (65, 64, 320, 100, 4)]:
-        packed = kernel_cases.weight(rows, outputs, inputs, outliers, bits, jnp.float16)
+    cases = [
+        (3, 40, 576, 36, 4, 4),
+        (17, 130, 300, 0, 8, 8),
+        (65, 64, 320, 100, 4, 8),
+        (2, 40, 450, 36, 4, 16),
+        (3, 64, 200, 0, 8, 16),
+    ]
+    for rows, outputs, inputs, outliers, weight_bits, bits in cases:
+        packed = kernel_cases.weight(rows, outputs, inputs, outliers, weight_bits, jnp.float16)
         x = kernel_cases.tokens(rows, (rows, inputs), jnp.float16)
-        parts = reference.split_quantize(x, packed.columns, packed.base, bits)
+        if bits < 16:
+            parts = reference.split_quantize(x, packed.columns, packed.base, bits)
+        else:
+            parts = reference.Split(*reference.split_columns(x, packed.columns, packed.base), jnp.ones(rows), jnp.zeros(rows))
+        halved = layout.halve(packed) if weight_bits == 4 else packed
+        if not np.array_equal(layout.from_tiles(halved).qweight.astype(jnp.int8), packed.qweight.astype(jnp.int8)):
+            wrong.append(f"codes two to a byte, {inputs} columns")
         bias = np.random.default_rng(1).normal(size=outputs).astype(np.float32)
         empty = np.zeros((1, 1), np.float16)
         y = np.full((rows, outputs), np.nan, np.float16)
         left, right = (np.asarray(part) if outliers else empty for part in (parts.outliers, packed.outliers))
-        arrays = [parts.codes, left, parts.scale, parts.zero, packed.qweight.astype(jnp.int8), packed.scale, packed.reduced]
+        arrays = [parts.codes, left, parts.scale, parts.zero, halved.qweight, packed.scale, packed.reduced]
         block_m, block_n = matmul.blocks(rows)
         matmul._kernel[(-(-rows // block_m), -(-outputs // block_n))](
             *[Buffer(np.asarray(array)) for array in (*arrays, right, bias, y)],
-            **matmul.constants(rows, outputs, packed.base, outliers, bits),
+            **matmul.constants(rows, outputs, packed.base, outliers, bits, weight_bits),
         )
         codes, weight = np.asarray(parts.codes, np.float64), np.asarray(packed.qweight.astype(jnp.int8), np.float64)
         s, z = np.asarray(parts.scale, np.float64)[:, None], np.asarray(parts.zero, np.float64)[:, None]
         scale, reduced = np.asarray(packed.scale, np.float64), np.asarray(packed.reduced, np.float64)
         kept, w_out = np.asarray(parts.outliers, np.float64), np.asarray(packed.outliers, np.float64)
-        terms = [codes @ weight.T * s * scale, (z + 2 ** (bits - 1) * s) * reduced, kept @ w_out.T, bias + 0 * s]
-        magnitude = sum(np.abs(term) for term in terms[:2]) + np.abs(kept) @ np.abs(w_out).T + np.abs(bias)
+        terms = [codes @ weight.T * s * scale, (z + 2 ** (bits - 1) * s) * reduced * (bits < 16), kept @ w_out.T, bias + 0 * s]
+        magnitude = np.abs(terms[0]) if bits < 16 else np.abs(codes) @ np.abs(weight).T * scale
+        magnitude = magnitude + np.abs(terms[1]) + np.abs(kept) @ np.abs(w_out).T + np.abs(bias)
         want = sum(terms)
         bound = 2.0**-11 * np.abs(want) * 1.01 + 64 * 2.0**-24 * magnitude
         if not (np.abs(y.astype(np.float64) - want) <= bound).all():
-            wrong.append(f"product {rows} x {outputs} x {inputs}")
+            wrong.append(f"product {rows} x {outputs} x {inputs}, W{weight_bits}A{bits}")
     return wrong
 
 
