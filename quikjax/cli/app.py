@@ -6,7 +6,22 @@ from typing import Annotated, Any
 
 import typer
 
-from quikjax.cli import bench, chat, demo, evaluate, export, generate, plan, quantize, recover, report, scaling, study
+from quikjax.cli import (
+    bench,
+    chat,
+    classify,
+    demo,
+    embed,
+    evaluate,
+    export,
+    generate,
+    plan,
+    quantize,
+    recover,
+    report,
+    scaling,
+    study,
+)
 from quikjax.errors import Interrupted
 from quikjax.version import __version__
 
@@ -61,6 +76,8 @@ app.command("quantize")(quantize.quantize)
 app.command("recover")(recover.recover)
 app.command("generate")(generate.generate)
 app.command("chat")(chat.chat)
+app.command("embed")(embed.embed)
+app.command("classify")(classify.classify)
 app.command("bench")(bench.bench)
 app.command("eval")(evaluate.eval_)
 app.command("report")(report.report)
