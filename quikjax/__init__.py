@@ -16,6 +16,7 @@ from quikjax.version import __version__
 if TYPE_CHECKING:
     from quikjax.checkpoint import restore, restore_params, save
     from quikjax.checkpoint.load import load
+    from quikjax.encoding import Classification, Embeddings, TextEncoder, classify, embed
     from quikjax.errors import QuikError
     from quikjax.evaluation import evaluate, reference, windows
     from quikjax.generation import Generation, Generator, Sampling, generate
@@ -33,16 +34,21 @@ if TYPE_CHECKING:
     from quikjax.weights.quik import QuikWeight
 
 _HOME = {
+    "Classification": "encoding",
     "CodebookRule": "quantizing.codebook_rule",
     "CodebookWeight": "weights.codebook",
+    "Embeddings": "encoding",
     "QuikError": "errors",
     "QuikWeight": "weights.quik",
     "RECIPES": "quantizing.recipe",
     "Recipe": "quantizing.recipe",
     "RecoverySettings": "training.settings",
     "Rule": "quantizing.recipe",
+    "TextEncoder": "encoding",
     "TrainSettings": "training.train_settings",
     "calibrate": "quantizing.model",
+    "classify": "encoding",
+    "embed": "encoding",
     "quantize_checkpoint": "quantizing.checkpoint",
     "dequantize": "weights.formats",
     "dequantize_params": "weights.formats",
@@ -66,8 +72,10 @@ _HOME = {
 
 __all__ = [
     "RECIPES",
+    "Classification",
     "CodebookRule",
     "CodebookWeight",
+    "Embeddings",
     "Generation",
     "Generator",
     "QuikError",
@@ -76,11 +84,14 @@ __all__ = [
     "RecoverySettings",
     "Rule",
     "Sampling",
+    "TextEncoder",
     "TrainSettings",
     "__version__",
     "calibrate",
+    "classify",
     "dequantize",
     "dequantize_params",
+    "embed",
     "evaluate",
     "generate",
     "load",

@@ -21,7 +21,7 @@ FLOORS = (
     ("models",),
     ("loading",),
     ("testing",),
-    ("generation",),
+    ("generation", "encoding"),
     ("checkpoint",),
     ("evaluation",),
     ("quantizing",),

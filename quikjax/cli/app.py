@@ -6,7 +6,23 @@ from typing import Annotated, Any
 
 import typer
 
-from quikjax.cli import bench, chat, demo, evaluate, export, generate, plan, quantize, recover, report, scaling, study, train
+from quikjax.cli import (
+    bench,
+    chat,
+    classify,
+    demo,
+    embed,
+    evaluate,
+    export,
+    generate,
+    plan,
+    quantize,
+    recover,
+    report,
+    scaling,
+    study,
+    train,
+)
 from quikjax.errors import Interrupted
 from quikjax.version import __version__
 
@@ -63,6 +79,8 @@ app.command("train")(train.train)
 app.command("accuracy")(train.accuracy)
 app.command("generate")(generate.generate)
 app.command("chat")(chat.chat)
+app.command("embed")(embed.embed)
+app.command("classify")(classify.classify)
 app.command("bench")(bench.bench)
 app.command("eval")(evaluate.eval_)
 app.command("report")(report.report)

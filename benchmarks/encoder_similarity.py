@@ -1,0 +1,128 @@
+"""What quantization leaves of a sentence encoder's similarities.
+
+    python benchmarks/encoder_similarity.py sst2_dev.tsv [--recipes quik-4b,quik-8b,w4a8,rtn-w4a4] [--count 500]
+
+The first `--count` sentences of a file (one a line; of a .tsv the column `sentence`, or its longest one) are embedded by the
+original and by each recipe's model, mean over the tokens, normalized. Reported are
+
+- the cosine between a sentence's two embeddings: mean, 5th percentile and least;
+- Spearman's rank correlation of the similarities of all pairs of sentences, the original's against the quantized model's;
+- how often a sentence's nearest other one is the same.
+
+Calibration is on other text than what is measured: by default pydoc, in windows that are whole texts. Progress is on stderr, a
+table on stdout, its last line one JSON object.
+"""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jaxtyping import Float32
+
+from quikjax.checkpoint.load import load
+from quikjax.encoding.embed import embed
+from quikjax.errors import QuikError
+from quikjax.quantizing.calibration import calibration_tokens
+from quikjax.quantizing.model import quantize_model
+from quikjax.quantizing.proxies import spearman
+from quikjax.reports.tables import markdown_table
+from quikjax.texts import calibration_text
+from quikjax.weights.formats import is_packed
+
+RECIPES = "quik-4b,quik-8b,w4a8,rtn-w4a4"
+
+
+def sentences(path: Path, count: int) -> list[str]:
+    """The first sentences of a file.
+
+    Raises:
+        QuikError: it has too few.
+    """
+    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if path.suffix == ".tsv":
+        rows = [line.split("\t") for line in lines]
+        if "sentence" in rows[0]:
+            column, rows = rows[0].index("sentence"), rows[1:]
+        else:
+            column = max(range(len(rows[0])), key=lambda at: sum(len(row[at]) for row in rows[:50]))
+        lines = [row[column].strip() for row in rows]
+    if len(lines) < count:
+        raise QuikError(f"{path} has {len(lines)} sentences, {count} are wanted")
+    return lines[:count]
+
+
+def compare(original: Float32[np.ndarray, "n k"], quantized: Float32[np.ndarray, "n k"]) -> dict[str, float]:
+    """The figures, from normalized embeddings of the same sentences."""
+    cosine = np.sum(original.astype(np.float64) * quantized, axis=1)
+    above = np.triu_indices(len(original), 1)
+    theirs, ours = (vectors.astype(np.float64) @ vectors.T for vectors in (original, quantized))
+    nearest = [np.argmax(grid - 3 * np.eye(len(grid)), axis=1) for grid in (theirs, ours)]
+    return {
+        "cosine": float(cosine.mean()),
+        "cosine_5th_percentile": float(np.percentile(cosine, 5)),
+        "cosine_least": float(cosine.min()),
+        "spearman": spearman(theirs[above], ours[above]),
+        "same_nearest": float(np.mean(nearest[0] == nearest[1])),
+    }
+
+
+def say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def bits_per_weight(params: Any) -> float:
+    """Of the packed layers, everything counted."""
+    packed = [leaf for leaf in jax.tree.leaves(params, is_leaf=is_packed) if is_packed(leaf)]
+    return sum(leaf.bits() for leaf in packed) / sum(leaf.outputs * leaf.inputs for leaf in packed)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sentences", type=Path)
+    parser.add_argument("--model", default="all-minilm-l6-v2")
+    parser.add_argument("--recipes", default=RECIPES)
+    parser.add_argument("--count", type=int, default=500)
+    parser.add_argument("--calibration", default="pydoc", help="a text file, or pydoc")
+    parser.add_argument("--samples", type=int, default=64)
+    parser.add_argument("--seqlen", type=int, default=128)
+    arguments = parser.parse_args()
+
+    texts = sentences(arguments.sentences, arguments.count)
+    model, tokenizer = load(arguments.model)
+    text = calibration_text(arguments.calibration)
+    tokens = calibration_tokens(model, tokenizer, text.content, arguments.samples, arguments.seqlen)
+    say(f"{len(texts)} sentences of {arguments.sentences.name}; calibration: {len(tokens)} x {tokens.shape[1]} of {text.origin}")
+    original = embed(model, tokenizer, texts).vectors
+    rows = []
+    for recipe in arguments.recipes.split(","):
+        began = time.perf_counter()
+        params = quantize_model(model, recipe, [row[None] for row in tokens])
+        seconds = time.perf_counter() - began
+        quantized = nnx.merge(nnx.split(model)[0], params)
+        found = embed(quantized, tokenizer, texts)
+        figures = compare(original, found.vectors)
+        rows.append({"recipe": recipe, **figures, "bits_per_weight": bits_per_weight(params), "seconds": seconds})
+        say(f"{recipe}: cosine {figures['cosine']:.4f}, Spearman {figures['spearman']:.4f}, quantized in {seconds:.0f} s")
+    head = ("recipe", "bits/weight", "cosine", "5th percentile", "least", "Spearman", "same nearest")
+    cells = [
+        [
+            row["recipe"],
+            f"{row['bits_per_weight']:.2f}",
+            *(f"{row[name]:.4f}" for name in ("cosine", "cosine_5th_percentile", "cosine_least", "spearman")),
+            f"{row['same_nearest']:.1%}",
+        ]
+        for row in rows
+    ]
+    print(markdown_table(head, cells))
+    protocol = {name: str(value) if isinstance(value, Path) else value for name, value in vars(arguments).items()}
+    print(json.dumps({"protocol": protocol, "sentences": len(texts), "rows": rows}))
+
+
+if __name__ == "__main__":
+    main()
