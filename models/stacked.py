@@ -32,7 +32,7 @@ class Run:
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """What is static of a stacked model: the model without its blocks, the runs, and the dtype of the hidden state. Hashable."""
+    """The static part of a stacked model: the model without its blocks, the runs, and the dtype of the hidden state. Hashable."""
 
     rest: nnx.GraphDef[CausalLM]
     runs: tuple[Run, ...]

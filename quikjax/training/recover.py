@@ -47,7 +47,7 @@ SAVE_SECONDS = 180.0
 
 @runtime_checkable
 class Progress(Protocol):
-    """What a recovery tells while it runs."""
+    """Progress of a recovery while it runs."""
 
     def start(self, steps: int, finished: int) -> None:
         """Work begins: so many steps, so many of them taken by an earlier run."""
@@ -311,7 +311,7 @@ def _train(
     store: Store,
     progress: Progress,
 ) -> tuple[Any, dict[str, Any]]:
-    """What moved to the best validation figure, and the notes of all evaluations."""
+    """The moving parameters at the best validation figure, and the notes of all evaluations."""
     teaching = _Teaching(teacher)
     judge = _Judge(student, teaching, held_out)
     state = State(0, start, optimizer(settings).init(start), start, {"evaluations": [], "best": 0, "kl": math.inf})
