@@ -50,7 +50,7 @@ _HARMLESS = frozenset(
 
 
 def quantized_by(fields: Mapping[str, Any]) -> str | None:
-    """What a configuration says its weights were quantized with, or `None`: an empty section, or one of zeros, is nothing."""
+    """The method that weights were quantized with, as configured, or `None`: an empty section, or one of zeros, is nothing."""
     section, short = fields.get("quantization_config"), fields.get("quantization")
     if short:  # MLX writes this name, and newer versions of it both
         return "MLX" if isinstance(short, Mapping) else f'quantization: "{short}"'

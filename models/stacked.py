@@ -38,7 +38,7 @@ class Run:
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """What is static of a model in this form: the model without its blocks, the runs, the dtype of the hidden state. Hashable.
+    """The static part of a model in this form: the model without its blocks, the runs, the dtype of the hidden state. Hashable.
 
     `unrolled`: the parameters of a run are a block's each, `{"0": ..., "1": ...}`, and not stacked.
     """

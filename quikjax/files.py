@@ -41,7 +41,7 @@ def user_path(path: Any) -> Path:
 
 
 def described(value: Any) -> str:
-    """What a value of the wrong type is, for an error: its type, and the value where that is short.
+    """Describe a value of the wrong type for an error: its type, and the value where that is short.
 
     >>> described(3), described(None), described([1] * 99)
     ('3 (int)', 'None', 'a list')
@@ -82,6 +82,18 @@ def decode(content: bytes, where: str) -> str:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as problem:
         raise QuikError(f"{where} is not UTF-8 text (byte {problem.start}); save it as UTF-8") from None
+
+
+def typed_text(text: str, what: str) -> str:
+    """A text as it was typed or piped in, without a byte order mark; `what` is what messages call it.
+
+    Raises:
+        QuikError: it is not UTF-8: such bytes arrive as lone halves of surrogate pairs.
+    """
+    text = text.removeprefix("\ufeff")
+    if any(0xD800 <= ord(letter) <= 0xDFFF for letter in text):
+        raise QuikError(f"{what} is not UTF-8 text; convert it first")
+    return text
 
 
 def is_lfs_pointer(beginning: bytes) -> bool:

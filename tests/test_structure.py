@@ -108,3 +108,13 @@ def test_no_imports_run_in_circles() -> None:
 
     for name in sorted(GRAPH):
         visit(name, ())
+
+
+@pytest.mark.parametrize("name", sorted(MODULES))
+def test_docstrings_open_with_what_they_are_about(name: str) -> None:
+    """A noun or a verb that one would search for, not "What ..."."""
+    for node in ast.walk(ast.parse(MODULES[name].read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            assert not (ast.get_docstring(node) or "").startswith("What "), (
+                f"{name}: {getattr(node, 'name', 'its own docstring')}"
+            )

@@ -42,7 +42,7 @@ class Grouped(NamedTuple):
 
 
 def spread(each: Float32[Array, "n groups"], group: int, k: int) -> Float32[Array, "n k"]:
-    """What each group has, for each of its columns."""
+    """Each group's value, repeated for each of its columns."""
     return jnp.repeat(each, group, axis=1)[:, :k]
 
 

@@ -100,7 +100,7 @@ def bench(
 
 
 def _cache_error(generator: "Generator", tokenizer: Any) -> "CacheError | None":
-    """What a narrow cache costs, where there is a tokenizer to read a text with and a context to read it in."""
+    """The error of a narrow cache, where there is a tokenizer to read a text with and a context to read it in."""
     from quikjax.generation import cache_error
     from quikjax.texts import calibration_text, tokenize
 
@@ -130,7 +130,7 @@ def _row(name: str, one: "Speed") -> dict[str, Any]:
 
 
 def _reading(count: int, one: Any, rate: float) -> dict[str, Any]:
-    """What decoding reads, against what the device could; only a test that does nothing else says something about it."""
+    """Bytes that decoding reads, against what the device could; only a test that does nothing else says something about it."""
     if one.test.prompt:
         return {"bytes_per_step": None, "share_of_bandwidth": None}
     return {"bytes_per_step": count, "share_of_bandwidth": count * one.mean / one.test.batch / rate}

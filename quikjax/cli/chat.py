@@ -8,6 +8,7 @@ import typer
 from quikjax.cli.generation_options import DrawingOptions, RunningOptions, with_option_groups
 from quikjax.cli.options import Model, check_models
 from quikjax.errors import QuikError
+from quikjax.files import typed_text
 
 if TYPE_CHECKING:
     from quikjax.generation.chat import Answer
@@ -46,6 +47,11 @@ def chat(
         line = _line()
         if line is None or line == "/quit":
             return
+        try:
+            line = typed_text(line, "the line")
+        except QuikError as error:
+            say(f"error: {error}")
+            continue
         if line == "/reset":
             conversation.reset()
             say("the conversation is forgotten")

@@ -8,7 +8,7 @@ import typer
 from quikjax.cli.generation_options import DrawingOptions, RunningOptions, interrupted, with_option_groups
 from quikjax.cli.options import Json, Model, check_models, read_prompt
 from quikjax.errors import QuikError
-from quikjax.files import read_text, user_path
+from quikjax.files import read_text, typed_text, user_path
 
 
 @with_option_groups
@@ -39,6 +39,8 @@ def generate(
     if logprobs and not as_json:
         raise QuikError("log-probabilities are part of the JSON object; give --json as well")
     chat_template = drawing.chat_template()
+    for text in stop or ():
+        typed_text(text, "a stop string")
 
     from quikjax.cli.printing import print_json, say, show
     from quikjax.generation import Generator
@@ -108,7 +110,7 @@ def generate(
 
 
 def _texts(prompt: str | None, prompt_file: Path | None) -> list[str]:
-    """What is to be continued."""
+    """The prompts, as typed or one from each line of a file."""
     if (prompt is None) == (prompt_file is None):
         raise QuikError("give one of a prompt and --prompt-file")
     if prompt_file is not None:

@@ -12,7 +12,7 @@ import typer
 
 from quikjax.cli.options import Context, parse_dtype
 from quikjax.errors import QuikError
-from quikjax.files import read_text, user_path
+from quikjax.files import read_text, typed_text, user_path
 
 if TYPE_CHECKING:
     from quikjax.generation.settings import Sampling
@@ -48,6 +48,8 @@ class DrawingOptions:
         """
         from quikjax.generation.settings import Sampling, check_seed
 
+        if self.system is not None:
+            typed_text(self.system, "the system message")
         check_seed(self.seed)
         temperature = self.temperature
         if temperature is None:

@@ -148,10 +148,9 @@ def read_prompt(prompt: str) -> str:
         except OSError as problem:
             raise QuikError(f"the prompt on standard input cannot be read ({problem.strerror})") from None
     else:
-        text = prompt.removeprefix("\ufeff")
-        # Bytes that are not UTF-8 arrive as lone halves of surrogate pairs.
-        if any(0xD800 <= ord(letter) <= 0xDFFF for letter in text):
-            raise QuikError("the prompt is not UTF-8 text; convert it first")
+        from quikjax.files import typed_text
+
+        text = typed_text(prompt, "the prompt")
     if not text:
         raise QuikError("the prompt is empty; give some text")
     return text

@@ -106,6 +106,7 @@ def _report_text(report: "ArtifactReport", every_layer: bool) -> str:
         f"quantized    {count} layers; linear layers have {sizes.bits_per_weight:.2f} bits per weight, "
         f"{sizes.relative_to_fp16:.3f} of their size in FP16",
         f"all          {size(sizes.all_bits // 8)} for {sizes.all_parameters} parameters; {size(sizes.disk_bytes)} on disk",
+        *(f"note         {note}" for note in report.notes),
     ]
     return "\n".join(lines)
 

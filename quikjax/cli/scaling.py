@@ -108,7 +108,7 @@ def _number(text: str, option: str, kind: Any) -> Any:
 
 
 def _zero_shot(tasks: str | None, data: Path | None, limit: int | None) -> tuple[Any, dict[str, Any] | None]:
-    """What measures a model on tasks, and what tells these tasks from others."""
+    """The function that measures a model on tasks, and the fingerprint that tells these tasks from others."""
     if tasks is None:
         if data is not None or limit is not None:
             raise QuikError("--task-data and --limit go with --tasks; name the tasks too")

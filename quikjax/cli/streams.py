@@ -28,10 +28,12 @@ def prepare_streams() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="quikjax")
+    if hasattr(sys.stdin, "reconfigure"):  # a byte that is no text is said by whoever reads the line
+        sys.stdin.reconfigure(errors="surrogateescape")
 
 
 def _encode(error: UnicodeError) -> tuple[str | bytes, int]:
-    """What stands for characters that an encoding lacks: plain ones, the byte of a file's name that is no text, or `\\u1234`."""
+    """Substitutes for characters that an encoding lacks: plain ones, the byte of a file's name that is no text, or `\\u1234`."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
     letter = error.object[error.start]

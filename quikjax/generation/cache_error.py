@@ -19,7 +19,7 @@ DECODED = 32  # tokens
 
 
 class CacheError(NamedTuple):
-    """What a cache of a kind costs, against one in float32.
+    """The error of a cache of a kind, against one in float32.
 
     `keys` and `values`: `||x - x_cached|| / ||x||` over all blocks of the text. `kl`: mean `KL(float32 cache || this one)` of the
     next token, in nats, over `tokens` tokens that are decoded behind it.

@@ -27,7 +27,7 @@ Leaf = Any
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """What is compiled into a program: whether tokens are drawn, repetitions penalized, log-probabilities returned."""
+    """Choices compiled into a program: whether tokens are drawn, repetitions penalized, log-probabilities returned."""
 
     sampled: bool = False
     penalized: bool = False
@@ -37,7 +37,7 @@ class Kind:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class State:
-    """What decoding carries, one entry a row: the cache; `last`, the token chosen last, not yet read; `at`, the position where
+    """Decoding's state, one entry a row: the cache; `last`, the token chosen last, not yet read; `at`, the position where
     it will stand; `running`; `step`, how many tokens were chosen; `keys`, a PRNG key; `seen`, which tokens the text has (`None`
     without a penalty).
     """

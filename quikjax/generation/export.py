@@ -45,7 +45,7 @@ Arrays = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExportedPrograms:
-    """What a process without quikjax needs to generate greedily.
+    """Programs and parameters with which a process without quikjax generates greedily.
 
     `programs[platform]` holds the serialized "prefill" and "decode". `params` are their first argument: arrays by name. `batch`
     rows are read at once, each padded on the right to `length` tokens; `context` is how many tokens a prompt and its continuation
@@ -163,7 +163,7 @@ def export_programs(
 
 @dataclasses.dataclass(frozen=True)
 class _Shape:
-    """What is static of the exported programs."""
+    """The static part of the exported programs."""
 
     layout: Layout
     structure: Any

@@ -1,5 +1,6 @@
 """A model made ready to generate: blocks stacked, programs compiled once per bucket and kept, a cache of a stated size."""
 
+import bisect
 import dataclasses
 import operator
 import time
@@ -50,7 +51,7 @@ def bucket(length: int) -> int:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Generation:
-    """What was generated, and how fast. A row is one prompt's, or one of its samples, in the order of the prompts.
+    """Generated tokens and texts, and their speed. A row is one prompt's, or one of its samples, in the order of the prompts.
 
     `tokens` int32 `[rows, new]`: the continuation of each row, from `lengths[row]` on filled with a stop token (the stop token
     itself is not counted, nor what a stop string cuts off). `finished` says of each row why it ended: "stop" or "length".
@@ -361,7 +362,8 @@ class Generator:
         if need <= free:
             return
         most = most_slots(config, self.cache, rows, free)
-        fits = max((size for size in range(0, min(most, length) + 1) if self.slots(max(size, 1)) <= most), default=0)
+        # Slots only grow with the length, so the first length that has too many is found by bisection.
+        fits = bisect.bisect_right(range(1, min(most, length) + 1), most, key=self.slots)
         raise QuikError(
             f"a {self.cache} KV cache for {rows} row{'s' if rows > 1 else ''} of {slots} tokens takes {need / 1e9:.3g} GB and "
             f"{max(free, 0) / 1e9:.3g} GB are free; at most {fits} tokens fit: "

@@ -1,4 +1,4 @@
-"""What a user chooses about how tokens are drawn, checked as soon as it is said: without JAX, so that a mistake costs no time."""
+"""Settings of how tokens are drawn, checked as soon as they are given: without JAX, so that a mistake costs no time."""
 
 import dataclasses
 import math

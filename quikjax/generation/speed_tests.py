@@ -1,4 +1,4 @@
-"""What `quikjax bench` measures, by the names that llama-bench gives its tests. Without JAX."""
+"""The tests of `quikjax bench`, by the names that llama-bench gives them. Without JAX."""
 
 import dataclasses
 import re

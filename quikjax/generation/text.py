@@ -41,7 +41,7 @@ class TextStream:
         return self.text[before:]
 
     def finish(self) -> str:
-        """What was held back, for good: the text has ended."""
+        """The text that was held back: no more follows."""
         before = len(self.text)
         if not self.stopped:
             self._accept(self._pending(), final=True)

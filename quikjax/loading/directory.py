@@ -19,7 +19,7 @@ T = TypeVar("T")  # where a tensor lies, as each format knows it
 
 
 class DirectorySource(Source, abc.ABC):
-    """What does not depend on the format of the weights."""
+    """The parts of a Hugging Face directory that do not depend on the format of the weights."""
 
     def __init__(self, directory: Path, revision: str | None = None) -> None:
         """Read `config.json` of `directory`.

@@ -35,6 +35,7 @@ from quikjax.quantizing.recipe import AnyRule, Recipe, Rule, find_recipe
 from quikjax.quantizing.shared_inputs import input_axes
 from quikjax.weights.codebook import CodebookWeight
 from quikjax.weights.linear import explain
+from quikjax.weights.sparse import EXPANDED
 
 # Devices that can be planned for without having one, and the bytes they are sold with.
 DEVICES: dict[str, tuple[Device, int | None]] = {
@@ -325,13 +326,10 @@ def _wrong_numbers(context: int, batch: int, length: int, samples: int, seqlen: 
 
 
 def _notes(recipe: Recipe, model: Transformer) -> tuple[str, ...]:
-    """What is no problem, but good to know before it begins."""
+    """Notes: no problems, but good to know before it begins."""
     notes = [f"no proxy outliers for {gap}" for gap in gaps(model)] if wants_proxies(recipe.rules) else []
     if any(isinstance(rule, Rule) and rule.sparsity is not None for rule in recipe.rules):
-        notes.append(
-            "2:4 sparse codes take half the codes and two bits a kept one on disk; no kernel multiplies them, so they are "
-            "expanded on the device and save neither memory nor time there"
-        )
+        notes.append(EXPANDED)
     return tuple(notes)
 
 

@@ -16,7 +16,7 @@ from quikjax.weights.codebook import CodebookWeight
 
 @dataclasses.dataclass(frozen=True)
 class Order:
-    """What GPTQ needs of the tensor a layer reads, all in the order in which it rounds: `rounded` int32 `[K]` names the columns,
+    """GPTQ's view of the tensor a layer reads, all in the order in which it rounds: `rounded` int32 `[K]` names the columns,
     outliers last; `restore` int32 `[B]` puts the base columns back as they are stored; `U` and `dead` as for `algorithms.gptq`.
     """
 

@@ -27,7 +27,7 @@ Scores = Float32[Array, " k"]
 
 @dataclasses.dataclass(frozen=True)
 class Producers:
-    """What writes the tensor that a group of layers reads.
+    """The producer of the tensor that a group of layers reads.
 
     `layers` of the same block, or with `previous` of the block before, write its columns; their variances are added. With `heads`
     they are value projections: attention mixes what they wrote over tokens, not over columns. `why_not` says why none can serve.
@@ -142,7 +142,7 @@ def block_proxies(
 
 
 def written_layers(model: Transformer, params: Mapping[str, Float[Array, "..."]]) -> dict[str, Float[Array, "..."]]:
-    """What `block_proxies` of the next block needs of a block's dense parameters."""
+    """The part of a block's dense parameters that `block_proxies` of the next block needs."""
     names = {layer for found in producers(model).values() if found.previous for layer in found.layers}
     return {path: leaf for path, leaf in params.items() if path.removesuffix(".weight") in names}
 

@@ -1,4 +1,4 @@
-"""What layers that read one tensor decide together and make once: outliers, level clip, the Hessian's factor."""
+"""Decisions that layers that read one tensor take together, once: outliers, level clip, the Hessian's factor."""
 
 import dataclasses
 import math
@@ -57,7 +57,7 @@ def input_axes(path: str, rule: AnyRule, ndim: int) -> tuple[int, ...]:
 
 
 class SharedInputs:
-    """What layers that read one tensor decide together and make once: outliers, level clip, the Hessian's factor.
+    """Decisions that layers that read one tensor take together, once: outliers, level clip, the Hessian's factor.
 
     All layers are announced by `expect` before the first is asked for, since a choice may depend on the weights of all of them.
     """

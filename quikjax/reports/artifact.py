@@ -13,6 +13,7 @@ from quikjax.checkpoint import REST, Reader, sizes
 from quikjax.checkpoint.artifact_sizes import Sizes, dtype_bits
 from quikjax.checkpoint.parts import rebuild
 from quikjax.quantizing.recipe import Recipe
+from quikjax.weights.sparse import EXPANDED
 
 WORST = 5  # how many layers are named
 
@@ -74,6 +75,11 @@ class ArtifactReport:
     sizes: Sizes
     rows: tuple[Mapping[str, Any], ...]
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Sentences about formats that do not do what one may expect of them."""
+        return (EXPANDED,) if any("2:4" in kind.format for kind in self.layers) else ()
+
     def worst(self, count: int = WORST) -> list[Mapping[str, Any]]:
         """The rows with the largest relative errors, the worst first."""
         return sorted(self.rows, key=_error, reverse=True)[:count]
@@ -97,6 +103,7 @@ class ArtifactReport:
             "quantized_layers": sum(kind.count for kind in self.layers),
             "quantized": [dataclasses.asdict(kind) | {"snr_db": self.snr_db(kind.relative_error)} for kind in self.layers],
             "unquantized": [dataclasses.asdict(kind) for kind in self.dense],
+            "notes": list(self.notes),
             "worst": [row["path"] for row in self.worst()],
             "bits_per_weight": self.sizes.bits_per_weight,
             "size_relative_to_fp16": self.sizes.relative_to_fp16,

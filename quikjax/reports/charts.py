@@ -116,7 +116,9 @@ def bar_chart(chart: BarChart, *, standalone: bool = False) -> str:
             f'y="{top:.1f}" width="{max(wide - gap, 0.5):.2f}" height="{max(_HEIGHT - _BOTTOM - top, 0.5):.1f}">'
             f"<title>{escape(name)}: {value:.4g}</title></rect>"
         )
-    every = math.ceil(count / 16)
+    # As many names as have room beside each other: a letter takes about 7 of the drawing's units.
+    longest = max((len(name) for name in chart.names), default=0)
+    every = max(1, math.ceil((7 * longest + 7) / wide))
     for index in range(0, count if chart.names else 0, every):
         middle = _LEFT + (index + 0.5) * wide
         parts.append(

@@ -40,7 +40,7 @@ Parameters = Mapping[str, Any]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Setting:
-    """What all cells of an ablation share: the model, two texts, and how much of them."""
+    """The setting that all cells of an ablation share: the model, two texts, and how much of them."""
 
     model: str
     calibration: str

@@ -188,7 +188,7 @@ def recipe_of(parameters: Mapping[str, Any]) -> Recipe | None:
 
 
 class Compute:
-    """What a cell gives: bits counted, and perplexity. Keeps the parameters of the model that the last cell was of."""
+    """Compute a cell: bits counted, and perplexity. Keeps the parameters of the model that the last cell was of."""
 
     def __init__(self, family: Family, zero_shot: ZeroShot | None = None) -> None:
         self._zero_shot = zero_shot
@@ -361,7 +361,7 @@ def _table(rows: Sequence[Row], comparable: bool) -> tuple[Sequence[str], Sequen
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """What a grid will take: cells in all and those still to run, hours and bytes of disk, by estimate."""
+    """Cost of a grid: cells in all and those still to run, hours and bytes of disk, by estimate."""
 
     models: int
     cells: int

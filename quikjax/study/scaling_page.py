@@ -50,7 +50,7 @@ def write_page(result: StudyResult, directory: Path, *, comparable: bool) -> lis
 
 
 def sentence(winner: Winner) -> str:
-    """What was found at one budget.
+    """The result at one budget.
 
     >>> sentence(Winner(budget=8e6, precision="4 bit", losses={"4 bit": 1.0, "8 bit": 1.2}, wins={"4 bit": 0.97, "8 bit": 0.03}))
     'At 8 Mbit: 4 bit, perplexity 2.718, lowest in 97% of resamples of the text; then 8 bit, 3.320.'

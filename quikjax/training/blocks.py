@@ -128,7 +128,7 @@ def take_apart_by(
 
 
 def blocks_of(skeleton: Skeleton, moving: Mapping[str, Moving]) -> Iterator[tuple[str, Moving]]:
-    """What moves in each block, by its key, in order."""
+    """The moving parameters of each block, by its key, in order."""
     for number, run in enumerate(skeleton.runs):
         for index, key in enumerate(run.keys):
             yield key, jax.tree.map(lambda leaf, index=index: np.asarray(leaf[index]), moving[str(number)])
@@ -153,7 +153,7 @@ def forward(
     moving: Mapping[str, Moving],
     hidden: Float[Array, "batch length hidden"],
 ) -> Float[Array, "batch length hidden"]:
-    """What leaves the last block, float32."""
+    """The hidden states behind the last block, float32."""
     where = Positions(jnp.broadcast_to(jnp.arange(hidden.shape[1], dtype=jnp.int32), hidden.shape[:2]))
     keep = kept_bytes(skeleton, hidden.shape[0] * hidden.shape[1]) <= KEPT_BYTES
     policy = jax.checkpoint_policies.save_only_these_names(*([KEPT] if keep else []))
@@ -210,6 +210,6 @@ def _block_step(skeleton: Skeleton, run: Run, where: Positions, *, trace: bool =
 
 
 def kept_bytes(skeleton: Skeleton, tokens: int) -> int:
-    """What the products of all layers in all blocks take for so many tokens, in float32."""
+    """Seconds that the products of all layers in all blocks take for so many tokens, in float32."""
     outputs = sum(shape[0] for path, shape in skeleton.shapes if path.startswith(skeleton.prefix + ".") and len(shape) == 2)
     return 4 * tokens * outputs

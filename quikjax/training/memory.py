@@ -59,7 +59,7 @@ class Estimate:
 
 
 def estimate(artifact: str | os.PathLike[str], settings: RecoverySettings) -> Estimate:
-    """What recovering `artifact` takes. With `P` weights in blocks, `M` numbers that move, `T` tokens a step, `H` the hidden size
+    """Cost of recovering `artifact`. With `P` weights in blocks, `M` numbers that move, `T` tokens a step, `H` the hidden size
 
         student   2 P + 4 rest                     codes in a byte, as read and in the order of x; float32 outside the blocks
         teacher   4 (P + rest)

@@ -1,4 +1,4 @@
-"""What moves in a recovery and what stays: from an artifact's parameters to both, to the student's parameters, and back.
+"""Moving and frozen parameters of a recovery: from an artifact's parameters to both, to the student's parameters, and back.
 
 Of a packed weight `scale = scale0 e^sigma` and `outliers` (with `codes` also the latent numbers that its codes are rounded from);
 of a norm `weight = weight0 e^gain` and `bias = bias0 + shift`. Everything else stays: codes, embeddings, biases of layers, dense
@@ -29,7 +29,7 @@ _TRUST, _REACH = 0.8, 0.45
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StillWeight:
-    """What stays of a packed weight: `codes` int8 `[N, K]` in the order of `x`, `scale` at step 0, `columns`; how it is read.
+    """A packed weight's frozen part: `codes` int8 `[N, K]` in the order of `x`, `scale` at step 0, `columns`; how it is read.
 
     Its activation's level clip is `clips[clip]`: `clip` is a number, so that weights that differ in it alone can be stacked.
     """
@@ -62,7 +62,7 @@ def level_clips(blocks: Iterable[Mapping[str, Any]]) -> dict[str, Clips]:
 def start(
     params: Mapping[str, Any], originals: Mapping[str, Any] | None = None, clips: Mapping[str, Clips] | None = None
 ) -> tuple[dict[str, Any], Moving]:
-    """What stays and what moves, at step 0, as host arrays. `clips`: see `level_clips`; left out, those of `params`.
+    """Frozen and moving parameters at step 0, as host arrays. `clips`: see `level_clips`; left out, those of `params`.
 
     `originals`, the dense weights before quantization by the same paths, let the codes move too: their latent numbers start at
     `code + 0.8 clip(W / scale - code, -0.45, 0.45)`.

@@ -286,7 +286,7 @@ def _train(
     store: Store,
     progress: Progress,
 ) -> tuple[Any, dict[str, Any]]:
-    """What moved to the best validation figure, and the notes of all evaluations."""
+    """The moving parameters at the best validation figure, and the notes of all evaluations."""
     teaching = _Teaching(teacher)
     plan, again = order(len(train), settings), settings.steps * settings.batch > len(train)
     step = make_step((student.skeleton, teacher.skeleton), settings)

@@ -1,4 +1,4 @@
-"""What a recovery is to do: everything that decides its bytes, beside the artifact, its original and the tokens."""
+"""Settings of a recovery: everything that decides its bytes, beside the artifact, its original and the tokens."""
 
 import numpy as np
 import optax

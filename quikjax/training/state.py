@@ -1,4 +1,4 @@
-"""What a recovery needs to go on after it was killed, on disk: written beside and renamed, checked when it is read.
+"""The state on disk from which a killed recovery goes on: written beside and renamed, checked when it is read.
 
 WORK/inputs.json             what the run was started with; another run with the same output must have the same
 WORK/states/step-000050/     everything that moves, at a step; the newest whole one counts (`quikjax.checkpoint.parts`)

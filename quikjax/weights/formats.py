@@ -16,7 +16,7 @@ from quikjax.weights.sparse import SparseWeight
 
 
 class PackedFormat(Protocol):
-    """What every packed format is: a frozen dataclass registered as a pytree, with these beside its own fields."""
+    """The interface of every packed format: a frozen dataclass registered as a pytree, with these beside its own fields."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...

@@ -1,10 +1,10 @@
-"""What every packed weight says of the array that it stands for."""
+"""Shape and axes of the array that a packed weight stands for."""
 
 import math
 
 
 class Kernel:
-    """What every packed weight says of the array it replaces, from two static fields of its own.
+    """Shape and axes of the array that a packed weight replaces, from two static fields of its own.
 
     `shape` of that array, and `in_axes`, its input axes; the others, in order, are the outputs.
     """

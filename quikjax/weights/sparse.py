@@ -20,6 +20,11 @@ VERSION = 1
 Leaf = Any
 
 _STATIC = {"static": True}
+# Said wherever a person decides on sparse weights: `plan`, `report` and its page.
+EXPANDED = (
+    "2:4 sparse codes take half the codes and two bits a kept one on disk; no kernel multiplies them, so they are expanded on "
+    "the device and save neither memory nor time there"
+)
 
 
 @jax.tree_util.register_dataclass

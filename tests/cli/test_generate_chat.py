@@ -60,17 +60,24 @@ def test_ctrl_c_keeps_the_text_and_ends_with_130(tiny_checkpoint: Path, environm
     assert b"Traceback" not in errors
 
 
-def test_a_chat_from_standard_input(
-    quikjax_command: Run, tiny_checkpoint: Path, tmp_path: Path, environment: dict[str, str]
-) -> None:
-    (tmp_path / "template").write_text(TEMPLATE)
+def test_a_chat_from_standard_input(tiny_checkpoint: Path, tmp_path: Path, environment: dict[str, str]) -> None:
+    (tmp_path / "template").write_text(TEMPLATE, encoding="utf-8-sig")
     arguments = ("chat", tiny_checkpoint, "--template", tmp_path / "template", "--max-new-tokens", "5")
-    talk = "hello\n/nothing\n/system be brief\nhello\n/reset\n" + "x" * 300 + "\n/quit\nnever read\n"
-    done = quikjax_command(*arguments, stdin=talk, env=environment)
-    assert done.returncode == 0, done.stderr
-    assert done.stderr.count("tokens/s; prompt") == 2
+    talk = b"hello\r\n/nothing\ncaf\xe9\n/system be brief\nhello\n/reset\n" + b"x" * 300 + b"\n/quit\nnever read\n"
+    done = subprocess.run(
+        [sys.executable, "-m", "quikjax.cli", *map(str, arguments)],
+        input=talk,
+        capture_output=True,
+        env={**os.environ, **environment},
+        timeout=300,
+        check=False,
+    )
+    errors = done.stderr.decode()
+    assert done.returncode == 0, errors
+    assert errors.count("tokens/s; prompt") == 2
+    assert errors.count("the line is not UTF-8 text") == 1
     for said in ("no command /nothing", "the system message is set", "is forgotten", "exceed the model's context of 256"):
-        assert said in done.stderr
+        assert said in errors
 
 
 @pytest.mark.parametrize(

@@ -301,3 +301,8 @@ def test_settings_that_cannot_be_met(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(QuikError, match=r"of 192 tokens takes .* GB are free; at most 128 tokens fit"):
         small.generate([[1, 2, 3]], max_new_tokens=150)
     assert small.generate([[1, 2, 3]], max_new_tokens=4).lengths[0] == 4
+    # Said at once, however long the text that was asked for.
+    monkeypatch.setattr("quikjax.generation.generator.device_memory", lambda: held + 10**6 * 128 * 768)
+    endless = Generator(tiny_model(max_position_embeddings=10**10), programs=PROGRAMS)
+    with pytest.raises(QuikError, match="at most 100663296 tokens fit"):
+        endless.generate([[1, 2, 3]], max_new_tokens=2 * 10**9)

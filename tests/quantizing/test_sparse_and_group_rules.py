@@ -38,6 +38,7 @@ def test_from_a_published_directory_to_disk_and_back(recipe: Recipe, tiny_checkp
     quantize_checkpoint(tiny_checkpoint, out, recipe, lambda _: ids)
     plan, found = make_plan(tiny_config(), recipe, memory_bytes=10**9), read_report(out)
     assert ["no kernel multiplies them" in note for note in plan.notes] == [True] * (recipe is SPARSE)
+    assert plan.notes == found.notes == tuple(found.as_json()["notes"])
     assert plan.quantized_bytes * 8 == checkpoint.sizes(out).linear_bits
     expected = {(layer.pattern, layer.outliers, layer.count) for layer in plan.layers}
     assert expected == {(kind.pattern, kind.outliers, kind.count) for kind in found.layers}

@@ -16,7 +16,7 @@ import numpy as np
 
 
 def open_export(directory: Path) -> tuple[dict[str, Any], dict[str, jax.Array], Any, Any]:
-    """What export.json says, the parameters, and the two programs for this machine."""
+    """The content of export.json, the parameters, and the two programs for this machine."""
     spec = json.loads((directory / "export.json").read_text(encoding="utf-8"))
     platform = {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())
     if platform not in spec["programs"]:
@@ -64,7 +64,7 @@ def tokens_of(tokenizer: Any, text: str, before: list[int]) -> list[int]:
 
 
 def text_behind(tokenizer: Any, prompt: list[int], new: list[int]) -> str:
-    """What decoding both has more than decoding the prompt: alone, the first word would lose its space, or half a character."""
+    """The text of `new`: decoded alone, the first word would lose its space, or half a character."""
     known, whole = tokenizer.decode(prompt), tokenizer.decode(prompt + new)
     pairs = zip(known, whole, strict=False)
     common = next((at for at, (a, b) in enumerate(pairs) if a != b), min(len(known), len(whole)))
