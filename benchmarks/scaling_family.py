@@ -1,14 +1,19 @@
 """Train a family of small LLaMAs on a text, for `quikjax study scaling` where there is no network: seeds fixed, bytes for tokens.
 
-    python benchmarks/scaling_family.py --text train.txt --held-out test.txt --out family --sizes 0.4 1 3
+    python benchmarks/scaling_family.py --text train.txt --held-out test.txt --out family --sizes 0.4 1 3 8
 
 writes `family/0.4m`, `family/1m`, ... as Hugging Face directories (they are made, not committed), each with the same byte
 tokenizer, and one JSON line per model on stdout: parameters, tokens seen, losses, perplexity on the held-out text, seconds.
 Same machine and arguments, same bytes. Every model sees the same tokens in the same order.
+
+With `--minutes` a model that is not finished by then is left in `family/8m.part.npz`; the same command goes on from there, to the
+same bytes, and a model that is there is not trained again.
 """
 
 import argparse
 import json
+import math
+import os
 import sys
 import time
 from functools import partial
@@ -81,23 +86,59 @@ def train(size: str, tokens: Int32[np.ndarray, " bytes"], args: argparse.Namespa
         updates, state_after = optimizer.update(gradient, state, params)
         return optax.apply_updates(params, updates), state_after, value
 
-    rng, losses, began = np.random.default_rng(args.seed), [], time.perf_counter()
-    for index in range(args.steps):
-        starts = rng.integers(0, len(tokens) - args.length - 1, args.batch)
+    part = args.out / f"{size}m.part.npz"
+    losses: list[float] = []
+    first, spent = 0, 0.0
+    if part.exists():
+        params, state, losses, spent = _resumed(part, (params, state), args)
+        first = len(losses)
+        print(f"{size}m goes on after step {first}", file=sys.stderr, flush=True)
+    began = time.perf_counter() - spent
+    for index in range(first, args.steps):
+        starts = np.random.default_rng((args.seed, index)).integers(0, len(tokens) - args.length - 1, args.batch)
         ids = np.stack([tokens[start : start + args.length + 1] for start in starts])
         params, state, value = step(params, state, jnp.asarray(ids))
-        losses.append(value)
+        losses.append(float(value))
         if (index + 1) % 50 == 0:
-            mean = float(jnp.mean(jnp.stack(losses[-50:])))
-            print(f"{size}m step {index + 1} loss {mean:.4f} {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
+            mean, seconds = math.fsum(losses[-50:]) / 50, time.perf_counter() - began
+            print(f"{size}m step {index + 1} loss {mean:.4f} {seconds:.0f} s", file=sys.stderr, flush=True)
+        if time.perf_counter() - args.started > 60 * args.minutes and index + 1 < args.steps:
+            _keep(part, (params, state), losses, time.perf_counter() - began, args)
+            print(f"{size}m: {index + 1} of {args.steps} steps; give the same command again", file=sys.stderr)
+            sys.exit(3)
     figures = {
         "size": size,
         "parameters": count_parameters(params),
         "tokens": args.steps * args.batch * args.length,
-        "train_loss": float(jnp.mean(jnp.stack(losses[-50:]))),
+        "train_loss": math.fsum(losses[-50:]) / len(losses[-50:]),
         "seconds": time.perf_counter() - began,
     }
+    part.unlink(missing_ok=True)
     return nnx.merge(graphdef, params), figures
+
+
+def _told(args: argparse.Namespace) -> str:
+    """What a part of a training may be resumed with."""
+    return json.dumps([str(args.text), args.steps, args.batch, args.length, args.seed])
+
+
+def _keep(part: Path, tree: Any, losses: list[float], seconds: float, args: argparse.Namespace) -> None:
+    """An unfinished training, written and renamed."""
+    leaves: dict[str, Any] = {f"leaf{i}": np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(tree))}
+    part.parent.mkdir(parents=True, exist_ok=True)
+    whole = part.with_suffix(".tmp.npz")
+    np.savez(whole, losses=np.asarray(losses), seconds=seconds, told=_told(args), **leaves)
+    os.replace(whole, part)
+
+
+def _resumed(part: Path, tree: Any, args: argparse.Namespace) -> tuple[Any, Any, list[float], float]:
+    """Parameters, the optimizer's state, losses so far and seconds so far of an unfinished training."""
+    kept = np.load(part)
+    if str(kept["told"]) != _told(args):
+        sys.exit(f"{part} was begun with {kept['told']}, not {_told(args)}; give the same arguments, or remove it")
+    leaves = [jnp.asarray(kept[f"leaf{i}"]) for i in range(len(jax.tree.leaves(tree)))]
+    params, state = jax.tree.unflatten(jax.tree.structure(tree), leaves)
+    return params, state, kept["losses"].tolist(), float(kept["seconds"])
 
 
 def _matrices(params: Any) -> Any:
@@ -119,19 +160,24 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+    parser.add_argument("--minutes", type=float, default=math.inf, help="leave an unfinished model after so many")
+    args = parser.parse_args(namespace=argparse.Namespace(started=time.perf_counter()))
     from safetensors.numpy import save_file
 
     tokens, held_out = (as_tokens(path.read_text(encoding="utf-8")) for path in (args.text, args.held_out))
     ids = windows(held_out, args.length, 20)
     for size in args.sizes:
+        directory = args.out / f"{size}m"
+        if (directory / "figures.json").exists():
+            print((directory / "figures.json").read_text(), flush=True)
+            continue
         model, figures = train(size, tokens, args)
         figures["held_out_perplexity"] = evaluate(model, ids).perplexity
-        directory = args.out / f"{size}m"
         directory.mkdir(parents=True, exist_ok=True)
         (directory / "config.json").write_text(json.dumps(configuration(size), indent=2))
         save_file({path: np.asarray(leaf) for path, leaf in dotted(pure_params(model)).items()}, directory / "model.safetensors")
         tiny_tokenizer().save_pretrained(str(directory))
+        (directory / "figures.json").write_text(json.dumps(figures))  # last: the model is whole
         print(json.dumps(figures), flush=True)
 
 

@@ -10,12 +10,12 @@ A block of zeros has `m_b = 0` and comes back as zeros.
 
 import statistics
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Float32, UInt8
+from jaxtyping import Array, Float, Float32, Int32, UInt8
 
 from quikjax.errors import QuikError
 
@@ -25,6 +25,9 @@ DataType = Literal["int", "float", "dynamic", "quantile", "nf", "fp4"]
 
 # Blocks of absmax that share a scale where they are quantized themselves (QLoRA, arXiv 2305.14314, section 3).
 DOUBLE_BLOCK = 256
+
+# Comparisons with every weight each time that weights are gone through.
+BOUNDS_PER_PASS = 16
 
 _NF4 = (
     *(-1.0, -0.6961928, -0.52507305, -0.39491749, -0.28444138, -0.18477343, -0.09105004, 0.0),
@@ -88,7 +91,8 @@ def quantile(values: Float[np.ndarray, "..."], bits: int) -> Float32[np.ndarray,
     """
     count = 2 ** _checked(bits) - 1
     d = 1 / (2 * count)
-    found = np.quantile(np.asarray(values, np.float64), np.linspace(d, 1 - d, count)) if np.size(values) else np.zeros(1)
+    # Sorted in their own dtype first: twice as fast.
+    found = np.quantile(np.sort(values, axis=None).astype(np.float64), np.linspace(d, 1 - d, count)) if np.size(values) else [0.0]
     return _normalized(np.concatenate([found, [0.0]]))
 
 
@@ -165,12 +169,26 @@ def midpoints(table: Float32[Array, " entries"]) -> Float32[Array, " bounds"]:
     return (table[1:] + table[:-1]) / 2
 
 
-def nearest(x: Float32[Array, "..."], bounds: Float32[Array, " bounds"]) -> UInt8[Array, "..."]:
-    """The code whose value is nearest to each `x`: how many of a codebook's `midpoints` are below it."""
-    # One comparison per bound and weight beats a binary search: it is eight weights wide, or sixteen.
-    return jax.lax.fori_loop(
-        0, bounds.shape[0], lambda j, codes: codes + (x > bounds[j]).astype(jnp.uint8), jnp.zeros(x.shape, jnp.uint8)
-    )
+def nearest(
+    x: Float32[Array, "..."], bounds: Float32[Array, " bounds"], passes: Int32[Array, ""] | int | None = None
+) -> UInt8[Array, "..."]:
+    """The code whose value is nearest to each `x`: how many of a codebook's `midpoints` are below it.
+
+    With `passes`, which may be traced, only the first `passes * BOUNDS_PER_PASS` bounds are looked at: one compilation serves
+    codebooks of every size, their bounds padded with infinity.
+    """
+    # One comparison per bound and weight beats a binary search: it is eight weights wide, or sixteen. Several bounds to a pass,
+    # since a pass reads and writes all weights.
+    padded = jnp.pad(bounds, (0, -bounds.shape[0] % BOUNDS_PER_PASS), constant_values=jnp.inf)
+
+    def compare(index: Any, codes: UInt8[Array, "..."]) -> UInt8[Array, "..."]:
+        some = jax.lax.dynamic_slice(padded, (index * BOUNDS_PER_PASS,), (BOUNDS_PER_PASS,))
+        for j in range(BOUNDS_PER_PASS):
+            codes = codes + (x > some[j]).astype(jnp.uint8)
+        return codes
+
+    count = padded.shape[0] // BOUNDS_PER_PASS if passes is None else passes
+    return jax.lax.fori_loop(0, count, compare, jnp.zeros(x.shape, jnp.uint8))
 
 
 @partial(jax.jit, static_argnames="block")

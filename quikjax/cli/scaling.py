@@ -1,6 +1,7 @@
 """`quikjax study scaling`: with a fixed number of model bits, which precision is best?"""
 
 import json
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,7 +14,7 @@ from quikjax.errors import QuikError
 
 if TYPE_CHECKING:
     from quikjax.models.base import CausalLM
-    from quikjax.study.grid import Row
+    from quikjax.study.grid import Cell, Row
 
 
 def scaling(
@@ -76,17 +77,26 @@ def scaling(
 
 
 class _Timed(GridLines):
-    """Lines on stderr, and each cell's seconds beside the rows, which hold no time so that a resumed run's are the same."""
+    """Lines on stderr, and each cell's seconds beside the rows, which hold no time so that a resumed run's are the same.
+
+    Seconds of a clock, and of all cores together: where others use the machine too, the second says more.
+    """
 
     def __init__(self, out: Path) -> None:
         self._out = out
+        self._cores = 0.0
+
+    def begin(self, cell: "Cell") -> None:
+        self._cores = time.process_time()
+        super().begin(cell)
 
     def end(self, row: "Row", done: int, total: int, seconds: float, seconds_left: float) -> None:
         from quikjax.errors import resumable
         from quikjax.study.scaling_page import SECONDS
 
+        cores = time.process_time() - self._cores
         with resumable(f"cannot write {self._out}"), open(self._out / SECONDS, "a") as file:
-            file.write(json.dumps({"key": row.key, "seconds": round(seconds, 3)}) + "\n")
+            file.write(json.dumps({"key": row.key, "seconds": round(seconds, 3), "core_seconds": round(cores, 3)}) + "\n")
         super().end(row, done, total, seconds, seconds_left)
 
 

@@ -74,7 +74,7 @@ def quantize_matrix(
     stored = W[:, columns[:base]] if base < W.shape[1] else W
     mean = jnp.mean(stored, keepdims=True).reshape(1) if rule.centered and stored.size else jnp.zeros(1, jnp.float32)
     flat = (stored - mean).reshape(-1)
-    table, codebook = _table(rule, flat)
+    table, codebook = table_of(rule, flat)
     kept, absmax = _absmax(codebooks.block_absmax(flat, empty.block), rule)
     if not bool(jnp.isfinite(absmax).all()):
         raise QuikError(f'a block of {path} overflows an absmax in {rule.absmax}; set absmax to "float32"')
@@ -111,8 +111,8 @@ def _exponent_bits(rule: CodebookRule) -> int:
     return rule.exponent_bits or codebooks.default_exponent_bits(rule.bits)
 
 
-def _table(rule: CodebookRule, flat: Float32[Array, " weights"]) -> tuple[Float32[Array, " entries"], Array]:
-    """The codebook, and what of it is stored."""
+def table_of(rule: CodebookRule, flat: Float32[Array, "..."]) -> tuple[Float32[Array, " entries"], Array]:
+    """The codebook of a rule, and what of it is stored. Only that of "quantile" depends on the weights, `flat`."""
     if rule.data_type != "quantile":
         table = codebooks.codebook(rule.data_type, rule.bits, rule.exponent_bits)
         return jnp.asarray(table), jnp.zeros(0, jnp.float16)

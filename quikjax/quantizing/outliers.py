@@ -119,3 +119,9 @@ def rounding_order(stats: LayerStats, base: Int32[Array, " base"], order: Order)
     if order == "hessian":
         return jnp.argsort(jnp.diagonal(stats.hessian)[base], stable=True, descending=True)
     return jnp.arange(base.shape[0])
+
+
+def base_then_outliers(score: Float32[Array, " k"], count: int) -> Int32[Array, " k"]:
+    """Return a permutation of the columns: the `count` of the largest `score` last, both parts ascending."""
+    chosen, base = largest_last(score, count), score.shape[0] - count
+    return jnp.concatenate([jnp.sort(chosen[:base]), jnp.sort(chosen[base:])])

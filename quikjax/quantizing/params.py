@@ -244,10 +244,7 @@ def _codebook_weight(
     if scores is not None and scores.shape != (k,):
         raise QuikError(f"the proxies for {path} are of {scores.shape[0]} columns, the kernel has {k}")
     count = 0 if scores is None else rule.outlier_count(k)
-    columns = jnp.arange(k, dtype=jnp.int32)
-    if scores is not None:
-        chosen = choosing.largest_last(scores, count)
-        columns = jnp.concatenate([jnp.sort(chosen[: k - count]), jnp.sort(chosen[k - count :])])
+    columns = jnp.arange(k, dtype=jnp.int32) if scores is None else choosing.base_then_outliers(scores, count)
     empty = abstract_codebook(rule, shape, in_axes, k - count, None if stats is None else stats.group)
     if rule.method == "rtn":
         return quantize_matrix(path, W, rule, columns, empty), None

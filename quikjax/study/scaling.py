@@ -25,15 +25,14 @@ from quikjax.loading import load_params, open_source
 from quikjax.loading.source import Source
 from quikjax.models.base import CausalLM
 from quikjax.models.registry import abstract_model, dotted, nested, pure_params
-from quikjax.quantizing.model import quantize_blocks
 from quikjax.quantizing.recipe import Recipe, codebook_recipe
 from quikjax.reports.charts import LineChart, Point
 from quikjax.study.grid import Cell, Row
 from quikjax.study.results import Study
+from quikjax.study.scaling_cells import Writer, Written
 from quikjax.study.scaling_curves import Measured, Winner, budgets, pearson, winners
 from quikjax.texts import Text, tokenize, tokens_fingerprint
 from quikjax.version import __version__
-from quikjax.weights.formats import dequantize, is_packed
 
 # The mean accuracy of a model with its tokenizer on zero-shot tasks.
 ZeroShot = Callable[[CausalLM, Any], float]
@@ -176,13 +175,15 @@ class Compute:
     def __init__(self, family: Family, zero_shot: ZeroShot | None = None) -> None:
         self._zero_shot = zero_shot
         self._members = {member.name: member for member in family.members}
-        self._loaded: tuple[str, dict[str, Any]] | None = None
+        self._loaded: tuple[str, dict[str, Any], Writer] | None = None
 
     def __call__(self, cell: Cell) -> dict[str, Any]:
         """Bits in all and per quantized weight, loss of each window in nats per token, and their perplexity."""
         member = self._members[cell.parameters["model"]]
-        params, total, in_codes, weights = self._written(member, recipe_of(cell.parameters))
-        model = nnx.merge(nnx.split(member.abstract)[0], nested(params))
+        recipe = recipe_of(cell.parameters)
+        params, writer = self._load(member)
+        written = Written(params, 0, 0) if recipe is None else writer(recipe)
+        model = nnx.merge(nnx.split(member.abstract)[0], nested(written.params))
         losses: list[float] = []
 
         def note(done: int, _count: int, perplexity: float) -> None:
@@ -193,36 +194,23 @@ class Compute:
         tasks = {} if self._zero_shot is None else {"zero_shot": self._zero_shot(model, member.tokenizer)}
         return {
             **tasks,
-            "total_bits": total,
-            "bits_per_weight": in_codes / weights if weights else float(FLOAT),
+            "total_bits": written.bits + FLOAT * (member.parameters - written.weights),
+            "bits_per_weight": written.bits / written.weights if written.weights else float(FLOAT),
             "parameters": member.parameters,
             "perplexity": found.perplexity,
             "stderr": found.stderr,
             "window_losses": [round(loss, 7) for loss in losses],
         }
 
-    def _written(self, member: Member, recipe: Recipe | None) -> tuple[dict[str, Any], int, int, int]:
-        """Dequantized parameters, all bits, those of the quantized layers, and how many weights these have."""
+    def _load(self, member: Member) -> tuple[dict[str, Any], Writer]:
+        """Dense parameters in float32, and what rewrites them."""
         if self._loaded is None or self._loaded[0] != member.name:
             self._loaded = None  # before the next model is read
             # In 16 bits first: that is the model that all precisions start from.
             loaded = dotted(load_params(member.source, member.abstract, dtype=jnp.float16))
-            self._loaded = (member.name, {path: leaf.astype(jnp.float32) for path, leaf in loaded.items()})
-        params = dict(self._loaded[1])
-        total, in_codes, weights = FLOAT * member.parameters, 0, 0
-        if recipe is None:
-            return params, total, in_codes, weights
-
-        def load(name: str) -> dict[str, Any]:
-            return {path.removeprefix(name + "."): leaf for path, leaf in params.items() if path.startswith(name + ".")}
-
-        for block in quantize_blocks(member.abstract, load, recipe, []):
-            for path, leaf in block.params.items():
-                if is_packed(leaf):
-                    count = leaf.inputs * leaf.outputs
-                    total, in_codes, weights = total + leaf.bits() - FLOAT * count, in_codes + leaf.bits(), weights + count
-                    params[f"{block.name}.{path}"] = dequantize(leaf)
-        return params, total, in_codes, weights
+            params = {path: leaf.astype(jnp.float32) for path, leaf in loaded.items()}
+            self._loaded = (member.name, params, Writer(member.abstract, params))
+        return self._loaded[1:]
 
 
 def scaling_study(

@@ -15,13 +15,20 @@ from quikjax import checkpoint
 from quikjax.checkpoint.load import load
 from quikjax.errors import QuikError
 from quikjax.evaluation import evaluate
+from quikjax.loading import load_params, open_source
+from quikjax.models.registry import abstract_model, dotted
 from quikjax.quantizing.checkpoint import quantize_checkpoint
+from quikjax.quantizing.params import quantize_block
+from quikjax.quantizing.proxies import block_proxies
+from quikjax.quantizing.recipe import codebook_recipe
 from quikjax.study.grid import Row, run_grid
 from quikjax.study.scaling import Family, best_per_model, charts, estimate, grid, open_family, recipe_of, scaling_study
+from quikjax.study.scaling_cells import Writer
 from quikjax.study.scaling_curves import Measured, budgets, interpolate, pearson, winners
 from quikjax.study.scaling_page import PAGE, WINNERS, write_page
 from quikjax.testing import write_tiny_checkpoint
 from quikjax.texts import Text
+from quikjax.weights.formats import dequantize, is_packed
 
 TEXT = Text("a text", "The quick brown fox jumps over the lazy dog, and again. " * 20)
 TINY: dict[str, Any] = {"num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 48, "num_key_value_heads": 4}
@@ -61,6 +68,48 @@ def test_bits_are_those_of_the_file_and_perplexity_that_of_the_artifact(
         assert math.log(row.result["perplexity"]) == pytest.approx(math.log(expected.perplexity), rel=2e-3)
         assert math.exp(np.mean(row.result["window_losses"])) == pytest.approx(row.result["perplexity"], rel=1e-5)
     assert len(coded.result["window_losses"]) == 3
+
+
+@pytest.mark.parametrize(
+    ("data_type", "bits", "block", "proxy"),
+    [("int", 3, 64, 0.1), ("float", 5, 7, 0.0), ("quantile", 6, "tensor", 0.1), ("dynamic", 8, 100, 0.0)],
+)
+def test_a_cells_weights_are_those_of_the_packed_layers_bit_for_bit(
+    models: list[str], data_type: str, bits: int, block: int | str, proxy: float
+) -> None:
+    source = open_source(models[1])
+    abstract = abstract_model(source.config)
+    params = dotted(load_params(source, abstract, dtype=jnp.float32))
+    recipe = recipe_of({"type": data_type, "bits": bits, "block": block, "proxy": proxy})
+    assert recipe is not None
+    written = Writer(abstract, params)(recipe)
+    name = "model.layers.1."
+    before, inside = (
+        {path.removeprefix(n): leaf for path, leaf in params.items() if path.startswith(n)} for n in ("model.layers.0.", name)
+    )
+    packed = quantize_block(
+        inside, recipe, dict.fromkeys(inside), prefix=name, proxies=block_proxies(abstract, inside, before) if proxy else None
+    )
+    layers = 0
+    for path, leaf in packed.items():
+        expected = dequantize(leaf) if is_packed(leaf) else leaf
+        np.testing.assert_array_equal(written.params[name + path], expected, err_msg=path)
+        layers += is_packed(leaf)
+    assert layers == 7
+    assert written.weights == 2 * sum(leaf.size for path, leaf in inside.items() if is_packed(packed[path]))
+
+
+def test_weights_that_cannot_be_written_are_refused(models: list[str]) -> None:
+    source = open_source(models[0])
+    abstract = abstract_model(source.config)
+    params = dotted(load_params(source, abstract, dtype=jnp.float32))
+    path = "model.layers.0.self_attn.q_proj.weight"
+    for value in (jnp.nan, jnp.inf, 1e6):
+        spoilt = {**params, path: params[path].at[3, 4].set(value)}
+        with pytest.raises(QuikError, match=f"{path} has weights that are not finite, or beyond the float16 of absmax"):
+            Writer(abstract, spoilt)(codebook_recipe("int", 4))
+    with pytest.raises(QuikError, match="a scaling study writes codebooks without data"):
+        Writer(abstract, params)(codebook_recipe("int", 4, absmax="double"))
 
 
 def test_a_killed_study_goes_on_to_the_same_rows_and_writes_a_page(family: Family, tmp_path: Path) -> None:
