@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental.mosaic.gpu import FragmentedArray
 from jax.experimental.mosaic.gpu import utils as mosaic_utils
@@ -111,6 +112,16 @@ def _elements(layout: Any, shape: Any, row: FragmentedArray, column: FragmentedA
         at_column = arith.addi(first_column, arith.index_cast(i32, n))
         at_row = arith.addi(first_row, arith.index_cast(i32, m))
         yield [(arith.addi(at_row, mosaic_utils.c(lane, i32)), at_column) for lane in range(length)]
+
+
+def swizzled(shape: tuple[int, ...], dtype: Any) -> Any:
+    """Shared memory in the form that the copy engine writes and tensor cores read without conflicts."""
+    bits = jnp.finfo(dtype).bits if jnp.issubdtype(dtype, jnp.floating) else jnp.iinfo(dtype).bits
+    swizzle = plgpu.find_swizzle(shape[-1] * bits)
+    # JAX 0.11 derives these from a Protocol and leaves one of its methods out, which mypy takes for abstract.
+    tiling = plgpu.TilingTransform((8, swizzle * 8 // bits))  # type: ignore[abstract, unused-ignore]
+    transforms = (tiling, plgpu.SwizzleTransform(swizzle))  # type: ignore[abstract, unused-ignore]
+    return plgpu.SMEM(shape, dtype, transforms=transforms)
 
 
 def row_unit(columns: int) -> int | None:
