@@ -47,6 +47,22 @@ class Problem:
 
 
 @dataclasses.dataclass(frozen=True)
+class CodebookProblem:
+    """One call of a layer with a codebook weight, by what is static. `base` of its `inputs` have codes, of `bits` each, with an
+    absmax for every `block` of a row; the others are outliers. `dtype` is that of the activations.
+    """
+
+    rows: int
+    inputs: int
+    outputs: int
+    base: int
+    bits: int
+    block: int
+    centered: bool
+    dtype: Any
+
+
+@dataclasses.dataclass(frozen=True)
 class Choice:
     """The backend that runs, why it was taken, and for every other one why not."""
 
@@ -149,6 +165,56 @@ def choose(problem: Problem, device: Device, backend: str | None = None, predica
             return Choice(name, _why_chosen(name, problem, device, refused), refused)
         refused[name] = reason
     raise BackendError(f"no backend can run this layer: {refused['xla']}")
+
+
+def why_not_mosaic_codebook(problem: CodebookProblem, device: Device) -> str | None:
+    """Pallas Mosaic GPU: 4-bit codes looked up in registers."""
+    from quikjax.pallas_kernels.codebook_matmul import layout as tile_form
+    from quikjax.pallas_kernels.codebook_matmul import mosaic as codebook_kernel
+
+    if not device.hopper:
+        return f"Mosaic kernels need a Hopper GPU (compute capability 9), this is {device}"
+    if problem.bits > 4:
+        return f"codes have {problem.bits} bits; the kernel looks up 16 values, of 4 bits at most"
+    if problem.base < problem.inputs:
+        return f"{problem.inputs - problem.base} columns are outliers; the kernel has codes for every column"
+    if problem.centered:
+        return "weights are centered, and the kernel adds no mean"
+    if problem.block % tile_form.BLOCK or (problem.block < problem.inputs and problem.inputs % problem.block):
+        return (
+            f"blocks of {problem.block} do not cut rows of {problem.inputs} into whole multiples of {tile_form.BLOCK}, "
+            "of which the kernel scales the sums"
+        )
+    if jnp.dtype(problem.dtype) not in (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16)):
+        return f"activations are {jnp.dtype(problem.dtype)}; the tensor cores take bfloat16 or float16"
+    if problem.rows == 0:
+        return "there are no rows"
+    if problem.outputs % 8:
+        return f"{problem.outputs} outputs are not a multiple of 8, which the copy engine needs"
+    return codebook_kernel.why_not(problem.rows)
+
+
+def why_not_triton_codebook(problem: CodebookProblem, device: Device) -> str | None:
+    """No Triton kernel reads codebooks."""
+    del problem, device
+    return "it has no kernel for codebook weights"
+
+
+def choose_codebook(problem: CodebookProblem, device: Device, backend: str | None = None) -> Choice:
+    """The backend for a codebook weight: the one named, or the kernel where it can, or XLA, which can dequantize any.
+
+    Raises:
+        BackendError: the named backend does not exist or cannot run this, in one sentence.
+    """
+    refused = {"mosaic": why_not_mosaic_codebook(problem, device), "triton": why_not_triton_codebook(problem, device)}
+    reasons = {name: reason for name, reason in refused.items() if reason is not None}
+    if backend is not None:
+        if backend in reasons or backend not in BACKENDS:
+            raise BackendError(f"{backend} cannot run codebook weights: {reasons.get(backend, 'there is no such backend')}")
+        return Choice(backend, "asked for by name", {})
+    if refused["mosaic"] is None:
+        return Choice("mosaic", "codes looked up in registers on Hopper", reasons)
+    return Choice("xla", f"codebook weights are dequantized and multiplied by XLA; mosaic: {refused['mosaic']}", reasons)
 
 
 def _why_chosen(name: str, problem: Problem, device: Device, refused: dict[str, str]) -> str:

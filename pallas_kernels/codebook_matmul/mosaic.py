@@ -40,7 +40,7 @@ from jaxlib.mlir.dialects import arith, llvm, vector
 
 from quikjax.pallas_kernels import hopper
 from quikjax.pallas_kernels.codebook_matmul.layout import BLOCK, DTYPES, TILE, CodebookTiles
-from quikjax.pallas_kernels.quik_matmul.mosaic import allocated_outputs
+from quikjax.pallas_kernels.quik_matmul.tiles import allocated_outputs
 
 COMPUTE = 2  # compute warpgroups
 MOST_ROWS = 64

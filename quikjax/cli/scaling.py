@@ -45,12 +45,10 @@ def scaling(
     cut = [parse_block(text.strip()) for text in blocks.split(",")]
     text = evaluation_text(perplexity)
 
-    from quikjax.study.scaling import estimate, grid, open_family, scaling_study
+    from quikjax.study.scaling import estimate, grid, open_family, scaling_study, short_blocks
     from quikjax.study.scaling_page import write_page
 
     family = open_family([name.strip() for given in models for name in given.split(",")], text, window=window, count=windows)
-    for warning in family.warnings:
-        say(f"note: {warning}")
     command = f"quikjax study scaling --out DIR --perplexity {perplexity} --window {window} --windows {windows}"
     cells = grid(
         family,
@@ -61,6 +59,8 @@ def scaling(
         exponent_bits=exponent_bits,
         command=command,
     )
+    for note in (*family.warnings, *short_blocks(family, cells)):
+        say(f"note: {note}")
     zero_shot, told = _zero_shot(tasks, task_data, limit)
     study = scaling_study(family, cells, text, zero_shot, told)
     cost = estimate(family, study.cells, study.finished(out))

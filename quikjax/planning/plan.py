@@ -33,8 +33,7 @@ from quikjax.quantizing.proxies import gaps, has_proxies
 from quikjax.quantizing.recipe import AnyRule, Recipe, Rule, find_recipe
 from quikjax.quantizing.shared_inputs import input_axes
 from quikjax.weights.codebook import CodebookWeight
-from quikjax.weights.groups import GroupWeight
-from quikjax.weights.linear import dequantized_choice
+from quikjax.weights.linear import explain
 
 # Devices that can be planned for without having one, and the bytes they are sold with.
 DEVICES: dict[str, tuple[Device, int | None]] = {
@@ -303,7 +302,7 @@ def make_plan(
         running=run,
         devices_needed=memory.devices_needed(run, memory_bytes, model.config),
         problems=(*problems, *rows.problems),
-        notes=_notes(recipe, model),
+        notes=(*_notes(recipe, model), *rows.notes),
     )
     planned = [PlannedLayers(row.pattern, row.count, row.outputs, row.inputs, row.activation_bits) for row in made.layers]
     advice = advise(device, recipe, planned, model.config.hidden_size, made.bits_per_weight)
@@ -337,6 +336,7 @@ class _Rows:
     def __init__(self, model: CausalLM, recipe: Recipe, dtype: Any, device: Device, batch: int, length: int) -> None:
         self.model, self.dtype, self.device, self.batch, self.length = model, dtype, device, batch, length
         self.problems: list[str] = []
+        self.notes: list[str] = []
         self._prefix = ".".join(model.block_path) + "."
         self._block = next(iter(model.blocks.values()))
         linear = {f"{layer}.weight" for layers in self._block.groups.values() for layer in layers}
@@ -403,10 +403,13 @@ class _Rows:
             )
         base = k - outliers
         legal = base > 0 and (base <= MAX_BASE or not exact)
+        made = abstract_weight(rule, shape, base)
+        if isinstance(made, CodebookWeight) and made.last_block < made.block:
+            self.notes.append(f"blocks of {made.block} do not divide {pattern}: its last block has {made.last_block} weights")
         self.layers.append(
             LayerPlan(
                 pattern=pattern,
-                format=abstract_weight(rule, shape, base).label,
+                format=made.label,
                 count=count,
                 outputs=n,
                 inputs=k,
@@ -415,7 +418,7 @@ class _Rows:
                 activation_bits=rule.activation_bits,
                 level_clip=rule.level_clip if isinstance(rule, Rule) else None,
                 outliers=outliers,
-                bytes=abstract_weight(rule, shape, base).bits() // 8,
+                bytes=made.bits() // 8,
                 prefill=self._choose(pattern, shape, rule, base, self.batch * self.length) if legal else None,
                 decode=self._choose(pattern, shape, rule, base, self.batch) if legal else None,
             )
@@ -423,7 +426,7 @@ class _Rows:
 
     def _choose(self, pattern: str, shape: tuple[int, ...], rule: AnyRule, base: int, rows: int) -> Choice | None:
         if not isinstance(rule, Rule):
-            return dequantized_choice(kind=CodebookWeight if isinstance(rule, CodebookRule) else GroupWeight)
+            return explain(abstract_weight(rule, shape, base), rows, self.dtype, device=self.device)
         problem = Problem(
             rows=rows,
             inputs=shape[1],

@@ -159,6 +159,23 @@ def grid(
     return cells
 
 
+def short_blocks(family: Family, cells: Sequence[Cell]) -> list[str]:
+    """Which blocks do not divide the layers of which models, a sentence each."""
+    found = []
+    blocks = list(dict.fromkeys(cell.parameters.get("block") for cell in cells))
+    for member in family.members:
+        prefix = ".".join(member.abstract.block_path) + "."
+        sizes = {
+            leaf.size for path, leaf in dotted(pure_params(member.abstract)).items() if path.startswith(prefix) and leaf.ndim > 1
+        }
+        for block in blocks:
+            if isinstance(block, int) and any(size % block for size in sizes):
+                found.append(
+                    f"blocks of {block} do not divide the weights of every layer of {member.name}: the last one is short"
+                )
+    return found
+
+
 def recipe_of(parameters: Mapping[str, Any]) -> Recipe | None:
     """The recipe of a cell, `None` in 16 bits."""
     if parameters["bits"] == FLOAT:
@@ -238,7 +255,7 @@ def scaling_study(
         compute=Compute(family, zero_shot),
         table=lambda rows: _table(rows, family.comparable),
         chart=lambda rows: charts(rows, comparable=family.comparable)["precisions"],
-        notes=family.warnings,
+        notes=(*family.warnings, *short_blocks(family, cells)),
     )
 
 

@@ -95,6 +95,11 @@ class CodebookWeight(Kernel):
         """How many blocks they are in."""
         return -(-self.coded // self.block)
 
+    @property
+    def last_block(self) -> int:
+        """How many weights the last block has: fewer than the others where blocks do not divide the tensor."""
+        return self.coded - (self.blocks - 1) * self.block if self.blocks else 0
+
     def layout(self) -> dict[str, tuple[tuple[int, ...], tuple[str, ...]]]:
         """Each data field's shape and the dtypes it may have."""
         double, outliers = self.absmax_format == "double", self.inputs - self.base

@@ -3,6 +3,7 @@
 import abc
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ from jaxtyping import Array, Float, Float32
 
 from quikjax.pallas_kernels import api
 from quikjax.weights.codebook import CodebookWeight
+from quikjax.weights.codebook_tiles import TiledCodebook, codebook_choice, kernel_product
 from quikjax.weights.formats import PackedWeight, Weight
 from quikjax.weights.groups import GroupWeight
 from quikjax.weights.quik import QuikWeight
@@ -57,7 +59,7 @@ class Trained(abc.ABC):
 
 def linear(
     x: Float[Array, "..."] | Produced,
-    weight: Weight | TiledWeight | Trained,
+    weight: Weight | TiledWeight | TiledCodebook | Trained,
     bias: Float[Array, "..."] | None = None,
     backend: str | None = None,
     residual: Float[Array, "..."] | None = None,
@@ -67,7 +69,8 @@ def linear(
     A dense `weight` is `[N, K]` (outputs, inputs) and multiplies in its promoted dtype with float32 accumulation. A
     `QuikWeight` may stand for a kernel with several axes: `x` ends in its `in_shape`, the result in its `out_shape`. It runs on
     the first backend that can (`pallas_kernels.choice`), or on the one named. So may a `CodebookWeight` or a `GroupWeight`,
-    which XLA dequantizes when its turn comes, and a `SparseWeight`, whose codes are expanded to those of a `QuikWeight` first.
+    which XLA dequantizes when its turn comes where no kernel reads it, and a `SparseWeight`, whose codes are expanded to those of
+    a `QuikWeight` first.
 
     Raises:
         BackendError: the named backend cannot run this layer.
@@ -77,7 +80,7 @@ def linear(
 
 def linears(
     x: Float[Array, "..."] | Produced,
-    weights: Sequence[Weight | TiledWeight | TiledMember | Trained],
+    weights: Sequence[Weight | TiledWeight | TiledMember | TiledCodebook | Trained],
     biases: Sequence[Float[Array, "..."] | None],
     backend: str | None = None,
     residual: Float[Array, "..."] | None = None,
@@ -108,7 +111,7 @@ def linears(
         elif isinstance(weight, QuikWeight | TiledWeight | TiledMember):
             shared = weight.group if weight.group is not None else ("alone", i)
             groups.setdefault((shared, weight.base, weight.activation_bits, weight.level_clip, weight.in_shape), []).append(i)
-        elif isinstance(weight, CodebookWeight | GroupWeight):
+        elif isinstance(weight, CodebookWeight | GroupWeight | TiledCodebook):
             results[i] = _dequantized(made(), weight, bias, backend)
         else:
             results[i] = _dense(made(), weight, bias)
@@ -124,7 +127,11 @@ def linears(
 
 
 def explain(
-    weight: PackedWeight | TiledWeight, rows: int, dtype: Any, backend: str | None = None, device: api.Device | None = None
+    weight: PackedWeight | TiledWeight | TiledCodebook,
+    rows: int,
+    dtype: Any,
+    backend: str | None = None,
+    device: api.Device | None = None,
 ) -> api.Choice:
     """Name the backend that multiplies `rows` tokens of `dtype` by a packed weight on this device (or another), and say why.
 
@@ -133,23 +140,24 @@ def explain(
     Raises:
         BackendError: the named backend cannot run this layer.
     """
-    if isinstance(weight, CodebookWeight | GroupWeight):
-        return dequantized_choice(backend, type(weight))
+    if isinstance(weight, CodebookWeight | TiledCodebook):
+        return codebook_choice(weight, rows, dtype, backend, device)
+    if isinstance(weight, GroupWeight):
+        return dequantized_choice(backend)
     read = jax.eval_shape(SparseWeight.expanded, weight) if isinstance(weight, SparseWeight) else weight
     return api.explain(rows, packed(read), weight.activation_bits, dtype, backend=backend, device=device)
 
 
-def dequantized_choice(backend: str | None = None, kind: type[CodebookWeight] | type[GroupWeight] = CodebookWeight) -> api.Choice:
-    """The only way there is to multiply by weights in codebooks, or in groups: XLA dequantizes them.
+def dequantized_choice(backend: str | None = None) -> api.Choice:
+    """The only way there is to multiply by weights in groups: XLA dequantizes them.
 
     Raises:
         BackendError: another backend is named.
     """
-    named = "codebook weights" if kind is CodebookWeight else "weights in groups"
-    refused = dict.fromkeys((name for name in api.BACKENDS if name != "xla"), f"it has no kernel for {named}")
+    refused = dict.fromkeys((name for name in api.BACKENDS if name != "xla"), "it has no kernel for weights in groups")
     if backend is not None and backend != "xla":
-        raise api.BackendError(f"{backend} cannot run {named}: {refused.get(backend, 'there is no such backend')}")
-    return api.Choice("xla", f"{named} are dequantized and multiplied by XLA", refused)
+        raise api.BackendError(f"{backend} cannot run weights in groups: {refused.get(backend, 'there is no such backend')}")
+    return api.Choice("xla", "weights in groups are dequantized and multiplied by XLA", refused)
 
 
 def _dense(x: Float[Array, "..."], weight: Array, bias: Float[Array, "..."] | None) -> Float[Array, "..."]:
@@ -159,19 +167,26 @@ def _dense(x: Float[Array, "..."], weight: Array, bias: Float[Array, "..."] | No
     return y.astype(x.dtype)
 
 
+_Dequantized = CodebookWeight | GroupWeight | TiledCodebook
+
+
 def _dequantized(
-    x: Float[Array, "..."], weight: CodebookWeight | GroupWeight, bias: Float[Array, "..."] | None, backend: str | None
+    x: Float[Array, "..."], weight: _Dequantized, bias: Float[Array, "..."] | None, backend: str | None
 ) -> Float[Array, "..."]:
-    dequantized_choice(backend, type(weight))
     batch = _batch_shape(x.shape, weight.in_shape)
+    rows = x.reshape(*batch, weight.inputs)
     flat = None if bias is None else bias.reshape(-1).astype(jnp.float32)
-    y = jax.lax.platform_dependent(
-        _as_multiplied(x.reshape(*batch, weight.inputs), weight), weight, cpu=_multiply_in_turn, default=_multiply_behind_barrier
-    )
+    if explain(weight, math.prod(batch), x.dtype, backend).backend == "mosaic":
+        assert not isinstance(weight, GroupWeight)
+        y = kernel_product(rows, weight)
+    else:
+        y = jax.lax.platform_dependent(
+            _as_multiplied(rows, weight), weight, cpu=_multiply_in_turn, default=_multiply_behind_barrier
+        )
     return (y if flat is None else y + flat).astype(x.dtype).reshape(*batch, *weight.out_shape)
 
 
-def _as_multiplied(x: Float[Array, "*batch k"], weight: CodebookWeight | GroupWeight) -> Float[Array, "*batch k"]:
+def _as_multiplied(x: Float[Array, "*batch k"], weight: _Dequantized) -> Float[Array, "*batch k"]:
     return weight.rounded(x) if isinstance(weight, GroupWeight) else x
 
 
@@ -179,18 +194,18 @@ def _as_multiplied(x: Float[Array, "*batch k"], weight: CodebookWeight | GroupWe
 # to the beginning, and hold every layer's at once. On a GPU a barrier is enough. On a CPU XLA drops barriers before it schedules,
 # so there the product is a branch: a product with nothing but zeros is zeros, and whether there is anything else is known only
 # when `x` is. (On a GPU a branch would wait for the host.)
-def _multiply_in_turn(x: Float[Array, "*batch k"], weight: CodebookWeight | GroupWeight) -> Float[Array, "*batch n"]:
-    def zeros(x: Float[Array, "*batch k"], weight: CodebookWeight | GroupWeight) -> Float[Array, "*batch n"]:
+def _multiply_in_turn(x: Float[Array, "*batch k"], weight: _Dequantized) -> Float[Array, "*batch n"]:
+    def zeros(x: Float[Array, "*batch k"], weight: _Dequantized) -> Float[Array, "*batch n"]:
         return jnp.zeros((*x.shape[:-1], weight.outputs), jnp.float32)
 
     return jax.lax.cond(jnp.any(x != 0), _multiply, zeros, x, weight)
 
 
-def _multiply_behind_barrier(x: Float[Array, "*batch k"], weight: CodebookWeight | GroupWeight) -> Float[Array, "*batch n"]:
+def _multiply_behind_barrier(x: Float[Array, "*batch k"], weight: _Dequantized) -> Float[Array, "*batch n"]:
     return _multiply(*jax.lax.optimization_barrier((x, weight)))
 
 
-def _multiply(x: Float[Array, "*batch k"], weight: CodebookWeight | GroupWeight) -> Float[Array, "*batch n"]:
+def _multiply(x: Float[Array, "*batch k"], weight: _Dequantized) -> Float[Array, "*batch n"]:
     return dense_product(x, weight.matrix().astype(x.dtype))
 
 

@@ -15,6 +15,7 @@ from typing import Any, overload
 import jax
 
 from quikjax.pallas_kernels import api
+from quikjax.weights.codebook_tiles import put_codebooks_on_device
 from quikjax.weights.quik import QuikWeight
 from quikjax.weights.sparse import SparseWeight
 
@@ -149,6 +150,7 @@ def put_on_device(params: Any, device: api.Device | None = None) -> Any:
     device = device or api.current_device()
     params = _expanded(params)
     if device.hopper:
+        params = put_codebooks_on_device(params, device)
         return _mapped(params, lambda weight: tile(weight) if _on_one_device(weight) else weight)
     if not any(isinstance(leaf, QuikWeight) and _by_triton(leaf, device) for leaf in jax.tree.leaves(params, is_leaf=_is_kernel)):
         return params

@@ -17,7 +17,7 @@ from quikjax.pallas_kernels import devices
 from quikjax.planning.plan import DEVICES, Plan, describe, find_device, make_plan
 from quikjax.quantizing import memory
 from quikjax.quantizing.params import quantize_params
-from quikjax.quantizing.recipe import Recipe, Rule
+from quikjax.quantizing.recipe import Recipe, Rule, codebook_recipe
 from quikjax.testing import tiny_config, tiny_model, write_tiny_checkpoint
 from quikjax.weights.quik import QuikWeight
 
@@ -303,3 +303,17 @@ def test_devices_by_name() -> None:
     with pytest.raises(QuikError, match='did you mean "h100"'):
         find_device("h101")
     assert set(DEVICES) == {"cpu", "h100", "h200", "a100", "l40s"}
+
+
+def test_a_block_that_divides_nothing_is_said_and_the_kernel_for_codebooks_is_named() -> None:
+    config = tiny_config(hidden_size=64, intermediate_size=96, num_hidden_layers=1)
+    made = make_plan(config, codebook_recipe("nf", 4, block=100), device=devices.H100, memory_bytes=80 * GB)
+    assert "blocks of 100 do not divide model.layers.*.mlp.down_proj.weight: its last block has 44 weights" in made.notes
+    layers = make_plan(config, "nf4", device=devices.H100, memory_bytes=80 * GB, dtype="bfloat16").layers
+    for row in layers:
+        assert row.decode is not None
+        assert row.prefill is not None
+        assert row.prefill.backend == "xla"
+        assert row.decode.backend == ("mosaic" if row.inputs == 64 else "xla")
+        assert row.inputs == 64 or "blocks of 64 do not cut rows of 96" in row.decode.reason
+    assert {row.inputs for row in layers} == {64, 96}

@@ -22,7 +22,17 @@ from quikjax.quantizing.params import quantize_block
 from quikjax.quantizing.proxies import block_proxies
 from quikjax.quantizing.recipe import codebook_recipe
 from quikjax.study.grid import Row, run_grid
-from quikjax.study.scaling import Family, best_per_model, charts, estimate, grid, open_family, recipe_of, scaling_study
+from quikjax.study.scaling import (
+    Family,
+    best_per_model,
+    charts,
+    estimate,
+    grid,
+    open_family,
+    recipe_of,
+    scaling_study,
+    short_blocks,
+)
 from quikjax.study.scaling_cells import Writer
 from quikjax.study.scaling_curves import Measured, budgets, interpolate, pearson, winners
 from quikjax.study.scaling_page import PAGE, WINNERS, write_page
@@ -182,6 +192,15 @@ def test_models_that_are_not_comparable_are_said(models: list[str], tmp_path: Pa
         "different tokenizers (small, headed; other): their perplexities are per token of their own and are not compared"
         in second
     )
+
+
+def test_blocks_that_divide_nothing_are_said(family: Family) -> None:
+    cells = grid(family, bits=[4, 16], types=["int"], blocks=[64, 100, "tensor"], proxies=[0.0])
+    assert short_blocks(family, cells) == [
+        f"blocks of 100 do not divide every layer of {name}: the last block of such a layer is short"
+        for name in ("small", "large")
+    ]
+    assert list(scaling_study(family, cells, TEXT).notes) == short_blocks(family, cells)
 
 
 def test_what_is_refused(family: Family, models: list[str]) -> None:

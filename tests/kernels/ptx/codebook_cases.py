@@ -18,7 +18,7 @@ from quikjax.pallas_kernels import layout
 from quikjax.pallas_kernels.codebook_matmul import layout as codebook_layout
 from quikjax.pallas_kernels.codebook_matmul import mosaic
 from quikjax.pallas_kernels.codebook_matmul.mosaic import CodebookMatmulTiles
-from quikjax.pallas_kernels.quik_matmul.mosaic import allocated_outputs
+from quikjax.pallas_kernels.quik_matmul.tiles import allocated_outputs
 
 _ROUNDING = {BFLOAT16: 2.0**-8, np.dtype(np.float16): 2.0**-11, np.dtype(np.float32): 2.0**-24}
 
