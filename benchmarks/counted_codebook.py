@@ -48,6 +48,14 @@ def seconds_of_code(spec: LinearSpec, rows: int, instructions: int, integer: int
     return max(turns * instructions, turns * integer * 2) / CLOCK
 
 
+def layers_like(model: str, spec: LinearSpec) -> int:
+    """How many layers of a block have this shape: the list names one of q, k, v and one of gate, up."""
+    if spec.name == "gate":
+        return 2
+    has_keys = any(other.name == "k" for other in MODELS[model])
+    return {"q": 1 if has_keys else 3, "k": 2}.get(spec.name, 1)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="*", choices=list(MODELS), default=["llama-2-7b"])
@@ -77,9 +85,7 @@ def main() -> int:
         for rows in arguments.rows:
             total = [0.0, 0.0]
             for spec in MODELS[model]:
-                times = counted.SHARED.get(spec.name, 1)
-                if any(other.name == "k" for other in MODELS[model]) and spec.name in ("q", "k"):
-                    times = 1 if spec.name == "q" else 2
+                times = layers_like(model, spec)
                 moved = api.bytes_moved(rows, spec.outputs, spec.inputs)
                 dense = 2 * (rows * spec.inputs + spec.outputs * spec.inputs + rows * spec.outputs)
                 flops = 2 * rows * spec.outputs * spec.inputs

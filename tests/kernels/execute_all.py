@@ -13,7 +13,6 @@ import time
 from collections.abc import Iterator
 
 import absent_gpu
-import numpy as np
 from ptx import sass
 from ptx.cases import Product, Split, product_run, wrong
 from ptx.codebook_cases import Codebook, codebook_run
@@ -72,10 +71,7 @@ def codebooks(few: bool) -> list[Codebook]:
     """Products with codebooks: the tests' cases, and an eighth of LLaMA-2-7B's q_proj at one row and at 64."""
     if few:
         return CODEBOOKS[::3]
-    real = [
-        Codebook(rows, 512, 4096, 64, False, codebook_mosaic.default_tiles(rows, 4096, 4096, H100.cores), out=np.float32)
-        for rows in (1, 64)
-    ]
+    real = [Codebook(rows, 512, 4096, 64, False, codebook_mosaic.default_tiles(rows, 4096, 4096, H100.cores)) for rows in (1, 64)]
     return CODEBOOKS + real
 
 

@@ -137,7 +137,7 @@ def codebook_kernel(spec: LinearSpec, rows: int) -> tuple[tuple[Any, ...], Calla
     tiles = codebook_mosaic.default_tiles(rows, blocks * codebook_layout.TILE, steps * codebook_layout.TILE, H100.cores)
 
     def function(x: Any, weight: Any) -> Any:
-        return codebook_mosaic.codebook_matmul(x, weight, None, out_dtype=jnp.float32, tiles=tiles)
+        return codebook_mosaic.codebook_matmul(x, weight, None, rows=rows, out_dtype=jnp.bfloat16, tiles=tiles)
 
     key = ("codebook", rows, n, k, *dataclasses.astuple(tiles))
     return key, function, (s((rows, steps * codebook_layout.TILE), jnp.bfloat16), weight)
