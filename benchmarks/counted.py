@@ -118,8 +118,8 @@ class Loop:
     shared_loads: int
 
 
-def inner_loop(listing: str, product: str) -> Loop | None:
-    """The shortest loop of a listing with an instruction whose name begins with `product` (`IGMMA`, `HGMMA`)."""
+def loop_body(listing: str, product: str) -> list[str]:
+    """Names of the instructions of a listing's shortest loop with one that begins with `product`, none where there is no loop."""
     lines: list[str] = []
     labels: dict[str, int] = {}
     found: list[list[str]] = []
@@ -131,10 +131,14 @@ def inner_loop(listing: str, product: str) -> Loop | None:
             back = re.search(r"\((\.L_x_\d+)\)", code[2]) if code[1].startswith("BRA") else None
             if back is not None and back[1] in labels:
                 found.append(lines[labels[back[1]] :])
-    bodies = [body for body in found if any(name.startswith(product) for name in body)]
-    if not bodies:
+    return min((body for body in found if any(name.startswith(product) for name in body)), key=len, default=[])
+
+
+def inner_loop(listing: str, product: str) -> Loop | None:
+    """The shortest loop of a listing with an instruction whose name begins with `product` (`IGMMA`, `HGMMA`)."""
+    body = loop_body(listing, product)
+    if not body:
         return None
-    body = min(bodies, key=len)
     products = sum(name.startswith(product) for name in body)
     return Loop(len(body), products, sum(name.startswith(("LDS", "LDSM")) for name in body))
 

@@ -19,6 +19,7 @@ from quikjax.errors import QuikError
 from quikjax.files import described
 from quikjax.models.cache import BlockCache, KeyValues
 from quikjax.pallas_kernels import api
+from quikjax.weights.codebook_tiles import TiledCodebook
 from quikjax.weights.formats import is_packed
 from quikjax.weights.linear import Produced, dense_product, linears
 from quikjax.weights.tiled import TiledMember, TiledWeight
@@ -304,7 +305,7 @@ def count_parameters(params: Any) -> int:
     """Count the parameters of a tree, packed weights by the kernels that they replaced."""
 
     def is_kernel(leaf: Any) -> bool:
-        return isinstance(leaf, TiledWeight | TiledMember) or is_packed(leaf)
+        return isinstance(leaf, TiledWeight | TiledMember | TiledCodebook) or is_packed(leaf)
 
     leaves = jax.tree.leaves(params, is_leaf=is_kernel)
     return sum(leaf.outputs * leaf.inputs if is_kernel(leaf) else leaf.size for leaf in leaves)

@@ -189,8 +189,6 @@ def why_not_mosaic_codebook(problem: CodebookProblem, device: Device) -> str | N
         return f"activations are {jnp.dtype(problem.dtype)}; the tensor cores take bfloat16 or float16"
     if problem.rows == 0:
         return "there are no rows"
-    if problem.outputs % 8:
-        return f"{problem.outputs} outputs are not a multiple of 8, which the copy engine needs"
     return codebook_kernel.why_not(problem.rows)
 
 

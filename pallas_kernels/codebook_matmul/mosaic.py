@@ -7,7 +7,7 @@ Weights are the first operand, `[n, k]`: only that one may come from registers. 
       codes 128 x 128 (8 kB, contiguous)      16 bytes of codes a row and thread -> 64 values of F, looked up in registers
       absmax 2 x 128                          two products of 64 columns, each from zero, float32
       activations m x 128                     total += absmax * product, for both
-                                            bias, cast, transpose, shared memory, TMA store
+                                            bias, cast, stores of the rows and columns that there are
 
 A look-up takes bytes out of two registers by the codes themselves (`prmt`): four codes at once, low bytes and high bytes apart.
 
@@ -40,7 +40,6 @@ from jaxlib.mlir.dialects import arith, llvm, vector
 
 from quikjax.pallas_kernels import hopper
 from quikjax.pallas_kernels.codebook_matmul.layout import BLOCK, DTYPES, TILE, CodebookTiles
-from quikjax.pallas_kernels.quik_matmul.mosaic import allocated_outputs
 
 COMPUTE = 2  # compute warpgroups
 MOST_ROWS = 64
@@ -63,7 +62,7 @@ def default_tiles(rows: int, outputs: int, inputs: int, cores: int) -> CodebookM
     m = next(m for m in (8, 16, 32, 64) if rows <= m)
     blocks, steps = outputs // TILE, inputs // TILE
     # Each part keeps two steps, and the others' sums fit beside the ring.
-    possible = [s for s in range(1, 9) if s == 1 or (steps >= 2 * s and (s - 1) * m <= 64)]
+    possible = [s for s in range(1, 9) if s == 1 or (steps >= 2 * s and (s - 1) * m <= 192)]
     splits = min(possible, key=lambda s: (math.ceil(blocks * s / cores) / s, s))
     tiles = CodebookMatmulTiles(m, 8, splits)
     while tiles.stages > 2 and shared_memory(tiles) > hopper.SHARED_MEMORY:
@@ -74,7 +73,7 @@ def default_tiles(rows: int, outputs: int, inputs: int, cores: int) -> CodebookM
 def shared_memory(tiles: CodebookMatmulTiles) -> int:
     """Bytes of shared memory that the kernel allocates, at most."""
     slot = TILE * TILE // 2 + tiles.m * TILE * 2 + (TILE // BLOCK) * TILE * 4
-    return tiles.stages * slot + COMPUTE * tiles.m * _ROWS * 4 * tiles.splits
+    return tiles.stages * slot + COMPUTE * tiles.m * _ROWS * 4 * (tiles.splits - 1)
 
 
 def why_not(rows: int) -> str | None:
@@ -96,24 +95,23 @@ class _Problem:
 
 
 def codebook_matmul(
-    x: jax.Array, weight: CodebookTiles, bias: jax.Array | None, *, out_dtype: Any, tiles: CodebookMatmulTiles
+    x: jax.Array, weight: CodebookTiles, bias: jax.Array | None, *, rows: int, out_dtype: Any, tiles: CodebookMatmulTiles
 ) -> jax.Array:
-    """`y [M, N]`.
+    """`y [rows, N]`.
 
     Args:
         x: bfloat16 or float16 `[M, K up to 128]`, `M` a multiple of 8 and at most `tiles.m`; zeros in columns past `K`.
         weight: in tile form.
         bias: float32, `[N up to 128]`, or None.
+        rows: how many of the `M` there are.
     """
-    m, inputs = x.shape
+    inputs = x.shape[1]
     blocks = weight.codes.shape[0]
     problem = _Problem(tiles, inputs // TILE, jnp.dtype(x.dtype), jnp.dtype(out_dtype), bias is not None)
-    width = allocated_outputs(weight.outputs)
     scratch: dict[str, Any] = {
         "codes": plgpu.SMEM((tiles.stages, TILE, TILE // 8), jnp.int32),
         "absmax": plgpu.SMEM((tiles.stages, TILE // BLOCK, TILE), weight.absmax.dtype),
         "tokens": hopper.swizzled((tiles.stages, tiles.m, TILE), x.dtype),
-        "out": hopper.swizzled((COMPUTE, tiles.m, _ROWS), out_dtype),
         "full": plgpu.Barrier(num_arrivals=3, num_barriers=tiles.stages),
         "empty": plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=tiles.stages),
     }
@@ -122,7 +120,7 @@ def codebook_matmul(
         scratch["arrived"] = plgpu.Barrier(num_arrivals=tiles.splits - 1, num_barriers=COMPUTE)
     kernel = plgpu.kernel(
         functools.partial(_kernel, problem),
-        out_type=jax.ShapeDtypeStruct((m, width), out_dtype),
+        out_type=jax.ShapeDtypeStruct((rows, weight.outputs), out_dtype),
         grid=(blocks,),
         grid_names=("tile",),
         cluster=(tiles.splits,) if tiles.splits > 1 else (),
@@ -132,8 +130,8 @@ def codebook_matmul(
         scratch_types=scratch,
         compiler_params=hopper.COMPILER_PARAMS,
     )
-    y = kernel(x, weight.codes, weight.absmax, weight.words, *(() if bias is None else (bias,)))
-    return y if width == weight.outputs else y[:, : weight.outputs]
+    y: jax.Array = kernel(x, weight.codes, weight.absmax, weight.words, *(() if bias is None else (bias,)))
+    return y
 
 
 def _kernel(problem: _Problem, *refs: Any, **scratch: Any) -> None:
@@ -168,7 +166,7 @@ def _kernel(problem: _Problem, *refs: Any, **scratch: Any) -> None:
         plgpu.set_max_registers(_COMPUTE_REGISTERS, action="increase")
         total = _sums(problem, words, steps, group, scratch)
         if splits == 1:
-            _store(problem, tile, group, bias, y, scratch["out"], total)
+            _store(problem, tile, group, bias, y, total)
         else:
             sums, arrived = scratch["sums"], scratch["arrived"]
 
@@ -189,9 +187,7 @@ def _kernel(problem: _Problem, *refs: Any, **scratch: Any) -> None:
                 whole = total
                 for other in range(splits - 1):
                     whole = whole + hopper.load(sums.at[other, group], plgpu.Layout.WGMMA)
-                _store(problem, tile, group, bias, y, scratch["out"], whole)
-
-        plgpu.wait_smem_to_gmem(0)
+                _store(problem, tile, group, bias, y, whole)
 
 
 def _sums(problem: _Problem, words: Any, steps: Any, group: Any, scratch: dict[str, Any]) -> jax.Array:
@@ -285,13 +281,10 @@ def _permute(first: Any, second: Any, selector: Any) -> Any:
     return result
 
 
-def _store(problem: _Problem, tile: Any, group: Any, bias: Any, y: Any, out: Any, value: jax.Array) -> None:
-    """Bias, cast, transpose and store; rows and columns past the end of `y` are clipped by the copy engine."""
+def _store(problem: _Problem, tile: Any, group: Any, bias: Any, y: Any, value: jax.Array) -> None:
+    """Bias, cast, and a warpgroup's part of the rows and columns that there are."""
     first = tile * TILE + group * _ROWS
     if bias is not None:
         rows = hopper.load(bias.at[pl.ds(first, _ROWS)], plgpu.Layout.WGMMA.reduce(1))
         value = value + lax.broadcast_in_dim(rows, value.shape, (0,))
-    piece = plgpu.layout_cast(value.astype(problem.out_dtype), plgpu.Layout.WGMMA)
-    out.at[group].transpose((1, 0))[...] = plgpu.layout_cast(piece, plgpu.Layout.WGMMA_TRANSPOSED)
-    plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(out.at[group], y.at[pl.ds(0, problem.tiles.m), pl.ds(first, _ROWS)])
+    hopper.store_transposed(y, value.astype(problem.out_dtype), jnp.int32(0), first)

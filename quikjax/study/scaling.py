@@ -286,20 +286,65 @@ def verdict(rows: Sequence[Row]) -> list[Winner]:
 
 
 def charts(rows: Sequence[Row], *, comparable: bool = True) -> dict[str, LineChart]:
-    """Loss over all bits: a line per precision; and where there are several, per data type, block or share of proxy outliers."""
+    """Loss over all bits: a line per precision; and where there are several, per data type, block or share of proxy outliers.
+
+    Those lines go through the models, at one number of bits a chart; where there is only one model, through the precisions.
+    """
     made = {"precisions": _chart("Precisions", best_per_model(rows), lines=comparable)}
-    for name, key in (("types", "type"), ("blocks", "block"), ("proxies", "proxy")):
+    alone = len({row.parameters["model"] for row in rows}) == 1
+    whole = {f"{FLOAT} bits": row.result["perplexity"] for row in rows if row.parameters["bits"] == FLOAT}
+    for name, key, what in (("types", "type", "data type"), ("blocks", "block", "block"), ("proxies", "proxy", "proxy outliers")):
         values = list(dict.fromkeys(row.parameters[key] for row in rows if key in row.parameters))
         if len(values) < 2:
             continue
-        for k in sorted({row.parameters["bits"] for row in rows} - {FLOAT}):
-            curves = {
-                f"{key} {value}": best_per_model([row for row in rows if row.parameters["bits"] == k], **{key: value})
-                for value in values
+        by_value = {_named(key, value): [row for row in rows if row.parameters.get(key) == value] for value in values}
+        if alone:
+            through = {
+                label: [point for points in best_per_model(some).values() for point in points] for label, some in by_value.items()
             }
-            lines = {label: points for label, found in curves.items() for points in found.values()}
-            made[f"{name}-{k}"] = _chart(f"{k} bits, by {key}", lines, lines=comparable)
+            made[name] = _chart(f"By {what}, the best of the rest at each precision", through, lines=True, rules=whole)
+            continue
+        for k in sorted({row.parameters["bits"] for row in rows} - {FLOAT}):
+            lines = {
+                label: points
+                for label, some in by_value.items()
+                for points in best_per_model([row for row in some if row.parameters["bits"] == k]).values()
+            }
+            made[f"{name}-{k}"] = _chart(f"{k} bits, by {what}", lines, lines=comparable)
     return made
+
+
+def _named(key: str, value: Any) -> str:
+    """A value in a chart's legend."""
+    if key == "block":
+        return "whole tensor" if value == "tensor" else f"block {value}"
+    if key == "proxy":
+        return f"{value:.1%} of the columns in 16 bits" if value else "no outliers"
+    return str(value)
+
+
+def best_cells(rows: Sequence[Row]) -> list[str]:
+    """The best cell at each precision of every model, a sentence each."""
+    best: dict[tuple[str, int], Row] = {}
+    for row in rows:
+        key = (row.parameters["model"], row.parameters["bits"])
+        if key not in best or row.result["perplexity"] < best[key].result["perplexity"]:
+            best[key] = row
+    sentences = []
+    for (model, bits), row in sorted(best.items(), key=lambda item: (item[1].result["parameters"], item[0])):
+        told = f"{model}, {bits} bits: perplexity {_perplexity(row.result['perplexity'])}"
+        if bits != FLOAT:
+            p = row.parameters
+            cut = "whole tensors" if p["block"] == "tensor" else f"blocks of {p['block']}"
+            kept = f", {p['proxy']:.3g} of the columns in 16 bits" if p["proxy"] else ""
+            told += f" with {p['type']} in {cut}{kept}, {row.result['bits_per_weight']:.3f} bits a weight"
+        sentences.append(f"{told}, {row.result['total_bits'] / 1e6:.4g} Mbit in all.")
+    return sentences
+
+
+def _perplexity(value: float) -> str:
+    """A perplexity, without the digits that mean nothing of a model that broke down."""
+    return f"{value:.4f}" if value < 1000 else f"{value:.3g}"
 
 
 def task_correlation(rows: Sequence[Row]) -> float | None:
@@ -308,19 +353,22 @@ def task_correlation(rows: Sequence[Row]) -> float | None:
     return pearson([pair[0] for pair in pairs], [pair[1] for pair in pairs])
 
 
-def _chart(title: str, curves: Mapping[str, Sequence[Measured]], *, lines: bool) -> LineChart:
+def _chart(
+    title: str, curves: Mapping[str, Sequence[Measured]], *, lines: bool, rules: Mapping[str, float] | None = None
+) -> LineChart:
     def points(measured: Sequence[Measured]) -> list[Point]:
         ordered = sorted(measured, key=lambda point: point.bits)
-        return [Point(point.bits, min(math.exp(float(np.mean(point.losses))), 100.0)) for point in ordered]
+        return [Point(point.bits / 1e6, min(math.exp(float(np.mean(point.losses))), 100.0)) for point in ordered]
 
     return LineChart(
         title=title,
-        x="model bits",
+        x="model bits, in millions",
         y="perplexity (100 at most)",
         series={name: points(measured) for name, measured in curves.items()},
         log_x=True,
         log_y=True,
         lines=lines,
+        rules={name: min(level, 100.0) for name, level in (rules or {}).items()},
     )
 
 
@@ -335,8 +383,8 @@ def _table(rows: Sequence[Row], comparable: bool) -> tuple[Sequence[str], Sequen
             f"{row.parameters['proxy']:g}" if "proxy" in row.parameters else "",
             f"{row.result['bits_per_weight']:.3f}",
             f"{row.result['total_bits'] / 1e6:.3f}",
-            f"{row.result['perplexity']:.4f}",
-            f"{row.result['stderr']:.4f}" if row.result["stderr"] is not None else "",
+            _perplexity(row.result["perplexity"]),
+            _perplexity(row.result["stderr"]) if row.result["stderr"] is not None else "",
         )
         for row in rows
     ]

@@ -11,7 +11,7 @@ from quikjax.checkpoint import atomic
 from quikjax.errors import resumable
 from quikjax.reports.charts import STYLE, line_chart
 from quikjax.study.results import StudyResult
-from quikjax.study.scaling import charts, verdict
+from quikjax.study.scaling import best_cells, charts, verdict
 from quikjax.study.scaling_curves import Winner
 
 PAGE, WINNERS, SECONDS = "page.html", "winners.json", "seconds.jsonl"
@@ -35,7 +35,8 @@ def write_page(result: StudyResult, directory: Path, *, comparable: bool) -> lis
     files = {f"{name}.svg": line_chart(chart, standalone=True) for name, chart in drawn.items()}
     files[WINNERS] = json.dumps([_as_json(winner) for winner in found], indent=1) + "\n"
     parts = [f"<p>{escape(result.title)}</p>", *(f"<p>{escape(note)}</p>" for note in result.notes)]
-    parts += [f"<p>{escape(sentence(winner))}</p>" for winner in found]
+    parts += _listed("At a number of bits, over models", [sentence(winner) for winner in found])
+    parts += _listed("At a precision, the best data type and block", best_cells(result.rows))
     parts += [f"<h2>{escape(chart.title)}</h2>{line_chart(chart)}" for chart in drawn.values()]
     parts.append(f"<h2>Cells</h2>{_html_table(result.head, result.lines)}")
     body = "\n".join(parts)
@@ -47,6 +48,12 @@ def write_page(result: StudyResult, directory: Path, *, comparable: bool) -> lis
         for name, text in files.items():
             atomic.write_text(directory / name, text)
     return list(files)
+
+
+def _listed(title: str, sentences: Sequence[str]) -> list[str]:
+    """A heading and a list, nothing where there are no sentences."""
+    items = "".join(f"<li>{escape(text)}</li>" for text in sentences)
+    return [f"<h2>{escape(title)}</h2><ul>{items}</ul>"] if sentences else []
 
 
 def sentence(winner: Winner) -> str:

@@ -94,10 +94,12 @@ def codebook_choice(
     return choice.choose_codebook(problem_of(weight, rows, dtype), device or devices.current_device(), backend)
 
 
-def kernel_product(x: Float[Array, "*batch k"], weight: CodebookWeight | TiledCodebook) -> Float32[Array, "*batch n"]:
-    """`x W^T` by the kernel, in float32."""
+def kernel_product(
+    x: Float[Array, "*batch k"], weight: CodebookWeight | TiledCodebook, bias: Float[Array, " n"] | None = None
+) -> Float[Array, "*batch n"]:
+    """`x W^T + bias` by the kernel, in the dtype of `x`."""
     tiled = _TILE(weight) if isinstance(weight, CodebookWeight) else weight
-    return api.product(x, tiled.tiles)
+    return api.product(x, tiled.tiles, bias)
 
 
 def dequantize_tiled(weight: TiledCodebook) -> Float32[Array, "..."]:

@@ -80,7 +80,7 @@ def linear(
 
 def linears(
     x: Float[Array, "..."] | Produced,
-    weights: Sequence[Weight | TiledWeight | TiledCodebook | TiledMember | Trained],
+    weights: Sequence[Weight | TiledWeight | TiledMember | TiledCodebook | Trained],
     biases: Sequence[Float[Array, "..."] | None],
     backend: str | None = None,
     residual: Float[Array, "..."] | None = None,
@@ -178,11 +178,8 @@ def _dequantized(
     flat = None if bias is None else bias.reshape(-1).astype(jnp.float32)
     if explain(weight, math.prod(batch), x.dtype, backend).backend == "mosaic":
         assert not isinstance(weight, GroupWeight)
-        y = kernel_product(rows, weight)
-    else:
-        y = jax.lax.platform_dependent(
-            _as_multiplied(rows, weight), weight, cpu=_multiply_in_turn, default=_multiply_behind_barrier
-        )
+        return kernel_product(rows, weight, flat).reshape(*batch, *weight.out_shape)
+    y = jax.lax.platform_dependent(_as_multiplied(rows, weight), weight, cpu=_multiply_in_turn, default=_multiply_behind_barrier)
     return (y if flat is None else y + flat).astype(x.dtype).reshape(*batch, *weight.out_shape)
 
 

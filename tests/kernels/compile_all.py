@@ -1,8 +1,8 @@
 """Compile every distinct kernel of `arg_specs` for an H100 that is not there: `make gpu-compile`.
 
-Every layer of every model at every number of rows asks for a split and a product. What several layers ask for in the same shape
-is compiled once. Prints a line per kernel, and exits with 1 if any of them spills, has no integer tensor-core product, divides
-inexactly, or does not compile.
+Every layer of every model at every number of rows asks for a split and a product, and at few rows for one with a codebook. What
+several layers ask for in the same shape is compiled once. Prints a line per kernel, and exits with 1 if any of them spills, has
+no tensor-core product of its kind, divides inexactly, or does not compile.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import absent_gpu
 import kernel_cases
 
 from quikjax.pallas_kernels.arg_specs import ROWS, LinearSpec, all_linears
+from quikjax.pallas_kernels.codebook_matmul import mosaic as codebook_mosaic
 from quikjax.pallas_kernels.split_quantize.producers import SiluMul
 
 
@@ -33,7 +34,7 @@ def _problems(spec: LinearSpec, key: tuple[Any, ...], function: Any, shapes: tup
     problems = compiled.complaints(exact_division=not (splits and isinstance(spec.producer, SiluMul)))
     if compiled.kernels != 1:
         problems.append(f"{compiled.kernels} kernels")
-    wanted = ".s32.s8.s8" if spec.bits < 16 else ".f32.bf16.bf16"
+    wanted = ".s32.s8.s8" if spec.bits < 16 and key[0] != "codebook" else ".f32.bf16.bf16"
     if not splits and not any(wanted in product for product in compiled.products):
         problems.append(f"no {wanted} product on the tensor cores")
     return problems
@@ -54,7 +55,8 @@ def main() -> int:
             continue
         for rows in arguments.rows:
             splits = [kernel_cases.split_kernel] if kernel_cases.has_split_kernel(spec, rows) else []
-            makers = [kernel_cases.product_kernel, *splits]
+            codebooks = [kernel_cases.codebook_kernel] if rows <= codebook_mosaic.MOST_ROWS else []
+            makers = [kernel_cases.product_kernel, *splits, *codebooks]
             for make in makers:
                 key, function, shapes = make(spec, rows)
                 asked += 1

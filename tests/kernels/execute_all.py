@@ -15,9 +15,13 @@ from collections.abc import Iterator
 import absent_gpu
 from ptx import sass
 from ptx.cases import Product, Split, product_run, wrong
+from ptx.codebook_cases import Codebook, codebook_run
+from ptx.codebook_cases import wrong as wrong_codebook
 from test_ptx import PRODUCTS, SPLITS
+from test_ptx_codebook import CODEBOOKS
 
 from quikjax.pallas_kernels import layout
+from quikjax.pallas_kernels.codebook_matmul import mosaic as codebook_mosaic
 from quikjax.pallas_kernels.devices import H100
 from quikjax.pallas_kernels.quik_matmul import tiles as matmul
 from quikjax.pallas_kernels.split_quantize import mosaic as split
@@ -63,6 +67,14 @@ def cases(few: bool) -> Iterator[Product | Split]:
     yield _product(1, 4096, 4096, 256, 4, 4)
 
 
+def codebooks(few: bool) -> list[Codebook]:
+    """Products with codebooks: the tests' cases, and an eighth of LLaMA-2-7B's q_proj at one row and at 64."""
+    if few:
+        return CODEBOOKS[::3]
+    real = [Codebook(rows, 512, 4096, 64, False, codebook_mosaic.default_tiles(rows, 4096, 4096, H100.cores)) for rows in (1, 64)]
+    return CODEBOOKS + real
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--few", action="store_true", help="a part of the tests' cases")
@@ -72,6 +84,15 @@ def main() -> int:
         print(reason, file=sys.stderr)
         return 1
     start, count, failures = time.monotonic(), 0, 0
+    for book in codebooks(few):
+        begun = time.monotonic()
+        problems = wrong_codebook(book)
+        if not few:
+            code = sass.listing(codebook_run(book).compiled.ptx)
+            problems += [f"before its wait: {text}" for text in sass.touched_too_early(code)[:3]]
+        count, failures = count + 1, failures + bool(problems)
+        state = "FAILED " if problems else "right  "
+        print(f"{state}codebook {book} {time.monotonic() - begun:.1f} s" + "".join(f"; {p}" for p in problems), flush=True)
     for case in cases(few):
         begun = time.monotonic()
         problems = wrong(case)

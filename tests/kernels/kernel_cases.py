@@ -11,6 +11,8 @@ import numpy as np
 
 from quikjax.pallas_kernels import api, choice, layout
 from quikjax.pallas_kernels.arg_specs import LinearSpec
+from quikjax.pallas_kernels.codebook_matmul import layout as codebook_layout
+from quikjax.pallas_kernels.codebook_matmul import mosaic as codebook_mosaic
 from quikjax.pallas_kernels.devices import H100
 from quikjax.pallas_kernels.quik_linear import mosaic as mosaic_layer
 
@@ -117,3 +119,25 @@ def product_kernel(spec: LinearSpec, rows: int) -> tuple[tuple[Any, ...], Callab
     widths = (layout.round_up(spec.base, layout.WEIGHT_TILE), layout.round_up(spec.outliers, layout.OUTLIER_TILE))
     key = ("product", rows, spec.outputs, base, outliers, *widths, spec.weight_bits, spec.bits, spec.bias)
     return key, function, (tokens, per_row, per_row, kept, packed, bias)
+
+
+def codebook_kernel(spec: LinearSpec, rows: int) -> tuple[tuple[Any, ...], Callable[..., Any], tuple[Any, ...]]:
+    """The product of a layer with all of its columns in a 4-bit codebook, blocks of 64, likewise. Rows count up to 8."""
+    s = jax.ShapeDtypeStruct
+    n, k, rows = spec.outputs, spec.inputs, layout.round_up(rows, 8)
+    blocks, steps = layout.round_up(n, codebook_layout.TILE) // codebook_layout.TILE, -(-k // codebook_layout.TILE)
+    weight = codebook_layout.CodebookTiles(
+        codes=s((blocks, steps, codebook_layout.TILE, 16), jnp.int32),
+        absmax=s((blocks, 2 * steps, codebook_layout.TILE), jnp.float16),
+        table=s((16,), jnp.float32),
+        words=s((2, 8), jnp.int32),
+        inputs=k,
+        outputs=n,
+    )
+    tiles = codebook_mosaic.default_tiles(rows, blocks * codebook_layout.TILE, steps * codebook_layout.TILE, H100.cores)
+
+    def function(x: Any, weight: Any) -> Any:
+        return codebook_mosaic.codebook_matmul(x, weight, None, rows=rows, out_dtype=jnp.bfloat16, tiles=tiles)
+
+    key = ("codebook", rows, n, k, *dataclasses.astuple(tiles))
+    return key, function, (s((rows, steps * codebook_layout.TILE), jnp.bfloat16), weight)

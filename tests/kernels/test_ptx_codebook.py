@@ -20,7 +20,7 @@ CODEBOOKS = [
     Codebook(17, 72, 640, 192, False, T(32, 4, 2), absmax=F32, out=F32),
     Codebook(16, 264, 512, 64, True, T(16, 3, 4), dtype=F16, out=F16),
     Codebook(64, 64, 1152, 1152, False, T(64, 2, 2), entries=7, dtype=F16, out=F16),
-    Codebook(2, 8, 1024, 64, False, T(8, 8, 8)),
+    Codebook(2, 9, 1024, 64, False, T(8, 8, 8)),  # an odd number of outputs
 ]
 
 

@@ -48,3 +48,11 @@ def test_bars_have_their_heights() -> None:
     heights = [float(node.get("height", "")) for node in bars]
     assert heights[1] / heights[0] == pytest.approx(4, rel=0.01)
     assert bars[1].get("class") == "dot s1"
+
+
+def test_a_narrow_logarithmic_axis_has_round_numbers_too() -> None:
+    svg = line_chart(
+        LineChart(title="t", x="x", y="y", series={"a": [Point(726.0, 5.2), Point(878.0, 7.9)]}, log_x=True), standalone=True
+    )
+    texts = [node.text for node in ET.fromstring(svg).iter("{http://www.w3.org/2000/svg}text")]
+    assert {"700", "750", "800", "850"} <= set(texts) or {"700", "800", "900"} <= set(texts)

@@ -25,6 +25,7 @@ from quikjax.quantizing.recipe import codebook_recipe
 from quikjax.study.grid import Row, run_grid
 from quikjax.study.scaling import (
     Family,
+    best_cells,
     best_per_model,
     charts,
     estimate,
@@ -150,6 +151,33 @@ def test_a_killed_study_goes_on_to_the_same_rows_and_writes_a_page(family: Famil
     assert "zero-shot" in (tmp_path / "whole" / "table.md").read_text()
     assert {name: len(points) for name, points in best_per_model(result.rows).items()} == {"3 bit": 2, "8 bit": 2, "16 bit": 2}
     assert set(charts(result.rows)["precisions"].series) == {"3 bit", "8 bit", "16 bit"}
+
+
+def test_one_model_is_drawn_through_its_precisions() -> None:
+    """Of cells of one model, lines go from precision to precision, each through the best of what is not drawn apart."""
+
+    def row(bits: int, perplexity: float, **fields: Any) -> Row:
+        result = {"perplexity": perplexity, "window_losses": [math.log(perplexity)], "total_bits": bits * 10**6, "parameters": 7}
+        return Row(str((bits, fields)), {"model": "m", "bits": bits, **fields}, "", {**result, "bits_per_weight": bits + 0.25})
+
+    rows = [
+        *[row(k, 100 / k, type="int", block=block, proxy=0.0) for k in (4, 8) for block in (64, "tensor")],
+        *[row(k, 2000 / k, type="dynamic", block="tensor", proxy=0.02) for k in (4, 8)],
+        row(16, 5.0),
+    ]
+    drawn = charts(rows)
+    assert set(drawn) == {"precisions", "types", "blocks", "proxies"}
+    assert set(drawn["blocks"].series) == {"block 64", "whole tensor"}
+    assert set(drawn["proxies"].series) == {"no outliers", "2.0% of the columns in 16 bits"}
+    assert [point.x for point in drawn["types"].series["int"]] == [4, 8]
+    assert [point.y for point in drawn["types"].series["int"]] == pytest.approx([25, 12.5])
+    assert [point.y for point in drawn["types"].series["dynamic"]] == pytest.approx([100, 100])  # 500 is beyond what is drawn
+    assert drawn["types"].rules == {"16 bits": 5.0}
+    assert best_cells(rows) == [
+        "m, 4 bits: perplexity 25.0000 with int in blocks of 64, 4.250 bits a weight, 4 Mbit in all.",
+        "m, 8 bits: perplexity 12.5000 with int in blocks of 64, 8.250 bits a weight, 8 Mbit in all.",
+        "m, 16 bits: perplexity 5.0000, 16 Mbit in all.",
+    ]
 
 
 def test_curves_and_winners_by_hand() -> None:

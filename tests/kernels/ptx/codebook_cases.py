@@ -18,7 +18,6 @@ from quikjax.pallas_kernels import layout
 from quikjax.pallas_kernels.codebook_matmul import layout as codebook_layout
 from quikjax.pallas_kernels.codebook_matmul import mosaic
 from quikjax.pallas_kernels.codebook_matmul.mosaic import CodebookMatmulTiles
-from quikjax.pallas_kernels.quik_matmul.mosaic import allocated_outputs
 
 _ROUNDING = {BFLOAT16: 2.0**-8, np.dtype(np.float16): 2.0**-11, np.dtype(np.float32): 2.0**-24}
 
@@ -75,17 +74,18 @@ class CodebookRun:
 
         def function(x: jax.Array, codes: jax.Array, absmax: jax.Array, words: jax.Array, *bias: jax.Array) -> jax.Array:
             weight = dataclasses.replace(self.weight, codes=codes, absmax=absmax, words=words)
-            return mosaic.codebook_matmul(x, weight, bias[0] if bias else None, out_dtype=case.out, tiles=case.tiles)
+            given = bias[0] if bias else None
+            return mosaic.codebook_matmul(x, weight, given, rows=case.rows, out_dtype=case.out, tiles=case.tiles)
 
         return compile_kernel(function, *shapes(self.inputs))
 
     def error(self, timing: Timing, compiled: CompiledKernel | None = None) -> float:
         """The largest error over the stated bound: one rounding to `out`, and 64 of float32 of all magnitudes together."""
         case = self.case
-        y = np.full((self.inputs[0].shape[0], allocated_outputs(case.outputs)), np.nan, case.out)
-        pointers = list(range(3, len(self.inputs)))  # words and bias: others only the copy engine touches
+        y = np.full((case.rows, case.outputs), np.nan, case.out)
+        pointers = list(range(3, len(self.inputs) + 1))  # words, bias and y: others only the copy engine touches
         after, _ = (compiled or self.compiled).run([*self.inputs, y], pointers, timing)
-        got = after[-1][: case.rows, : case.outputs].astype(np.float64)
+        got = after[-1].astype(np.float64)
         bound = _ROUNDING[np.dtype(case.out)] * np.abs(self.want) * 1.01 + 64 * 2.0**-24 * self.magnitude
         error = np.abs(got - self.want) / bound
         return float("inf") if np.isnan(error).any() else float(error.max())
