@@ -25,7 +25,8 @@ from quikjax.weights.linear import Produced, dense_product, linears
 from quikjax.weights.tiled import TiledMember, TiledWeight
 
 # Called by a block with the name of a group of layers and the tensor they all read; the block goes on with what it returns.
-# This is how calibration sees a block's inside, and spares what led to a tensor that it has kept from an earlier pass.
+# This is how calibration sees a block's inside, and spares what led to a tensor that it has kept from an earlier pass. Attention
+# also calls it with "query" and "key", which no layer reads: of them scores are made, which distillation compares.
 Observe = Callable[[str, Array], Array]
 
 # What layers read: a tensor, or what one is made of, for the layers to make it themselves.

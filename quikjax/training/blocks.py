@@ -59,8 +59,9 @@ REST = "rest"
 
 
 class Traces(NamedTuple):
-    """What distillation compares inside a model: what leaves each block, and the queries and keys of each (without heads, unless
-    they were asked for).
+    """The inside of a model, as distillation compares it: what leaves each block, and the queries and keys of each.
+
+    They have no heads unless they were asked for.
     """
 
     hidden: Float[Array, "blocks batch length hidden"]
@@ -177,7 +178,7 @@ def forward_traced(
     *,
     attention: bool = False,
 ) -> Traces:
-    """What leaves every block, and with `attention` the queries and keys of every block.
+    """Outputs of every block, and with `attention` the queries and keys of every block.
 
     What is computed is kept for the way back: it is for batches of short texts, where computing it again would cost more.
     """
