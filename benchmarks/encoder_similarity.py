@@ -21,16 +21,14 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from flax import nnx
-from jaxtyping import Float32
 
 from quikjax.checkpoint.load import load
 from quikjax.encoding.embed import embed
 from quikjax.errors import QuikError
+from quikjax.evaluation.similarity import compare_embeddings
 from quikjax.quantizing.calibration import calibration_tokens
 from quikjax.quantizing.model import quantize_model
-from quikjax.quantizing.proxies import spearman
 from quikjax.reports.tables import markdown_table
 from quikjax.texts import calibration_text
 from quikjax.weights.formats import is_packed
@@ -55,21 +53,6 @@ def sentences(path: Path, count: int) -> list[str]:
     if len(lines) < count:
         raise QuikError(f"{path} has {len(lines)} sentences, {count} are wanted")
     return lines[:count]
-
-
-def compare(original: Float32[np.ndarray, "n k"], quantized: Float32[np.ndarray, "n k"]) -> dict[str, float]:
-    """The figures, from normalized embeddings of the same sentences."""
-    cosine = np.sum(original.astype(np.float64) * quantized, axis=1)
-    above = np.triu_indices(len(original), 1)
-    theirs, ours = (vectors.astype(np.float64) @ vectors.T for vectors in (original, quantized))
-    nearest = [np.argmax(grid - 3 * np.eye(len(grid)), axis=1) for grid in (theirs, ours)]
-    return {
-        "cosine": float(cosine.mean()),
-        "cosine_5th_percentile": float(np.percentile(cosine, 5)),
-        "cosine_least": float(cosine.min()),
-        "spearman": spearman(theirs[above], ours[above]),
-        "same_nearest": float(np.mean(nearest[0] == nearest[1])),
-    }
 
 
 def say(line: str) -> None:
@@ -106,9 +89,9 @@ def main() -> None:
         seconds = time.perf_counter() - began
         quantized = nnx.merge(nnx.split(model)[0], params)
         found = embed(quantized, tokenizer, texts)
-        figures = compare(original, found.vectors)
-        rows.append({"recipe": recipe, **figures, "bits_per_weight": bits_per_weight(params), "seconds": seconds})
-        say(f"{recipe}: cosine {figures['cosine']:.4f}, Spearman {figures['spearman']:.4f}, quantized in {seconds:.0f} s")
+        figures = compare_embeddings(original, found.vectors)
+        rows.append({"recipe": recipe, **figures._asdict(), "bits_per_weight": bits_per_weight(params), "seconds": seconds})
+        say(f"{recipe}: cosine {figures.cosine:.4f}, Spearman {figures.spearman:.4f}, quantized in {seconds:.0f} s")
     head = ("recipe", "bits/weight", "cosine", "5th percentile", "least", "Spearman", "same nearest")
     cells = [
         [

@@ -13,12 +13,13 @@ from collections import defaultdict
 import numpy as np
 from flax import nnx
 
+from quikjax.algorithms.ranks import spearman
 from quikjax.evaluation import windows
 from quikjax.loading import load_published
 from quikjax.models.registry import dotted, pure_params
 from quikjax.quantizing.codebook_rule import CodebookRule
 from quikjax.quantizing.model import calibrate
-from quikjax.quantizing.proxies import gaps, model_proxies, overlap, producers, spearman
+from quikjax.quantizing.proxies import gaps, model_proxies, overlap, producers
 from quikjax.texts import calibration_text, tokenize
 
 

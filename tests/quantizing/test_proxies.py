@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from quikjax.algorithms.ranks import spearman
 from quikjax.models.registry import abstract_model, dotted, pure_params
 from quikjax.quantizing.model import calibrate
-from quikjax.quantizing.proxies import block_proxies, gaps, model_proxies, overlap, producers, spearman, written_layers
+from quikjax.quantizing.proxies import block_proxies, gaps, model_proxies, overlap, producers, written_layers
 from quikjax.testing import tiny_config, tiny_model
 
 SMALL: dict[str, Any] = {
