@@ -10,9 +10,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float, Float32, Int8, Int32
 
 from quikjax.models.dtypes import check_cache_kind
+from quikjax.pallas_kernels import api
 
 # Rows whose slots are written one after the other without a loop: each is one more operation to compile.
 _UNROLLED_ROWS = 16
@@ -161,6 +163,21 @@ def _as_bits(x: Array) -> Array:
     return jax.lax.bitcast_convert_type(x, jnp.uint16) if x.dtype.itemsize == 2 else x
 
 
+def _kept_as_it_lies(x: Array, dtype: Any) -> Array:
+    """`_from_bits` of a cache that goes round a loop, written where it lies.
+
+    On a GPU attention would like slots to be neighbours, and XLA turns the whole cache round for it, before and behind every loop
+    over tokens. It would also write once more, for itself, into what attention reads, which then needs a copy of what was there.
+    An exported program, made for a GPU of no known kind, may carry no constraint of layout.
+    """
+    device = api.current_device()
+    if device.platform == "gpu":
+        if device.capability is not None:
+            x = with_layout_constraint(x, Layout(major_to_minor=tuple(range(x.ndim))))
+        x = jax.lax.optimization_barrier(x)
+    return _from_bits(x, dtype)
+
+
 def _from_bits(x: Array, dtype: Any) -> Array:
     """The inverse of `_as_bits`."""
     return x if x.dtype == dtype else jax.lax.bitcast_convert_type(x, dtype)
@@ -194,7 +211,13 @@ class LayerCache:
             tail, dtype = (0,) * (whole.ndim - 4), whole.dtype
             whole, part = _as_bits(whole), _as_bits(part[None])
             if at.ndim == 0:
-                return _from_bits(jax.lax.dynamic_update_slice(whole, part, (self.layer, 0, 0, at, *tail)), dtype)
+                return _kept_as_it_lies(jax.lax.dynamic_update_slice(whole, part, (self.layer, 0, 0, at, *tail)), dtype)
+            if api.current_device().platform == "gpu":
+                # One kernel, where a slice for each row would be one for each.
+                texts, slots = jnp.arange(part.shape[2])[:, None], at[:, None] + jnp.arange(part.shape[3])
+                new = jnp.moveaxis(part[0], 0, 2)
+                whole = whole.at[self.layer, :, texts, slots].set(new, mode="drop", unique_indices=True)
+                return _kept_as_it_lies(whole, dtype)
 
             def row(b: Any, whole: Array) -> Array:
                 one = jax.lax.dynamic_slice_in_dim(part, b, 1, axis=2)

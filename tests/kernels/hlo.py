@@ -112,6 +112,10 @@ class Program:
                     found[source.name] = (source, times)
         return list(found.values())
 
+    def moved(self, at_least: int) -> list[Instruction]:
+        """What is executed only to move so many bytes, whoever reads them."""
+        return [i for _, i, _ in self.executed() if i.bytes >= at_least and self._moves(i)]
+
     def _behind(self, computation: str, name: str) -> Instruction | None:
         """The instruction that made an array, behind those that only rename it."""
         instruction = self.computations[computation].get(name)

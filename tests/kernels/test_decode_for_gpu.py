@@ -5,11 +5,15 @@ from typing import Any
 import absent_gpu
 import hlo
 import jax
+import jax.numpy as jnp
 import kernel_cases
+import numpy as np
 import pytest
 from test_gpu_scripts import module
 
+from quikjax.models.cache import KINDS, LayerCache, empty_cache
 from quikjax.pallas_kernels.arg_specs import LinearSpec
+from quikjax.pallas_kernels.devices import H100, Device, tracing_for
 
 LOOP = """
 %moved (p: s4[2,8,64], i: s32[]) -> s4[1,8,64] {
@@ -71,5 +75,35 @@ def test_a_block_decodes_one_row_in_eight_kernels_and_copies_no_packed_weight() 
     assert decoding.compiled.complaints(exact_division=False) == []  # the gate's SiLU divides as it likes
     # What is left is the embedding of the token.
     assert decoding.copied <= fields["hidden_size"] * 2
+    # Keys and values stay as they lie, before, in and behind the loop over tokens.
+    heads, size = fields["num_attention_heads"], fields["hidden_size"]
+    cache = jax.eval_shape(lambda: empty_cache(2, heads, 1, 256, size // heads, "bfloat16"))
+    assert decoding.program.moved(cache.nbytes() // 2) == []
     # The rest of a block is attention; around the blocks, the token's embedding, angles, head and choice.
     assert decoding.program.launched() <= 2 * (8 + 8) + 22
+
+
+def _written(cache: Any, key: jax.Array, at: jax.Array) -> Any:
+    return LayerCache(cache, jnp.int32(1)).write(key, key + 1, at).stacked
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_gpu_writes_texts_of_their_own_lengths_as_a_cpu_does(kind: str) -> None:
+    key = kernel_cases.tokens(3, (3, 2, 2, 8), jnp.float32)
+    arguments = (empty_cache(2, 2, 3, 16, 8, kind), key, jnp.array([0, 14, 5], jnp.int32))
+    want = jax.jit(_written)(*arguments)
+    with tracing_for(Device("gpu")):
+        got = jax.jit(_written)(*arguments)
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), got, want)
+
+
+@compiles
+def test_a_cache_is_written_in_place_by_one_kernel_each() -> None:
+    """Keys and values of 16 texts: not a kernel for each of them, and nothing turned round or copied."""
+    s = jax.ShapeDtypeStruct
+    cache = jax.eval_shape(lambda: empty_cache(2, 4, 16, 64, 32, "bfloat16"))
+    arguments = (cache, s((16, 1, 4, 32), jnp.bfloat16), s((16,), jnp.int32))
+    with tracing_for(H100):
+        lowered = absent_gpu.lower("h100", _written, *arguments, donate=(0,))
+    program = hlo.Program(absent_gpu.compile_lowered(lowered).hlo)
+    assert program.launched() == 2
