@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from test_gpu_scripts import module
 
-from quikjax.models.cache import KINDS, LayerCache, empty_cache
+from quikjax.models.cache import LayerCache, empty_cache
+from quikjax.models.dtypes import CACHE_KINDS
 from quikjax.pallas_kernels.arg_specs import LinearSpec
 from quikjax.pallas_kernels.devices import H100, Device, tracing_for
 
@@ -87,7 +88,7 @@ def _written(cache: Any, key: jax.Array, at: jax.Array) -> Any:
     return LayerCache(cache, jnp.int32(1)).write(key, key + 1, at).stacked
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", CACHE_KINDS)
 def test_a_gpu_writes_texts_of_their_own_lengths_as_a_cpu_does(kind: str) -> None:
     key = kernel_cases.tokens(3, (3, 2, 2, 8), jnp.float32)
     arguments = (empty_cache(2, 2, 3, 16, 8, kind), key, jnp.array([0, 14, 5], jnp.int32))
