@@ -35,6 +35,13 @@ def test_make_targets_and_folders_exist() -> None:
         assert (ROOT / folder).is_dir() or (ROOT / "quikjax" / folder).is_dir(), folder
 
 
+def test_files_exist() -> None:
+    for path in re.findall(r"`([\w/]+/\w+\.py)`", README):
+        assert "NAME" in path or any((root / path).is_file() for root in (ROOT, ROOT / "quikjax")), path
+    for path in re.findall(r"python\s+(benchmarks/\w+\.py)", README):
+        assert (ROOT / path).is_file(), path
+
+
 @pytest.mark.slow
 def test_the_python_example_works_as_pasted(tmp_path: Path) -> None:
     (example,) = re.findall(r"```python\n(.*?)```", README, flags=re.S)
