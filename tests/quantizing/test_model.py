@@ -44,7 +44,7 @@ def inputs_of_layers(model: CausalLM, ids: np.ndarray) -> dict[str, np.ndarray]:
     for name, block in model.blocks.items():
 
         def note(group: str, x: jax.Array, block: Any = block, name: str = name) -> jax.Array:
-            seen.update({f"model.layers.{name}.{layer}.weight": np.asarray(x) for layer in block.groups[group]})
+            seen.update({f"model.layers.{name}.{layer}.weight": np.asarray(x) for layer in block.groups.get(group, ())})
             return x
 
         hidden = block(hidden, pipeline.Positions(jnp.arange(ids.shape[1], dtype=jnp.int32)[None]), observe=note)[0]

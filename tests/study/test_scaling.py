@@ -226,8 +226,7 @@ def test_models_that_are_not_comparable_are_said(models: list[str], tmp_path: Pa
 def test_blocks_that_divide_nothing_are_said(family: Family) -> None:
     cells = grid(family, bits=[4, 16], types=["int"], blocks=[64, 100, "tensor"], proxies=[0.0])
     assert short_blocks(family, cells) == [
-        f"blocks of 100 do not divide every layer of {name}: the last block of such a layer is short"
-        for name in ("small", "large")
+        f"blocks of 100 do not divide the weights of every layer of {name}: the last one is short" for name in ("small", "large")
     ]
     assert list(scaling_study(family, cells, TEXT).notes) == short_blocks(family, cells)
 
