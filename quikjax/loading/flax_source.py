@@ -1,4 +1,4 @@
-"""Flax checkpoints of OPT and GPT-2 (`flax_model.msgpack`) under the names and in the layout of the PyTorch ones.
+"""Flax checkpoints of OPT, GPT-2 and the encoders (`flax_model.msgpack`) under the names and in the layout of the PyTorch ones.
 
 Flax keeps a dense `kernel` as `[inputs, outputs]`, an embedding as `embedding` and a norm's factor as `scale`; PyTorch calls all
 three `weight` and keeps the dense one as `[outputs, inputs]`. With GPT-2's layers it is the other way round in both: there, too,
@@ -15,7 +15,7 @@ from quikjax.loading.msgpack_header import Array, read_layout
 from quikjax.loading.source import TensorInfo
 
 _SINGLE, _INDEX = "flax_model.msgpack", "flax_model.msgpack.index.json"
-_FAMILIES = ("opt", "gpt2")
+_FAMILIES = ("opt", "gpt2", "bert", "roberta", "xlm-roberta", "distilbert")
 _LEAVES = {"kernel": "weight", "embedding": "weight", "scale": "weight", "bias": "bias"}
 
 
@@ -33,7 +33,7 @@ class FlaxSource(DirectorySource):
         if kind not in _FAMILIES:
             # Other families' Flax classes named and laid out their parameters each in its own way.
             raise QuikError(
-                f'{self.where}: Flax weights of a "{kind}" model are not supported, only of {" and ".join(_FAMILIES)}; '
+                f'{self.where}: Flax weights of a "{kind}" model are not supported, only of {", ".join(_FAMILIES)}; '
                 "use safetensors"
             )
         single, index = directory / _SINGLE, directory / _INDEX

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import flax.serialization
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -87,6 +88,29 @@ def test_every_form_of_a_checkpoint_is_the_same_model(tmp_path: Path) -> None:
         assert found.keys() == expected.keys(), name
         for path, array in expected.items():
             np.testing.assert_array_equal(found[path], array, err_msg=f"{name}: {path}")
+
+
+@pytest.mark.parametrize(
+    "name", ["bert-classifier", "bert-masked-lm", "roberta-classifier", "distilbert-masked-lm", "distilbert"]
+)
+def test_a_flax_checkpoint_is_the_same_model(tmp_path: Path, name: str) -> None:
+    fields = {**VARIANTS[name], "vocab_size": 257}
+    expected = random_checkpoint(fields)
+    tree: dict[str, Any] = {}
+    for path, array in expected.items():  # as transformers' Flax classes named and laid them out
+        *parents, leaf = path.split(".")
+        kind = "embedding" if parents[-1].endswith("embeddings") else "kernel" if array.ndim == 2 else "scale"
+        node = tree
+        for step in parents:
+            node = node.setdefault(step, {})
+        node[kind if leaf == "weight" else leaf] = array.T.copy() if kind == "kernel" and leaf == "weight" else array
+    directory = write(tmp_path / "flax", {}, fields)
+    (directory / "model.safetensors").unlink()
+    (directory / "flax_model.msgpack").write_bytes(flax.serialization.to_bytes(tree))
+    found = dotted(pure_params(quikjax.load(directory)[0]))
+    assert found.keys() == expected.keys()
+    for path, array in expected.items():
+        np.testing.assert_array_equal(found[path], array, err_msg=path)
 
 
 def test_a_checkpoint_that_is_another_model_is_refused(tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ FALCON = SMALL | {
     "parallel_attn": True,
     "bias": False,
 }
+BERT = SMALL | {"model_type": "bert", "intermediate_size": 24}
 SEVEN_B = SMALL | {"model_type": "falcon", "multi_query": True, "parallel_attn": True, "bias": False}
 
 
@@ -98,6 +99,26 @@ def test_gpt2_s_attention_mixes_the_last_third_of_its_one_product() -> None:
     for layer, score in expected.items():
         np.testing.assert_allclose(scores[f"{second}{layer}.weight"], score, rtol=1e-5)
     assert "mlp_output: a ReLU stands between c_fc and c_proj" in gaps(abstract_model(GPT2 | {"activation_function": "relu"}))
+
+
+@pytest.mark.parametrize("relu", [False, True])
+def test_an_encoder_reads_what_the_norm_behind_a_sum_made_of_it(relu: bool) -> None:
+    config = BERT | ({"hidden_act": "relu"} if relu else {})
+    model, params = random_params(config)
+    scores = model_proxies(model, {path: jnp.asarray(leaf) for path, leaf in params.items()})
+    first, second = "encoder.layer.0.", "encoder.layer.1."
+    expected = {
+        "attention.self.key": std(params[f"{first}output.dense.weight"]),
+        "attention.output.dense": std(params[f"{second}attention.self.value.weight"]),
+        "intermediate.dense": std(params[f"{second}attention.output.dense.weight"]),
+        "output.dense": std(params[f"{second}intermediate.dense.weight"]),
+    }
+    for layer, score in expected.items():
+        if relu and layer == "output.dense":
+            assert f"{second}{layer}.weight" not in scores
+            assert "mlp_output: a ReLU stands between intermediate.dense and output.dense" in gaps(model)
+        else:
+            np.testing.assert_allclose(scores[f"{second}{layer}.weight"], score, rtol=1e-5)
 
 
 @pytest.mark.parametrize("config", [FALCON, SEVEN_B])
