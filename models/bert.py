@@ -272,7 +272,7 @@ class BertTransform(nnx.Module):
 
 
 class BertPredictions(nnx.Module):
-    """What the masked language model's logits are made with beside the token table, to which its matrix is tied."""
+    """Layers that make the masked language model's logits beside the token table, to which its matrix is tied."""
 
     def __init__(self, config: EncoderConfig, *, dtype: Any) -> None:
         self.transform = BertTransform(config, dtype=dtype)

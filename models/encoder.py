@@ -75,7 +75,7 @@ class EncoderConfig(Config):
 
 
 class Encoded(NamedTuple):
-    """What a model without a head gives: the last block's output and, where the family has a pooler, its output."""
+    """The output of a model without a head: the last block's output and, where the family has a pooler, its output."""
 
     hidden: Float[Array, "batch length hidden"]
     pooled: Float[Array, "batch hidden"] | None
@@ -130,7 +130,7 @@ class Encoder(Transformer):
         return hidden
 
     def head(self, hidden: Float[Array, "batch length hidden"], positions: Int32[Array, "batch length"]) -> Any:
-        """What the model gives for the hidden state that leaves its last block."""
+        """The model's output for the hidden state that leaves its last block."""
         raise NotImplementedError
 
     def __call__(self, ids: Int[Array | np.ndarray, "batch length"], mask: Any = None, token_types: Any = None) -> Any:
@@ -214,7 +214,7 @@ class Embeddings(nnx.Module):
         token_types: Int[Array, "batch length"] | None,
         unused: int,
     ) -> Float[Array, "batch length hidden"]:
-        """What enters the first block. `unused` rows of the position table stand before that of position 0."""
+        """The first block's input. `unused` rows of the position table stand before that of position 0."""
         hidden = self.word_embeddings(ids)
         if self.token_type_embeddings is not None:
             kinds = jnp.zeros_like(ids) if token_types is None else token_types

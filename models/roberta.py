@@ -130,7 +130,7 @@ class RobertaForTokenClassification(RobertaWithHead):
 
 
 class RobertaLMHead(nnx.Module):
-    """What the masked language model's logits are made with beside the token table, to which its matrix is tied."""
+    """Layers that make the masked language model's logits beside the token table, to which its matrix is tied."""
 
     def __init__(self, config: EncoderConfig, *, dtype: Any) -> None:
         self.dense = Linear(config.hidden_size, config.hidden_size, bias=True, dtype=dtype)

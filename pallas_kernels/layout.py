@@ -53,7 +53,7 @@ class _Weight:
 
     @property
     def code_dtype(self) -> Any:
-        """What a code is, however many share a byte."""
+        """The dtype of a code, however many share a byte."""
         return jnp.dtype(self.qweight.dtype)
 
     @property

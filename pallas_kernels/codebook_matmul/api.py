@@ -73,7 +73,7 @@ def _run(x: Float[Array, "m k"], weight: CodebookTiles, bias: Float[Array, " n"]
 
 
 def bytes_moved(rows: int, outputs: int, inputs: int, absmax_bytes: int = 2) -> int:
-    """What the kernel reads from memory and writes, padding included (activations once: further tiles find them in L2)."""
+    """Bytes that the kernel reads from memory and writes, padding included (activations once: further tiles find them in L2)."""
     n, k, m = (padding.round_up(size, tile) for size, tile in ((outputs, layout.TILE), (inputs, layout.TILE), (rows, 8)))
     weights = n * k // 2 + n * (k // layout.BLOCK) * absmax_bytes
     return weights + m * k * 2 + rows * outputs * 2

@@ -1,4 +1,4 @@
-"""What encoders are for: embeddings of texts, and their classes. Programs are compiled once per bucket of lengths."""
+"""Embeddings of texts, and their classes, by encoders. Programs are compiled once per bucket of lengths."""
 
 from quikjax.encoding.classify import Classification, classify
 from quikjax.encoding.embed import Embeddings, embed

@@ -42,7 +42,7 @@ class Rows(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What encoding some texts took: their tokens, the texts that were cut, the lengths they were padded to, and time."""
+    """The cost of encoding some texts: their tokens, the texts that were cut, the lengths they were padded to, and time."""
 
     tokens: int
     cut: int
@@ -92,7 +92,7 @@ class TextEncoder:
         return len(self._programs)
 
     def run(self, texts: Sequence[Any], head: Head) -> tuple[Float[np.ndarray, "texts width"], Work]:
-        """What `head` makes of each text, in the order of the texts, and what it took.
+        """The output of `head` for each text, in the order of the texts, and its cost.
 
         `head` is compiled with the model, once for each bucket, and known by its identity.
 

@@ -59,7 +59,7 @@ REST = "rest"
 
 
 class Traces(NamedTuple):
-    """What distillation compares inside a model: what leaves each block, and the queries and keys of each (without heads, unless
+    """Tensors that distillation compares: what leaves each block, and the queries and keys of each (without heads, unless
     they were asked for).
     """
 
@@ -177,7 +177,7 @@ def forward_traced(
     *,
     attention: bool = False,
 ) -> Traces:
-    """What leaves every block, and with `attention` the queries and keys of every block.
+    """Hidden states behind every block, and with `attention` the queries and keys of every block.
 
     What is computed is kept for the way back: it is for batches of short texts, where computing it again would cost more.
     """

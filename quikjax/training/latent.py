@@ -1,4 +1,4 @@
-"""What moves in quantization-aware training: every parameter, those of quantized layers as latent floats that are rounded anew
+"""Parameters of quantization-aware training: every parameter, those of quantized layers as latent floats that are rounded anew
 in every step. From packed parameters and the floats they were made of to both halves, to the student, and back.
 
 With `W` the latent matrix and `s = s0 e^sigma` the step size of a row (or of a row and group), the layer computes with
@@ -41,7 +41,7 @@ _REACH = 0.499
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Latent:
-    """What stays of a packed weight: step sizes at step 0, zero points and columns; `packed` without its arrays says the rest.
+    """A packed weight's frozen part: step sizes at step 0, zero points and columns; `packed` without its arrays says the rest.
 
     `scale` float32 `[N]`, or `[N, groups]` with `zero` of that shape; `columns` int32 `[K]` (empty in a weight in groups); `mask`
     int8 `[N, K]`, or `[0, 0]` where nothing is pruned. `shared`: the name of the layers whose quantized activation is this one's.
@@ -59,7 +59,7 @@ class Latent:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Dense:
-    """What stays of a dense parameter: its mask, or `[0]`, and the dtype that it is stored in."""
+    """A dense parameter's frozen part: its mask, or `[0]`, and the dtype that it is stored in."""
 
     mask: Any
     dtype: str = dataclasses.field(metadata={"static": True})
@@ -68,7 +68,7 @@ class Dense:
 def start(
     params: Mapping[str, Any], originals: Mapping[str, Any], masks: Mapping[str, Any] | None = None
 ) -> tuple[dict[str, Any], Moving]:
-    """What stays and what moves at step 0, as host arrays.
+    """Frozen and moving parameters at step 0, as host arrays.
 
     Args:
         params: dense and packed parameters.

@@ -20,7 +20,7 @@ Figures = Mapping[str, float]
 
 @runtime_checkable
 class Progress(Protocol):
-    """What a training tells while it runs."""
+    """Progress of a training while it runs."""
 
     def start(self, steps: int, finished: int) -> None:
         """Work begins: so many steps, so many of them taken by an earlier run."""
@@ -29,7 +29,7 @@ class Progress(Protocol):
         """A step is taken; `loss` is that of its own examples, before it."""
 
     def evaluated(self, step: int, figures: Figures, best: bool) -> None:
-        """What the validation examples gave after `step` steps, and whether that is the best so far."""
+        """Figures of the validation examples after `step` steps, and whether that is the best so far."""
 
     def stopped(self, reason: str) -> None:
         """Training ends early; the best step so far is what is saved."""
@@ -44,7 +44,7 @@ class NoProgress:
 
 @dataclasses.dataclass(frozen=True)
 class Training:
-    """What to do, and how often.
+    """Tasks of a training, and how often.
 
     Attributes:
         take: of `(index, moving, optimizer state)` comes `(moving, optimizer state, loss, finite)`; index counts from 0. Where
@@ -104,7 +104,7 @@ def run(training: Training, moving: Any, optimizer: Any, store: Store, progress:
 
 
 def figures_at(notes: Mapping[str, Any], step: int) -> dict[str, float]:
-    """What the evaluation after `step` steps found."""
+    """Figures of the evaluation after `step` steps."""
     return next(dict(figures) for at, figures in notes["evaluations"] if at == step)
 
 

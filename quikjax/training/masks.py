@@ -60,7 +60,7 @@ def of(still: Tree) -> Masks:
 
 
 def put(still: Tree, masks: Masks) -> Tree:
-    """What stays, with these masks."""
+    """The frozen parameters, with these masks."""
     return {
         part: {path: dataclasses.replace(leaf, mask=masks[part][path]) for path, leaf in own.items()}
         for part, own in still.items()

@@ -349,7 +349,7 @@ def _train(
     store: Store,
     progress: Progress,
 ) -> tuple[Any, dict[str, Any]]:
-    """What moved to the best validation figures, and the notes of all evaluations."""
+    """The moving parameters at the best validation figures, and the notes of all evaluations."""
     step = make_step(
         student.skeleton, None if teacher is None else teacher.skeleton, () if teacher is None else teacher.matching, settings
     )

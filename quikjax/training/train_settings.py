@@ -1,4 +1,4 @@
-"""What a training is to do: everything that decides its bytes, beside models and data."""
+"""Settings of a training: everything that decides its bytes, beside models and data."""
 
 from typing import Literal
 

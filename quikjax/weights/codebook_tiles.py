@@ -41,7 +41,7 @@ class TiledCodebook(Kernel):
 
 
 def problem_of(weight: CodebookWeight | TiledCodebook, rows: int, dtype: Any) -> CodebookProblem:
-    """What a choice of backend may look at. Needs shapes only."""
+    """The facts that a choice of backend may look at. Needs shapes only."""
     if isinstance(weight, TiledCodebook):
         return CodebookProblem(rows, weight.inputs, weight.outputs, weight.inputs, 4, tile_form.BLOCK, False, jnp.dtype(dtype))
     # A block that holds whole rows, or all of the tensor, is one absmax for each row.
