@@ -194,7 +194,7 @@ class _Axis:
             every = max(1, len(decades) // 8)
             steps = (1, 2, 5) if len(decades) <= 3 else (1,)
             found = [step * 10.0**decade for decade in decades[::every] for step in steps]
-        if not self.log or sum(self.low <= tick <= self.high for tick in found) < 2:
+        if not self.log or sum(self.low <= tick <= self.high for tick in found) < 3:
             raw = (self.high - self.low) / 6
             power = 10.0 ** math.floor(math.log10(raw))
             step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= raw)

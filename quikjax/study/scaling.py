@@ -18,7 +18,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Int32
 
-from quikjax.algorithms.codebooks import MAX_BITS, MIN_BITS
+from quikjax.algorithms.codebooks import BOUNDS_PER_PASS, MAX_BITS, MIN_BITS
 from quikjax.errors import QuikError, did_you_mean
 from quikjax.evaluation import evaluate, windows
 from quikjax.loading import load_params, open_source
@@ -419,7 +419,8 @@ class Cost:
 
 
 def estimate(family: Family, cells: Sequence[Cell], done: Sequence[bool], *, flops: float = 3e10) -> Cost:
-    """Hours and disk of the cells that are not done: two operations per weight and token at `flops` a second, and quantizing.
+    """Hours and disk of the cells that are not done: two operations per weight and token at `flops` a second, and quantizing,
+    which goes through all weights once for every sixteen values of the codebook.
 
     Args:
         flops: what this machine sustains; the default is that of two ordinary cores.
@@ -429,6 +430,7 @@ def estimate(family: Family, cells: Sequence[Cell], done: Sequence[bool], *, flo
     for cell, finished in zip(cells, done, strict=True):
         if not finished:
             member = members[cell.parameters["model"]]
-            rate = 150e6 / 2 ** max(cell.parameters["bits"] - 4, 0) if cell.parameters["bits"] != FLOAT else math.inf
-            seconds += 2 * member.parameters * member.ids.size / flops + member.parameters / rate + 1
+            bits = cell.parameters["bits"]
+            each = 0.0 if bits == FLOAT else 16e-9 + 1.3e-9 * max(1, 2**bits // BOUNDS_PER_PASS)
+            seconds += 2 * member.parameters * member.ids.size / flops + member.parameters * each + 1
     return Cost(len(members), len(cells), len(cells) - sum(done), seconds / 3600, 2000 * len(cells))
