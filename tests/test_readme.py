@@ -15,13 +15,14 @@ Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
 def test_every_command_and_option_exists(quikjax_command: Run) -> None:
-    used: dict[str, set[str]] = {}
+    used: dict[tuple[str, ...], set[str]] = {}
     for line in re.findall(r"^quikjax .*$", README, flags=re.M):
         words = line.split("#")[0].split()
-        used.setdefault(words[1], set()).update(word for word in words if word.startswith("--"))
-    assert {"quantize", "generate", "eval"} <= set(used)
+        command = tuple(words[1:3] if words[1] == "study" else words[1:2])
+        used.setdefault(command, set()).update(word for word in words if word.startswith("--"))
+    assert {("quantize",), ("generate",), ("eval",), ("study", "scaling")} <= set(used)
     for command, options in used.items():
-        done = quikjax_command(command, "--help")
+        done = quikjax_command(*command, "--help")
         assert done.returncode == 0, (command, done.stderr)
         for option in options:
             assert option in done.stdout, (command, option)

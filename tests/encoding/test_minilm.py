@@ -4,9 +4,9 @@ import importlib.util
 
 import numpy as np
 import pytest
-from quikjax.loading.locate import DEMO_MODELS
 
 import quikjax
+from quikjax.loading.locate import DEMO_MODELS
 from quikjax.models.bert import BertModel
 
 NAME = "all-minilm-l6-v2"
