@@ -1,7 +1,7 @@
 """The block formats of GGUF files as float32.
 
 Defined by `gguf.quants`, whose numbers these are to the bit. The formats that small models are published in are written out here,
-in pieces that stay in a CPU's cache: a model of 135 M parameters is read in a tenth of the time.
+in pieces that stay in a CPU's cache, which takes a fraction of the time.
 """
 
 from collections.abc import Callable
