@@ -170,7 +170,7 @@ def _run_tasks(
 
     said = time.perf_counter()
 
-    def told(done: int, total: int) -> None:
+    def progress(done: int, total: int) -> None:
         nonlocal said
         if time.perf_counter() - said > 10:
             said = time.perf_counter()
@@ -178,7 +178,7 @@ def _run_tasks(
 
     names = [*tasks.local, *tasks.registered]
     say(f"tasks {', '.join(names)}" + ("" if limit is None else f", the first {limit} rows of each"))
-    scores = run_tasks(Scorer(network, tokenizer, told), tasks, fewshot=fewshot, limit=limit, chat=chat)
+    scores = run_tasks(Scorer(network, tokenizer, progress), tasks, fewshot=fewshot, limit=limit, chat=chat)
     rows = [dataclasses.asdict(score) for score in scores]
     if save:
         _save(model, "tasks", {"tasks": names, "fewshot": fewshot, "limit": limit, "chat": chat}, {"scores": rows})
@@ -209,7 +209,7 @@ def progress_lines(what: str) -> Callable[[int, int, float], None]:
     """Lines of progress on stderr, at most one in ten seconds."""
     began = said = time.perf_counter()
 
-    def told(done: int, total: int, so_far: float) -> None:
+    def progress(done: int, total: int, so_far: float) -> None:
         nonlocal said
         now = time.perf_counter()
         if done < total and now - said > 10:
@@ -217,7 +217,7 @@ def progress_lines(what: str) -> Callable[[int, int, float], None]:
             left = (now - began) / done * (total - done)
             say(f"  {done} of {total} {what}, perplexity so far {so_far:.4g}, about {duration(left)} left")
 
-    return told
+    return progress
 
 
 def _save(model: str, kind: Literal["perplexity", "tasks"], protocol: dict[str, Any], figures: dict[str, Any]) -> None:

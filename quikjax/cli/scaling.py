@@ -61,8 +61,8 @@ def scaling(
     )
     for note in (*family.warnings, *short_blocks(family, cells)):
         say(f"note: {note}")
-    zero_shot, told = _zero_shot(tasks, task_data, limit)
-    study = scaling_study(family, cells, text, zero_shot, told)
+    zero_shot, protocol = _zero_shot(tasks, task_data, limit)
+    study = scaling_study(family, cells, text, zero_shot, protocol)
     cost = estimate(family, study.cells, study.finished(out))
     say(
         f"{cost.models} models, {cost.cells} cells, {cost.missing} to run: about {duration(cost.hours * 3600)} "

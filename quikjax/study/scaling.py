@@ -332,13 +332,13 @@ def best_cells(rows: Sequence[Row]) -> list[str]:
             best[key] = row
     sentences = []
     for (model, bits), row in sorted(best.items(), key=lambda item: (item[1].result["parameters"], item[0])):
-        told = f"{model}, {bits} bits: perplexity {_perplexity(row.result['perplexity'])}"
+        sentence = f"{model}, {bits} bits: perplexity {_perplexity(row.result['perplexity'])}"
         if bits != FLOAT:
             p = row.parameters
             cut = "whole tensors" if p["block"] == "tensor" else f"blocks of {p['block']}"
             kept = f", {p['proxy']:.3g} of the columns in 16 bits" if p["proxy"] else ""
-            told += f" with {p['type']} in {cut}{kept}, {row.result['bits_per_weight']:.3f} bits a weight"
-        sentences.append(f"{told}, {row.result['total_bits'] / 1e6:.4g} Mbit in all.")
+            sentence += f" with {p['type']} in {cut}{kept}, {row.result['bits_per_weight']:.3f} bits a weight"
+        sentences.append(f"{sentence}, {row.result['total_bits'] / 1e6:.4g} Mbit in all.")
     return sentences
 
 

@@ -348,20 +348,20 @@ def _write(
 ) -> str:
     """Write the artifact and return its fingerprint."""
     manifest = reader.manifest
-    told = {
+    record = {
         **known,
         "best_step": notes["best"],
         "validation_kl": {str(step): found["kl"] for step, found in notes["evaluations"]},
     }
     if "stopped" in notes:
-        told["stopped"] = notes["stopped"]
+        record["stopped"] = notes["stopped"]
     if "recovered" in manifest.provenance:
-        told["earlier"] = manifest.provenance["recovered"]
+        record["earlier"] = manifest.provenance["recovered"]
     with Writer(
         target,
         config=manifest.config,
         recipe=manifest.recipe,
-        provenance={**manifest.provenance, "recovered": told},
+        provenance={**manifest.provenance, "recovered": record},
         force=force,
         expected_bytes=reader.disk_bytes,
     ) as writer:

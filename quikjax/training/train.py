@@ -412,11 +412,11 @@ def _write(
 ) -> str:
     """Write the artifact and return its fingerprint."""
     by_step = {str(step): figures for step, figures in notes["evaluations"]}
-    told = {**known, "best_step": notes["best"], "validation_figures": by_step}
+    record = {**known, "best_step": notes["best"], "validation_figures": by_step}
     if "stopped" in notes:
-        told["stopped"] = notes["stopped"]
+        record["stopped"] = notes["stopped"]
     described = recipe.model_dump(mode="json") if recipe.rules else None
-    with Writer(target, config=student.fields, recipe=described, provenance={"trained": told}, force=force) as writer:
+    with Writer(target, config=student.fields, recipe=described, provenance={"trained": record}, force=force) as writer:
         params = finished_params(student, best)
         for name, members in split_parts(params, tuple(student.skeleton.prefix.split("."))).items():
             writer.write_part(name, members)
