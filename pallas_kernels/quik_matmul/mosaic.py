@@ -369,12 +369,7 @@ def _multiply(problem: _Problem, operands: _Operands, scratch: dict[str, Any], g
         residual = _residual(problem, walk, group, operands)
         sums = pl.run_scoped(base_products, plgpu.ACC(shape, sum_dtype))
         if tiles.splits == 1:
-            value = _epilogue(problem, operands, walk, group, sums)
-            if problem.direct and problem.outlier_steps:
-                # Stored from registers, sums that began as `value` would make ptxas wait for each product (its C7514).
-                value = value + outliers_onto(plgpu.layout_cast(jnp.zeros(shape, jnp.float32), plgpu.Layout.WGMMA))
-            else:
-                value = outliers_onto(value)
+            value = outliers_onto(_epilogue(problem, operands, walk, group, sums))
             _store(problem, walk, group, out, operands, value, residual)
             return
         base_sums, outlier_sums, arrived = scratch["base_sums"], scratch["outlier_sums"], scratch["arrived"]
