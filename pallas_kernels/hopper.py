@@ -97,11 +97,15 @@ def store_transposed(ref: Any, values: jax.Array, first_row: Any, first_column: 
         whole = ir.IntegerType.get_signless(bits)
         base = mosaic_utils.memref_ptr(target)
         # Of an array in global memory the generic address is the global one.
+        # The number of rows, plus a special register that is zero. Of one row the compilers would see that half of the elements
+        # are never stored, and ptxas, which then takes the registers of a WGMMA apart, serializes every one of them (C7514).
+        zero: Any = llvm.inline_asm(i32, [], "mov.u32 $0, %ctaid.z;", "=r", has_side_effects=True)
+        last = arith.addi(zero, mosaic_utils.c(rows, i32))
         text = f"{{ .reg .pred there; setp.ne.b32 there, $0, 0; @there st.global.b{bits} [$1], $2; }}"
         for register, places in zip(tile.registers.flat, _elements(tile.layout, tile.shape, row, column), strict=True):
             for lane, (at_row, at_column) in enumerate(places):
                 inside = arith.andi(
-                    arith.cmpi(arith.CmpIPredicate.ult, at_row, mosaic_utils.c(rows, i32)),
+                    arith.cmpi(arith.CmpIPredicate.ult, at_row, last),
                     arith.cmpi(arith.CmpIPredicate.ult, at_column, mosaic_utils.c(columns, i32)),
                 )
                 offset = arith.addi(arith.muli(at_row, mosaic_utils.c(columns, i32)), at_column)
