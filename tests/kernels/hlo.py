@@ -1,4 +1,4 @@
-"""What a compiled program launches and copies, read from XLA's optimized HLO."""
+"""Kernels and copies of a compiled program, read from XLA's optimized HLO."""
 
 import dataclasses
 import functools
@@ -113,7 +113,7 @@ class Program:
         return list(found.values())
 
     def moved(self, at_least: int) -> list[Instruction]:
-        """What is executed only to move so many bytes, whoever reads them."""
+        """Instructions that only move so many bytes, whoever reads them."""
         return [i for _, i, _ in self.executed() if i.bytes >= at_least and self._moves(i)]
 
     def _behind(self, computation: str, name: str) -> Instruction | None:
