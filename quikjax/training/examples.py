@@ -72,7 +72,7 @@ def read_labelled(path: str | Path) -> Labelled:
         raise QuikError(f"{where} has {len(fields)} columns beside {LABEL!r} ({', '.join(fields)}); a text or a pair is expected")
     texts, labels = [], []
     for line, row in rows:
-        missing = [name for name in (*fields, LABEL) if row.get(name) is None or str(row[name]) == ""]
+        missing = [name for name in (*fields, LABEL) if row.get(name) is None or not str(row[name]).strip()]
         if missing:
             raise QuikError(f"{where}, line {line}: there is no {missing[0]}")
         texts.append(tuple(str(row[name]).strip() for name in fields))

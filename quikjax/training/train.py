@@ -179,6 +179,17 @@ def _check_teacher(start: Beginning, guide: Beginning, settings: TrainSettings) 
             f"the teacher has {labels[1] or 'no'} classes, the student {labels[0]}; give a teacher trained for this task "
             "(quikjax train MODEL --data ... makes one)"
         )
+    named = (getattr(mine, "labels", ()), getattr(theirs, "labels", ()))
+    if all(named) and named[0] != named[1]:
+        raise QuikError(
+            f"the teacher's classes are {', '.join(named[1])}, the student's {', '.join(named[0])}, in this order; give a "
+            "teacher of the same classes"
+        )
+    if mine.vocab_size != theirs.vocab_size:
+        raise QuikError(
+            f"the teacher has a vocabulary of {theirs.vocab_size} tokens, the student of {mine.vocab_size}; both read the "
+            "student's tokens, so give a teacher with the same tokenizer"
+        )
     if settings.hidden_weight and mine.hidden_size != theirs.hidden_size:
         raise QuikError(
             f"the teacher's hidden states have {theirs.hidden_size} numbers, the student's {mine.hidden_size}: the loss of "
@@ -325,7 +336,8 @@ def make_step(
     """
     transform = optimizer(settings)
 
-    @partial(jax.jit, donate_argnums=2)
+    # Nothing is donated: where the loss is not finite, the loop saves what it gave.
+    @jax.jit
     def step(still: Tree, moving: Any, state: Any, taught: Any, batch: Batch) -> Any:
         guide = None if teacher is None else (teacher, *taught, matching)
         loss, gradient = jax.value_and_grad(lambda moving: loss_and_parts(student, still, moving, guide, batch, settings))(moving)

@@ -37,6 +37,7 @@ def test_files_of_every_kind(tmp_path: Path) -> None:
         ("a.tsv", "sentence\tlabels\nx\t1\n", "has no column 'label'; it has sentence, labels"),
         ("a.tsv", "a\tb\tc\tlabel\n1\t2\t3\t4\n", "has 3 columns beside 'label'"),
         ("a.tsv", "sentence\tlabel\nx\t1\ny\n", "line 3: 1 columns, the first line names 2"),
+        ("a.tsv", "sentence\tlabel\nx\t1\n  \t0\n", "line 3: there is no sentence"),
         ("a.jsonl", '{"text": "x", "label": 1}\n[1]\n', "line 2: a JSON object is expected"),
         ("a.jsonl", '{"text": "x", "label": 1}\n{"text": "y"}\n', "line 2: there is no label"),
     ],

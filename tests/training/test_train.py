@@ -15,6 +15,7 @@ from quikjax.checkpoint.load import load
 from quikjax.errors import QuikError
 from quikjax.models.registry import dotted, pure_params
 from quikjax.training import masks
+from quikjax.training import train as training
 from quikjax.training.accuracy import accuracy
 from quikjax.training.loop import NoProgress
 from quikjax.training.train import Trained, train
@@ -108,6 +109,22 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(place: Place, student: Trained)
     assert place.train("again", recipe="rtn-w4a4").fingerprint == student.fingerprint
 
 
+def test_a_loss_that_is_not_finite_ends_it(place: Place, student: Trained, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = training.make_step
+
+    def fails(*arguments: Any) -> Any:
+        def step(*inputs: Any) -> Any:
+            moved, state, loss, finite = real(*arguments)(*inputs)
+            return moved, state, loss, finite & False
+
+        return step
+
+    monkeypatch.setattr(training, "make_step", fails)
+    with pytest.raises(QuikError, match="not finite at step 1, and nothing before it was better than the beginning"):
+        place.train("wild", recipe="rtn-w4a4")
+    assert not (place.directory / "wild").exists()
+
+
 def test_pruned_weights_are_zero_in_what_runs_and_blocks_go(place: Place) -> None:
     at = place.directory
     write_encoder(at / "deep", "bert-classifier", num_hidden_layers=2, id2label={"0": "less", "1": "more"})
@@ -149,6 +166,12 @@ def test_mistakes_are_said_before_any_work(place: Place, tmp_path: Path) -> None
         train(model, tokenizer, three, at / "x", SETTINGS, validation=at / "held.tsv")
     with pytest.raises(QuikError, match="the teacher has no classes, the student 2; give a teacher trained for this task"):
         place.train("x", teacher=load(at / "model")[0])
+    write_encoder(tmp_path / "turned", "bert-classifier", id2label={"0": "more", "1": "less"})
+    with pytest.raises(QuikError, match="the teacher's classes are more, less, the student's less, more, in this order"):
+        place.train("x", teacher=load(tmp_path / "turned")[0])
+    write_encoder(tmp_path / "other", "bert-classifier", vocab_size=300, id2label={"0": "less", "1": "more"})
+    with pytest.raises(QuikError, match="the teacher has a vocabulary of 300 tokens, the student of 257"):
+        place.train("x", teacher=load(tmp_path / "other")[0])
     write_encoder(tmp_path / "wide", "bert-classifier", hidden_size=64, id2label={"0": "less", "1": "more"})
     wide = load(tmp_path / "wide")[0]
     with pytest.raises(QuikError, match="needs equal widths; set --hidden-weight 0"):
