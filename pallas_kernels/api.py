@@ -295,6 +295,8 @@ def _times_dequantized(dy: jax.Array, weight: Packed) -> jax.Array:
 _differentiable.defvjp(_forward, _backward)
 
 
+# One program also where the caller is not under `jit`, in place of one for each operation; inside of another it leaves no trace.
+@functools.partial(jax.jit, static_argnums=0, inline=True)
 def _batched(call: _Call, inputs: Any, parameters: Any, weights: Any, biases: Any, residuals: Any) -> tuple[jax.Array, ...]:
     """`_run` with its batching rule: a kernel knows nothing of `vmap`, but rows are independent."""
     run = jax.custom_batching.custom_vmap(functools.partial(_run, call))

@@ -1,15 +1,26 @@
 """What all tests share: the CPU, quiet libraries, one tiny checkpoint per session."""
 
+import atexit
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 # Before JAX starts: tests run on the CPU also where a GPU, or only its compiler, is installed.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+# What XLA compiles is shared by all test processes and the commands that they start, and gone with the last of them. The first
+# process to come here makes the folder; the others inherit its name.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="quikjax-tests-")
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 # A shell that starts the tests in the background leaves Ctrl-C ignored, in every process below them too; some send it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

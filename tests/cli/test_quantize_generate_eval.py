@@ -91,8 +91,12 @@ def test_a_mistake_is_one_sentence_and_leaves_nothing(
     assert message in last
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "x").exists()
-    debugged = quikjax_command("--debug", *given)
-    assert "Traceback" in debugged.stderr
+
+
+@pytest.mark.parametrize("arguments", [["generate", "ARTIFACT", ""], ["eval", "nowhere", "--perplexity", "pydoc"]])
+def test_debug_shows_the_traceback_of_a_mistake(quikjax_command: Run, artifact: Path, arguments: list[str]) -> None:
+    given = [str(artifact) if argument == "ARTIFACT" else argument for argument in arguments]
+    assert "Traceback" in quikjax_command("--debug", *given).stderr
 
 
 def test_help_and_usage(quikjax_command: Run) -> None:

@@ -21,6 +21,7 @@ os.environ.setdefault("MOSAIC_GPU_DUMP_PTXAS", "1")
 
 import jax
 from jax.experimental import topologies
+from jax.experimental.compilation_cache import compilation_cache
 
 # Compute capability, name, multiprocessors, shared memory a block may opt in to and of a multiprocessor, threads of one.
 GPUS = {
@@ -144,6 +145,19 @@ def _captured() -> Iterator[list[str]]:
             text[0] = file.read().decode(errors="replace")
 
 
+@contextlib.contextmanager
+def _compiled_here() -> Iterator[None]:
+    """No executables from disk: one for a device that is not there cannot be loaded, and its PTX would not be printed."""
+    kept = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()  # JAX asks once whether there is one
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", kept)
+        compilation_cache.reset_cache()
+
+
 def lower(gpu: str, function: Callable[..., Any], *arguments: Any, donate: tuple[int, ...] = ()) -> Any:
     """Lower for an absent GPU; `arguments` are pytrees of anything with `shape` and `dtype`."""
     sharding = on(gpu)
@@ -153,7 +167,7 @@ def lower(gpu: str, function: Callable[..., Any], *arguments: Any, donate: tuple
 
 def compile_lowered(lowered: Any) -> Compiled:
     """All the way to machine code."""
-    with _captured() as text:
+    with _captured() as text, _compiled_here():
         compiled = lowered.compile()
     return Compiled(text[0], compiled.as_text())
 

@@ -1,4 +1,4 @@
-"""The Mosaic kernels compiled to an H100's machine code without one: about thirty representative cases.
+"""The Mosaic kernels compiled to an H100's machine code without one: a case of every kind.
 
 `make gpu-compile` does the same for every distinct kernel of `arg_specs`.
 """
@@ -31,23 +31,13 @@ CASES = [
     (_spec("llama-2-7b", "q"), 17),
     (_spec("llama-2-7b", "q"), 2048),
     (_spec("llama-2-7b", "down"), 1),
-    (_spec("llama-2-7b", "down"), 2048),
     (_spec("llama-2-70b", "gate"), 64),
-    (_spec("llama-2-70b", "down"), 64),
     (_spec("llama-2-70b", "down"), 8192),
-    (_spec("opt-6.7b", "fc1"), 3),
     (_spec("opt-66b", "fc2"), 2),
-    (_spec("opt-66b", "fc2"), 2048),
     (_spec("falcon-7b", "qkv"), 2048),
-    (_spec("falcon-7b", "4h_to_h"), 17),
-    (_spec("falcon-40b", "h_to_4h"), 64),
-    (_spec("falcon-180b", "qkv"), 1),
-    (_spec("falcon-180b", "4h_to_h"), 64),
-    (_spec("smollm2-135m", "k"), 3),
     (_spec("smollm2-135m", "down"), 129),
     (LinearSpec("outliers", "none", 4096, 4096, 0), 2048),
     (LinearSpec("outliers", "one", 4096, 4096, 1), 8),
-    (LinearSpec("outliers", "many", 4096, 4096, 1024), 64),
     (LinearSpec("odd", "264 outputs", 264, 640, 36), 2048),  # no whole number of the copy engine's pieces
     (LinearSpec("odd", "40 outputs", 40, 640, 0), 3),
     (LinearSpec("odd", "1376 inputs", 512, 1376, 86, 8, 8, producer=SiluMul()), 17),  # rows that do not end on 128 bytes

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import optax  # noqa: F401  (before the fork)
 import orbax.checkpoint  # noqa: F401
@@ -74,9 +73,5 @@ def _scaled(leaf: Any, factor: float) -> Any:
 def recover_resumably(directory: Path, started: Callable[[], None]) -> Recovered:
     """Recover `directory/artifact` into `directory/out`, saving after every step, so that kills meet every moment of it."""
     loop.SAVE_SECONDS = 0.0
-    # Compiled once for all processes.
-    jax.config.update("jax_compilation_cache_dir", str(directory / "compiled"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     started()
     return recover(directory / "artifact", directory / "out", tokens, SETTINGS, original=directory / "model")
