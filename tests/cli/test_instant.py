@@ -36,6 +36,8 @@ MISTAKES = (
     ("plan nowhere", 'there is no model "nowhere"'),
     ("quantize nowhere --out made", 'there is no model "nowhere"'),
     ("quantize . --out .", "is not an artifact of quikjax"),
+    ("embed . sentences.txt", 'there is no file "sentences.txt"'),
+    ("classify . --pairs data/pairs.tsv", 'there is no file "data/pairs.tsv"'),
     ("report nothing", "there is no directory"),
     ("report .", "has no quikjax.json"),
     ("recover nothing --out made", "there is no directory"),
