@@ -48,6 +48,9 @@ _HARMLESS = frozenset(
     + ["begin_suppress_tokens", "max_new_tokens", "min_new_tokens", "max_time", "num_assistant_tokens"]
 )
 
+# Types of models that give every token a vector and predict none: those of the registry's encoders.
+ENCODERS = frozenset(["bert", "camembert", "distilbert", "roberta", "xlm-roberta"])
+
 
 def quantized_by(fields: Mapping[str, Any]) -> str | None:
     """The method that weights were quantized with, as configured, or `None`: an empty section, or one of zeros, is nothing."""

@@ -21,9 +21,12 @@ SETTINGS = "tokenizer_config.json"
 def save(tokenizer: Any | Sequence[Path], directory: Path) -> None:
     """Copy a published tokenizer's files, or write what `tokenizer.save_pretrained` writes, and wait until it is on disk."""
     if isinstance(tokenizer, Sequence):
-        directory.mkdir(exist_ok=True)
+        # All lie in one directory, chat templates perhaps in a folder of it.
+        home = min((file.parent for file in tokenizer), key=lambda parent: len(parent.parts))
         for file in tokenizer:
-            shutil.copyfile(file, directory / file.name)
+            copy = directory / file.relative_to(home)
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, copy)
     else:
         tokenizer.save_pretrained(str(directory))
         settings = directory / SETTINGS

@@ -9,6 +9,8 @@ import typer
 from quikjax.errors import QuikError, did_you_mean
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from quikjax.quantizing.recipe import Recipe
 
 Model = Annotated[
@@ -79,15 +81,17 @@ def check_models(*models: str | None) -> None:
             find_here(model)
 
 
-def check_artifact(artifact: str) -> None:
-    """`check_models` for what must be an artifact.
+def check_artifact(artifact: str) -> "Path":
+    """`check_models` for what must be an artifact; its directory.
 
     Raises:
         QuikError: there is no such directory, or it is not an artifact's.
     """
     from quikjax.checkpoint.locate import locate, refuse_foreign
 
-    refuse_foreign(locate(artifact))
+    directory = locate(artifact)
+    refuse_foreign(directory)
+    return directory
 
 
 def parse_block(text: str) -> int | str:

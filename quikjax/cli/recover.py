@@ -39,7 +39,15 @@ def recover(
     The result is an artifact of the same format, size and cost. What is kept is the best step on windows of text that is not
     trained on, the beginning included. A killed run goes on where it stopped, to the same bytes.
     """
-    check_artifact(artifact)
+    directory = check_artifact(artifact)
+
+    from quikjax.checkpoint.manifest import MANIFEST, Manifest, unseal_manifest
+    from quikjax.training.recoverable import check_decoder
+
+    # Before JAX is imported, and before anything is printed.
+    manifest = unseal_manifest(directory / MANIFEST)
+    if isinstance(manifest, Manifest):
+        check_decoder(manifest.config, directory)
 
     from pydantic import ValidationError
 

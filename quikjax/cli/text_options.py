@@ -20,7 +20,7 @@ def read_texts(given: list[str], pairs: bool) -> "list[Text]":
     """The texts that arguments stand for: lines of files (empty ones left out), lines of standard input, or themselves.
 
     Raises:
-        QuikError: a file is empty, cannot be read or is not UTF-8; an argument is empty; a pair is none.
+        QuikError: a file is missing, is empty, cannot be read or is not UTF-8; an argument is empty; a pair is none.
     """
     from quikjax.files import read_text, user_path
 
@@ -34,6 +34,8 @@ def read_texts(given: list[str], pairs: bool) -> "list[Text]":
             content, where = decode(sys.stdin.buffer.read(), "the text on standard input"), "standard input"
         elif _is_file(argument):
             content, where = read_text(user_path(argument)), argument
+        elif _looks_like_a_file(argument):
+            raise QuikError(f'there is no file "{argument}"; if that is the text itself, pipe it in and give -')
         elif argument.strip():
             texts.append(argument)
             continue
@@ -61,6 +63,15 @@ def _is_file(argument: str) -> bool:
         return user_path(argument).is_file()
     except (QuikError, OSError):
         return False  # too long for a name: a text
+
+
+def _looks_like_a_file(argument: str) -> bool:
+    """Whether a person who typed this meant a file: encoding a misspelled name would say nothing of the mistake.
+
+    >>> _looks_like_a_file("data/sentences.txt"), _looks_like_a_file("I read notes.txt"), _looks_like_a_file("Yes.")
+    (True, False, False)
+    """
+    return argument.endswith((".txt", ".tsv", ".csv", ".jsonl", ".json", ".md")) and not any(map(str.isspace, argument))
 
 
 def say_work(texts: int, work: "Work", length: int) -> None:

@@ -5,9 +5,10 @@ GPT-2 does. Only other vocabularies are left to the classes of `transformers`: s
 of its class, and lose what its file says.
 """
 
+import importlib.util
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,26 @@ from quikjax.loading.sentencepiece_model import read_model
 from quikjax.loading.sentencepiece_tokenizer import Prefix, build_sentencepiece
 from quikjax.loading.tokenizer_settings import Settings, read_settings
 
-# Any of these makes a directory one that has a tokenizer.
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tokenizer_config.json")
-# Whatever belongs to one.
-_BESIDE = ("merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json")
+# The forms that a vocabulary is published in: files that are of use together only.
+_VOCABULARIES = (
+    ("tokenizer.json",),
+    ("tokenizer.model",),
+    ("vocab.json", "merges.txt"),
+    ("vocab.txt",),
+    ("sentencepiece.bpe.model",),
+    ("spiece.model",),
+)
+# Whatever else belongs to a tokenizer.
+_SETTINGS = "tokenizer_config.json"
+_BESIDE = (_SETTINGS, "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json", "bpe.codes")
+_FILES = frozenset(name for form in _VOCABULARIES for name in form).union(_BESIDE)
+_TEMPLATES = "additional_chat_templates/*.jinja"
+# Without any of these a directory has no tokenizer.
+_TELLING = (*(form[0] for form in _VOCABULARIES), _SETTINGS)
 # Labels of tokenizers that publish vocab.json and merges.txt and cut text as GPT-2 does.
-_GPT2 = (None, "GPT2Tokenizer", "GPT2TokenizerFast", "PreTrainedTokenizer", "PreTrainedTokenizerFast", "TokenizersBackend")
+_GPT2 = ("GPT2Tokenizer", "GPT2TokenizerFast", "PreTrainedTokenizer", "PreTrainedTokenizerFast", "TokenizersBackend")
+# Models that publish such files without a label, and put tokens of their own around a text.
+_NOT_GPT2 = ("roberta", "xlm-roberta", "camembert")
 # Labels of tokenizers over SentencePiece that put nothing in front of a text unless told to; LLaMA's puts BOS.
 _WITHOUT_BOS = ("T5", "Albert", "XLNet", "Reformer", "BigBird", "Pegasus", "Marian", "Deberta", "MT5")
 _ADVICE = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
@@ -51,8 +66,8 @@ def import_transformers() -> Any:
 
 
 def tokenizer_files(directory: Path) -> tuple[Path, ...]:
-    """The files of a Hugging Face directory that make up its tokenizer, in order of name."""
-    return tuple(directory / name for name in sorted(_TOKENIZER_FILES + _BESIDE) if (directory / name).is_file())
+    """The files of a Hugging Face directory that make up its tokenizer, in order of name; templates may lie in a folder."""
+    return (*(directory / name for name in sorted(_FILES) if (directory / name).is_file()), *sorted(directory.glob(_TEMPLATES)))
 
 
 def read_tokenizer(directory: Path, config: Mapping[str, Any] | None = None) -> Any | None:
@@ -60,26 +75,29 @@ def read_tokenizer(directory: Path, config: Mapping[str, Any] | None = None) -> 
 
     Args:
         directory: where its files are.
-        config: the model's configuration, for a label of the tokenizer where its own files have none.
+        config: the model's configuration, which says what kind of tokenizer this is where its own files do not.
 
     Raises:
         QuikError: its files are there and cannot be read, or not so that its tokens are right.
     """
-    if not any((directory / name).exists() for name in _TOKENIZER_FILES):
+    if not any((directory / name).exists() for name in _TELLING):
         return None
-    settings = read_settings(directory)
-    label = settings.fields.get("tokenizer_class") or (config or {}).get("tokenizer_class")
+    if not any(all((directory / name).exists() for name in form) for form in _VOCABULARIES):
+        # transformers would make an empty one, by the name of its class.
+        raise QuikError(
+            f"the tokenizer in {directory} cannot be read: it has no vocabulary "
+            f"({', '.join(' with '.join(form) for form in _VOCABULARIES)}); copy or download it again"
+        )
+    settings, config = read_settings(directory), config or {}
+    label = settings.fields.get("tokenizer_class") or config.get("tokenizer_class")
     if (directory / "tokenizer.json").exists():
-        return _from_json(directory, settings)
+        return _from_json(directory, settings, config.get("vocab_size"))
     if (directory / "tokenizer.model").exists():
         return _from_sentencepiece(directory, settings, label)
-    if (directory / "vocab.json").exists() and (directory / "merges.txt").exists() and label in _GPT2:
+    is_gpt2 = label in _GPT2 or (label is None and config.get("model_type") not in _NOT_GPT2)
+    if (directory / "vocab.json").exists() and (directory / "merges.txt").exists() and is_gpt2:
         return _from_merges(directory, settings)
-    auto = import_transformers().AutoTokenizer
-    try:
-        return auto.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
-    except Exception as problem:  # whatever the many tokenizer classes raise on damaged files
-        raise _unreadable(directory, problem) from None
+    return _by_class(directory, config)
 
 
 def wrap(core: Any, special: Mapping[str, str], chat_template: str | dict[str, str] | None, **fields: Any) -> Any:
@@ -106,13 +124,35 @@ def add_borders(core: Any, *, bos: str | None, eos: str | None) -> None:
     )
 
 
-def _from_json(directory: Path, settings: Settings) -> Any:
-    """`tokenizer.json` as it is. A special token that it does not have is none: another would take its id."""
+def _by_class(directory: Path, config: Mapping[str, Any]) -> Any:
+    """A vocabulary that `transformers` has a class for. The class follows from the model where the files name none.
+
+    `config.json` itself need not be there: beside an artifact's tokenizer it is not.
+    """
+    transformers = import_transformers()
+    kind, label, given = config.get("model_type"), config.get("tokenizer_class"), {}
+    try:
+        if kind is not None:
+            given["config"] = transformers.AutoConfig.for_model(kind, **({"tokenizer_class": label} if label else {}))
+        return transformers.AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False, **given)
+    except Exception as problem:  # whatever the many tokenizer classes raise on damaged files
+        if list(directory.glob("*.model")) and importlib.util.find_spec("sentencepiece") is None:
+            raise QuikError(
+                f"the tokenizer in {directory} comes through the package `sentencepiece`; run: pip install sentencepiece"
+            ) from None
+        raise _unreadable(directory, problem) from None
+
+
+def _from_json(directory: Path, settings: Settings, rows: int | None) -> Any:
+    """`tokenizer.json` as it is, and tokens that were added beside it. A special token without an id is none: another would
+    take its id.
+    """
     import tokenizers
 
     content = read_text(directory / "tokenizer.json")
     try:
         core = tokenizers.Tokenizer.from_str(content)
+        core = _with_added(core, settings, rows)
     except Exception as problem:  # tokenizers raises bare Exception
         raise _unreadable(directory, problem) from None
     # Whoever saved it may have been cutting or filling up texts just then.
@@ -123,6 +163,31 @@ def _from_json(directory: Path, settings: Settings) -> Any:
     # The wrapper has let its special tokens part a text, also where the file does not, and may have put in a border of its own.
     wrapped._tokenizer = core
     return wrapped
+
+
+def _with_added(core: Any, settings: Settings, rows: int | None) -> Any:
+    """`core` with the tokens that its publisher's settings add to it by id, where all ids are the next ones free and the model,
+    of `rows` embeddings, knows them; else `core`.
+    """
+    import tokenizers
+
+    added = {token: entry for token, entry in settings.added.items() if core.token_to_id(entry["content"]) is None}
+    if not added or max(added) >= (rows or 0):
+        return core
+    tried = tokenizers.Tokenizer.from_str(core.to_str())
+    for _, entry in sorted(added.items()):
+        tried.add_tokens([_added_token(entry, ("normalized",), special=entry["content"] in settings.special.values())])
+    return tried if all(tried.token_to_id(entry["content"]) == token for token, entry in added.items()) else core
+
+
+def _added_token(entry: Mapping[str, Any], read: Sequence[str] = (), **fields: Any) -> Any:
+    """A token from its published description, of which the flags of all tokens and those in `read` are read. `fields` are the
+    flags where it has none.
+    """
+    import tokenizers
+
+    flags = ("single_word", "lstrip", "rstrip", "special", *read)
+    return tokenizers.AddedToken(entry["content"], **fields | {name: entry[name] for name in flags if name in entry})
 
 
 def _from_sentencepiece(directory: Path, settings: Settings, label: str | None) -> Any:
@@ -183,16 +248,12 @@ def _completed(
 
     `normalized` says whether added tokens are looked for in the normalized text or in the one that was given.
     """
-    import tokenizers
-
-    flags = ("single_word", "lstrip", "rstrip", "special")
     roles = {*special.values(), *settings.more_special}
     described: dict[int, Mapping[str, Any]] = {
         core.token_to_id(token): {"content": token} for token in roles if core.token_to_id(token) is not None
     }
     for token, entry in sorted((described | settings.added).items()):
-        options = {"special": entry["content"] in roles} | {name: value for name, value in entry.items() if name in flags}
-        core.add_tokens([tokenizers.AddedToken(entry["content"], normalized=normalized, **options)])
+        core.add_tokens([_added_token(entry, special=entry["content"] in roles, normalized=normalized)])
         if core.token_to_id(entry["content"]) != token:
             raise QuikError(
                 f'the tokenizer in {directory} cannot be read: its added token "{entry["content"]}" has the id {token}, but '

@@ -12,6 +12,8 @@ SUITABLE = "w4a8"
 # KL divergence to the original of SmolLM2-135M on three windows of 2048 tokens of WikiText-2 test, calibrated on 16 of its
 # validation text. benchmarks/notes-accuracy.md has the command.
 KL = {"quik-4b": 0.225, "quik-4b+": 0.195, "w4a8": 0.125}
+# Mean cosine of an encoder's embeddings to the original's: MiniLM on 500 sentences of SST-2; benchmarks/notes-encoders.md.
+COSINE = {"quik-4b": 0.959, "quik-8b": 0.9997, "w4a8": 0.963, "rtn-w4a4": 0.557}
 
 
 class PlannedLayers(NamedTuple):
@@ -24,10 +26,13 @@ class PlannedLayers(NamedTuple):
     activation_bits: int
 
 
-def advise(device: Device, recipe: Recipe, layers: Iterable[PlannedLayers], hidden_size: int, bits: float) -> str | None:
+def advise(
+    device: Device, recipe: Recipe, layers: Iterable[PlannedLayers], hidden_size: int, bits: float, *, encoder: bool = False
+) -> str | None:
     """Name the recipe that suits `device` better than `recipe`, whose layers have `bits` per weight; `None` if there is none.
 
-    4-bit activations cost accuracy and buy time only where they are multiplied as 4-bit numbers.
+    4-bit activations cost accuracy and buy time only where they are multiplied as 4-bit numbers. What they cost is said of a
+    model of the same kind, a language model or an encoder.
     """
     layers = list(layers)
     if recipe.name == SUITABLE:
@@ -41,7 +46,12 @@ def advise(device: Device, recipe: Recipe, layers: Iterable[PlannedLayers], hidd
         return None
     size = sum(layer.number * rule.packed_bits(layer.outputs, layer.inputs, hidden_size) for layer, rule in planned) / weights
     loss = ""
-    if recipe.name in KL:
+    if encoder and recipe.name in COSINE:
+        loss = (
+            f" (MiniLM's embeddings keep a cosine of {COSINE[SUITABLE]} to the original, of {COSINE[recipe.name]} with this one "
+            f"and of {COSINE['quik-8b']} with quik-8b)"
+        )
+    elif not encoder and recipe.name in KL:
         mine, its = KL[recipe.name], KL[SUITABLE]
         loss = f" and loses {its / mine:.0%} of what this one does (KL {its} against {mine} on SmolLM2-135M)"
     return (

@@ -311,7 +311,7 @@ def make_plan(
         notes=(*_notes(recipe, model), *rows.notes),
     )
     planned = [PlannedLayers(row.pattern, row.count, row.outputs, row.inputs, row.activation_bits) for row in made.layers]
-    advice = advise(device, recipe, planned, model.config.hidden_size, made.bits_per_weight)
+    advice = advise(device, recipe, planned, model.config.hidden_size, made.bits_per_weight, encoder=not made.generates)
     return dataclasses.replace(made, advice=advice)
 
 

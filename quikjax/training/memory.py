@@ -19,6 +19,7 @@ from quikjax.errors import QuikError
 from quikjax.models.registry import abstract_model
 from quikjax.training.blocks import KEPT_BYTES
 from quikjax.training.distill import CHUNK
+from quikjax.training.recoverable import check_decoder
 from quikjax.training.settings import RecoverySettings
 from quikjax.weights.quik import QuikWeight
 
@@ -73,10 +74,7 @@ def estimate(artifact: str | os.PathLike[str], settings: RecoverySettings) -> Es
         QuikError: there is no artifact, or one of parameters without a model.
     """
     reader = Reader(artifact, verify=False)
-    if reader.manifest.config is None:
-        raise QuikError(f"{reader.path} holds parameters without a model; only artifacts of `quantize` can be recovered")
-    check_formats(reader)
-    config = abstract_model(reader.manifest.config).config
+    config = abstract_model(check_formats(reader)).config
     weights = rest = moves = outputs = inputs = 0
     for name, part in reader.parts.items():
         for owner, static in part.packed.items():
@@ -123,16 +121,18 @@ def estimate(artifact: str | os.PathLike[str], settings: RecoverySettings) -> Es
     )
 
 
-def check_formats(reader: Reader) -> None:
-    """Look, in its manifests alone, whether everything packed in an artifact can be trained.
+def check_formats(reader: Reader) -> dict[str, Any]:
+    """Look, in its manifests alone, whether everything packed in an artifact can be trained; the model's configuration.
 
     Raises:
-        QuikError: a layer is packed in another format than QUIK's.
+        QuikError: as `check_decoder`, or a layer is packed in another format than QUIK's.
     """
+    config = check_decoder(reader.manifest.config, reader.path)
     for part in reader.parts.values():
         for path, static in part.packed.items():
             if static["class"] != QuikWeight.__name__:
                 raise QuikError(f"{path} is a {static['class']}; only layers in QUIK format can be recovered")
+    return config
 
 
 def product_rate(size: int = 1024, times: int = 5) -> float:

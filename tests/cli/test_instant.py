@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from quikjax.checkpoint.manifest import Manifest, seal
+
 # What is typed, and a part of what is said.
 MISTAKES = (
     ("generate nowhere hi", 'there is no model "nowhere"'),
@@ -34,9 +36,13 @@ MISTAKES = (
     ("plan nowhere", 'there is no model "nowhere"'),
     ("quantize nowhere --out made", 'there is no model "nowhere"'),
     ("quantize . --out .", "is not an artifact of quikjax"),
+    ("embed . sentences.txt", 'there is no file "sentences.txt"'),
+    ("classify . --pairs data/pairs.tsv", 'there is no file "data/pairs.tsv"'),
     ("report nothing", "there is no directory"),
     ("report .", "has no quikjax.json"),
     ("recover nothing --out made", "there is no directory"),
+    ("recover encoder --out made", "is an encoder (bert), and recovery trains language models"),
+    ("recover encoder --plan", "is an encoder (bert), and recovery trains language models"),
     ("export nothing --out made --format safetensors-dequantized", "there is no directory"),
     ("export nothing --out made --format jax-export", 'there is no model "nothing"'),
     ("export . --out made --format onnx", 'there is no format "onnx"'),
@@ -58,9 +64,14 @@ for line in sys.argv[1:]:
 def said(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     place = tmp_path_factory.mktemp("place")
     (place / "notes.txt").write_text("not an artifact")
+    (place / "encoder").mkdir()
+    manifest = Manifest(
+        quikjax="0", config={"model_type": "bert"}, recipe=None, provenance={}, dtype="float32", parts={}, files={}
+    )
+    (place / "encoder" / "quikjax.json").write_text(seal(manifest.with_fingerprint()))
     lines = [line for line, _ in MISTAKES]
     done = subprocess.run([sys.executable, "-c", RUN, *lines], capture_output=True, text=True, check=True, cwd=place)
-    assert sorted(path.name for path in Path(place).iterdir()) == ["notes.txt"]
+    assert sorted(path.name for path in Path(place).iterdir()) == ["encoder", "notes.txt"]
     return done.stdout.splitlines()
 
 

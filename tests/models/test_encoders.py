@@ -18,7 +18,8 @@ from quikjax.evaluation import evaluate
 from quikjax.generation import Generator
 from quikjax.models.base import CausalLM
 from quikjax.models.encoder import Encoded, Encoder, EncoderConfig, masked_positions
-from quikjax.models.registry import abstract_model, dotted, nested, pure_params
+from quikjax.models.published import ENCODERS
+from quikjax.models.registry import FAMILIES, abstract_model, dotted, nested, pure_params
 
 GOLDEN = Path(__file__).parent / "golden"
 # Most of the time would go into optimizing code that runs once.
@@ -83,6 +84,10 @@ def test_labels_are_read(case: Case) -> None:
     named = json.loads(str(case.golden["config"])).get("id2label", {})
     assert config.label_count == len(named)
     assert config.labels == (("negative", "neutral", "positive") if len(named) == 3 else ())
+
+
+def test_types_of_encoders_are_those_of_the_registry() -> None:
+    assert {kind for kind, (config, _) in FAMILIES.items() if issubclass(config, EncoderConfig)} == ENCODERS
 
 
 @pytest.mark.parametrize("name", ["bert-classifier", "roberta", "distilbert"])

@@ -3,7 +3,7 @@
 import pytest
 
 from quikjax.pallas_kernels.devices import A100, CPU, H100, Device
-from quikjax.planning.advice import KL
+from quikjax.planning.advice import COSINE, KL
 from quikjax.planning.plan import make_plan
 from quikjax.quantizing.recipe import RECIPES, Recipe, Rule
 from quikjax.testing import tiny_config
@@ -28,6 +28,28 @@ def test_four_bit_activations_are_advised_against_with_figures(device: Device, w
     assert advised.as_json()["advice"] == advised.advice
 
 
+def test_of_an_encoder_its_embeddings_are_said_and_no_language_models_figures() -> None:
+    config = {
+        "model_type": "bert",
+        "vocab_size": 257,
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 64,
+    }
+    advised = make_plan(config, "quik-4b", device=CPU, memory_bytes=GB).advice
+    assert advised is not None
+    assert "KL" not in advised
+    assert "SmolLM2" not in advised
+    for recipe in ("w4a8", "quik-4b", "quik-8b"):
+        assert str(COSINE[recipe]) in advised
+    unmeasured = make_plan(config, "quik-4b+", device=CPU, memory_bytes=GB).advice
+    assert unmeasured is not None
+    assert "cosine" not in unmeasured
+    assert "KL" not in unmeasured
+
+
 def test_recipes_without_four_bit_activations_get_no_advice() -> None:
     for name in ("quik-8b", "fp", "gptq-w4a16"):
         assert make_plan(CONFIG, name, memory_bytes=GB).advice is None
@@ -44,4 +66,4 @@ def test_a_recipe_of_ones_own_gets_the_sizes_but_no_accuracy() -> None:
 
 
 def test_every_recipe_with_a_figure_exists() -> None:
-    assert set(KL) <= set(RECIPES)
+    assert set(KL) | set(COSINE) <= set(RECIPES)

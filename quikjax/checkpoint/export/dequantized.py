@@ -3,7 +3,7 @@
     DIR/config.json, DIR/model.safetensors            or, above SHARD_BYTES,
     DIR/model-00001-of-0000N.safetensors, DIR/model.safetensors.index.json
     DIR/tokenizer.json, ...                           the artifact's tokenizer, if it has one: the source's own files
-    DIR/generation_config.json                        which tokens end a text, if the artifact says
+    DIR/generation_config.json                        which tokens end a text: the source's, or all that its files name
 
 One part (a transformer block) is in memory at a time: a file's header, which the format wants first, follows from shapes alone.
 """
@@ -26,9 +26,10 @@ from quikjax.checkpoint.manifest import Part, canonical
 from quikjax.checkpoint.output import TOKENIZER, beside, is_empty, real_path, refuse_file_in_the_way, remove
 from quikjax.checkpoint.writer import stored_shapes
 from quikjax.errors import QuikError
-from quikjax.loading.source import GENERATION_CONFIG
-from quikjax.models.base import Transformer
+from quikjax.loading.source import GENERATION_CONFIG, stops_of
+from quikjax.models.base import CausalLM, Transformer
 from quikjax.models.registry import abstract_model
+from quikjax.models.stops import named_stops
 from quikjax.weights.formats import dequantize, is_packed
 
 SHARD_BYTES = 5 * 10**9
@@ -104,7 +105,7 @@ def export_safetensors(
             files = _write_weights(partial, reader, shapes, shards, dtype, family, progress)
             config = {"architectures": [family.__name__], **_for_any_version(reader.manifest.config), "torch_dtype": dtype}
             atomic.write_text(partial / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
-            generation_config = reader.generation_config()
+            generation_config = _generation_config(reader) if issubclass(family, CausalLM) else reader.generation_config()
             if generation_config is not None:
                 atomic.write_text(partial / GENERATION_CONFIG, canonical(generation_config))
             if tokenizer.is_dir():
@@ -126,6 +127,23 @@ def export_safetensors(
         finally:
             os.close(lock)
     return Exported(tuple(files), total, dtype)
+
+
+def _generation_config(reader: Reader) -> dict[str, Any] | None:
+    """The source's `generation_config.json`; where it had none, one with the end tokens, if its tokenizer names more of them.
+
+    Libraries that generate from such a directory read this file or `config.json`, and ask no tokenizer.
+    """
+    written, config = reader.generation_config(), reader.manifest.config or {}
+    if written is not None:
+        return written
+    named = named_stops(config, "config.json")
+    more = set(stops_of(config, None, reader.tokenizer(), str(reader.path))) - set(named)
+    if not more:
+        return None
+    ends = [*named, *sorted(more)]
+    others = {name: config[name] for name in ("bos_token_id", "pad_token_id") if config.get(name) is not None}
+    return others | {"eos_token_id": ends[0] if len(ends) == 1 else ends}
 
 
 def _for_any_version(config: Mapping[str, Any]) -> dict[str, Any]:
