@@ -63,15 +63,6 @@ _MEMORY_REGISTERS = 40
 _COMPUTE_REGISTERS = 232
 
 
-def _swizzled(shape: tuple[int, ...], dtype: Any) -> Any:
-    bits = jnp.finfo(dtype).bits if jnp.issubdtype(dtype, jnp.floating) else jnp.iinfo(dtype).bits
-    swizzle = plgpu.find_swizzle(shape[-1] * bits)
-    # JAX 0.11 derives these from a Protocol and leaves one of its methods out, which mypy takes for abstract.
-    tiling = plgpu.TilingTransform((8, swizzle * 8 // bits))  # type: ignore[abstract, unused-ignore]
-    transforms = (tiling, plgpu.SwizzleTransform(swizzle))  # type: ignore[abstract, unused-ignore]
-    return plgpu.SMEM(shape, dtype, transforms=transforms)
-
-
 @dataclasses.dataclass(frozen=True)
 class _Problem:
     """The static properties that a kernel is specialized to."""
@@ -140,23 +131,25 @@ def quik_matmul(
         has_residual=residual is not None,
     )
     scratch: dict[str, Any] = {
-        "weights": _swizzled((tiles.stages, block_n, K_STEP), qweight.dtype),
-        "tokens": _swizzled((tiles.stages, tiles.m, K_STEP), tokens.dtype),
+        "weights": hopper.swizzled((tiles.stages, block_n, K_STEP), qweight.dtype),
+        "tokens": hopper.swizzled((tiles.stages, tiles.m, K_STEP), tokens.dtype),
         "full": plgpu.Barrier(num_arrivals=2, num_barriers=tiles.stages),
         "empty": plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=tiles.stages),
     }
     if not direct:
-        scratch["out"] = _swizzled((COMPUTE, tiles.m, min(64, tiles.n)), out_dtype)
+        scratch["out"] = hopper.swizzled((COMPUTE, tiles.m, min(64, tiles.n)), out_dtype)
     if w_outliers is not None:
         # Same bytes per slot as the ring of codes, so slot i of one ring is slot i of the other.
         assert x_outliers is not None
-        scratch["weights"] = plgpu.RefUnion(scratch["weights"], _swizzled((tiles.stages, block_n, step), w_outliers.dtype))
+        scratch["weights"] = plgpu.RefUnion(scratch["weights"], hopper.swizzled((tiles.stages, block_n, step), w_outliers.dtype))
         pieces = K_STEP * tokens.dtype.itemsize // (2 * step)
-        scratch["tokens"] = plgpu.RefUnion(scratch["tokens"], _swizzled((tiles.stages, pieces, tiles.m, step), x_outliers.dtype))
+        scratch["tokens"] = plgpu.RefUnion(
+            scratch["tokens"], hopper.swizzled((tiles.stages, pieces, tiles.m, step), x_outliers.dtype)
+        )
     if tiles.splits > 1:
         others = (tiles.splits - 1, COMPUTE, tiles.n, tiles.m)
-        scratch["base_sums"] = _swizzled(others, jnp.int32 if bits < 16 else jnp.float32)
-        scratch["outlier_sums"] = _swizzled(others, jnp.float32)
+        scratch["base_sums"] = hopper.swizzled(others, jnp.int32 if bits < 16 else jnp.float32)
+        scratch["outlier_sums"] = hopper.swizzled(others, jnp.float32)
         scratch["arrived"] = plgpu.Barrier(num_arrivals=tiles.splits - 1, num_barriers=2 * COMPUTE)
     tile_count = grid[0] * grid[1]
     kernel = plgpu.kernel(
