@@ -81,6 +81,7 @@ test-slow: $(VENV)/.installed-test $(VENV)/.installed-model
 gpu-compile: $(VENV)/.installed-gpu-compile
 	$(WITH_CUDA) $(BIN)/python tests/kernels/compile_all.py
 	$(WITH_CUDA) $(BIN)/python tests/kernels/execute_all.py
+	$(WITH_CUDA) $(BIN)/python -m pytest -m slow tests/kernels/test_gpu_scripts.py
 
 # Some minutes: a part of the executed kernels, Triton's interpreter, export for a GPU.
 test-3.12: $(VENV312)/.installed

@@ -59,6 +59,8 @@ def test_bad_arguments_are_refused(script: str, arguments: list[str]) -> None:
     assert "error:" in done.stderr
 
 
+# `make gpu-compile` runs it: a minute and a half of processor time.
+@pytest.mark.slow
 def test_dry_run_goes_through_every_section(tmp_path: Path) -> None:
     done = run("gpu.py", "--dry-run", "--out", str(tmp_path), "--threads", "2")
     assert done.returncode == 0, done.stderr[-3000:]
