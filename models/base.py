@@ -60,6 +60,11 @@ class Config:
         return self.layers
 
     @property
+    def state_size(self) -> int:
+        """How many numbers go from one block to the next for each token."""
+        return self.hidden_size
+
+    @property
     def last_position(self) -> int | None:
         """How many positions the model can tell apart at all; `None` where they are computed, so that there is no end."""
         return None
@@ -159,14 +164,33 @@ class Transformer(nnx.Module):
         """Whether a tensor belongs to a head that checkpoints carry along and this model does not compute."""
         return False
 
+    @classmethod
+    def stacks(cls) -> tuple[tuple[str, ...], ...]:
+        """Where blocks are, in order of execution: at `block_path`, or at several places below it (encoder, then decoder)."""
+        return (cls.block_path,)
+
+    @classmethod
+    def block_of(cls, path: str) -> str | None:
+        """The block that the parameter at `path` is in, such as "model.layers.3"; `None` outside of blocks."""
+        for stack in cls.stacks():
+            inside = ".".join(stack) + "."
+            number, dot, _ = path.removeprefix(inside).partition(".")
+            if path.startswith(inside) and dot:
+                return inside + number
+        return None
+
     @property
     def blocks(self) -> dict[str, Block]:
-        """The blocks by their published names ("0", "1", ...), in order."""
-        node: Any = self
-        for name in self.block_path:
-            node = getattr(node, name)
-        # Flax sorts keys as text, and "10" comes before "2" there.
-        return dict(sorted(node.items(), key=lambda item: int(item[0])))
+        """The blocks by their published names below `block_path` ("0", "1", ...), in order of execution."""
+        found: dict[str, Block] = {}
+        for stack in self.stacks():
+            node: Any = self
+            for name in stack:
+                node = getattr(node, name)
+            # Flax sorts keys as text, and "10" comes before "2" there.
+            ordered = sorted(node.items(), key=lambda item: int(item[0]))
+            found |= {".".join((*stack[len(self.block_path) :], number)): block for number, block in ordered}
+        return found
 
     def embed(
         self, ids: Int[Array, "batch length"], positions: Int32[Array, "batch length"]
