@@ -1,7 +1,7 @@
 """BART (arXiv 1910.13461) and what publishes as it: summarizers, DistilBART, classifiers of texts and of entailment.
 
-Published as `BartForConditionalGeneration` and `BartForSequenceClassification`; parameter paths are their names. Norms stand behind
-the sums. One token table serves the encoder, the decoder and the head, under the name `model.shared`.
+Published as `BartForConditionalGeneration` and `BartForSequenceClassification`; parameter paths are their names. Norms stand
+behind the sums. One token table serves the encoder, the decoder and the head, under the name `model.shared`.
 """
 
 import dataclasses
@@ -20,7 +20,16 @@ from quikjax.models.attention import attend, attend_across
 from quikjax.models.base import PADDING, Embedding, LayerNorm, Linear, Observe, Positions, observer, project, unembed
 from quikjax.models.cache import BlockCache, KeyValues
 from quikjax.models.encoder import CLASSIFIER, BlockLayers, logits, masked_positions, published_labels
-from quikjax.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig, Halves, Heard, TextBlock, WritingBlock
+from quikjax.models.encoder_decoder import (
+    MEMORY,
+    EncoderDecoder,
+    EncoderDecoderConfig,
+    Halves,
+    Heard,
+    TextBlock,
+    Writer,
+    WritingBlock,
+)
 from quikjax.models.published import Fields
 
 WRITER = "ForConditionalGeneration"
@@ -168,7 +177,7 @@ class BartDecoderLayer(WritingBlock):
     """A decoder's block: attention, cross-attention and MLP, each with its residual and behind that its norm."""
 
     groups: ClassVar[dict[str, tuple[str, ...]]] = {
-        "memory_input": ("encoder_attn.k_proj", "encoder_attn.v_proj"),
+        MEMORY: ("encoder_attn.k_proj", "encoder_attn.v_proj"),
         "attention_input": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
         "attention_output": ("self_attn.out_proj",),
         "cross_input": ("encoder_attn.q_proj",),
@@ -193,7 +202,7 @@ class BartDecoderLayer(WritingBlock):
 
     def remember(self, text: Float[Array, "batch length hidden"], observe: Observe | None = None) -> KeyValues:
         of = self.encoder_attn
-        key, value = project(observer(observe)("memory_input", text), of.k_proj, of.v_proj)
+        key, value = project(observer(observe)(MEMORY, text), of.k_proj, of.v_proj)
         return KeyValues(self._by_head(key), self._by_head(value))
 
     def write(
@@ -278,7 +287,7 @@ class Bart(EncoderDecoder):
         return side.layernorm_embedding(self.model.shared(ids) * self.config.embedding_scale + rows)
 
 
-class BartForConditionalGeneration(Bart):
+class BartForConditionalGeneration(Bart, Writer):
     """BART that writes: float32 logits of the token that follows each of the decoder's."""
 
     def __init__(self, config: BartConfig, *, dtype: Any = jnp.float32) -> None:
@@ -286,7 +295,6 @@ class BartForConditionalGeneration(Bart):
         self.final_logits_bias = nnx.Param(jnp.zeros((1, config.vocab_size), dtype)) if config.logits_bias else None
 
     def head(self, hidden: Float[Array, "batch target hidden"]) -> Float[Array, "batch target vocab"]:
-        """float32 logits from the decoder's hidden states behind its last block."""
         found = unembed(hidden, self.model.shared.weight.get_value())
         if self.final_logits_bias is None:
             return found

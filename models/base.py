@@ -114,6 +114,11 @@ class Block(nnx.Module):
 
     groups: ClassVar[dict[str, tuple[str, ...]]]
 
+    @classmethod
+    def decodes(cls, group: str) -> bool:
+        """Whether the layers of `group` run for each token that is generated."""
+        return True
+
     def __call__(
         self,
         hidden: Float[Array, "batch length hidden"],
@@ -180,6 +185,11 @@ class Transformer(nnx.Module):
         return None
 
     @property
+    def generates(self) -> bool:
+        """Whether the model makes texts, one token after the other."""
+        return False
+
+    @property
     def blocks(self) -> dict[str, Block]:
         """The blocks by their published names below `block_path` ("0", "1", ...), in order of execution."""
         found: dict[str, Block] = {}
@@ -201,6 +211,10 @@ class Transformer(nnx.Module):
 
 class CausalLM(Transformer):
     """A language model of any family. `model(ids)` gives float32 logits `[batch, length, vocab]`."""
+
+    @property
+    def generates(self) -> bool:
+        return True
 
     def head(self, hidden: Float[Array, "batch length hidden"]) -> Float[Array, "batch length vocab"]:
         """float32 logits from the hidden state that leaves the last block."""

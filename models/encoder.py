@@ -250,6 +250,10 @@ class EncoderBlock(Block):
     def __init__(self, config: EncoderConfig) -> None:
         self.config = config
 
+    @classmethod
+    def decodes(cls, group: str) -> bool:
+        return False
+
     @abc.abstractmethod
     def layers(self) -> BlockLayers:
         """The block's own layers."""

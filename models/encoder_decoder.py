@@ -3,8 +3,8 @@
 The encoder's blocks see the whole text. The decoder's see the tokens written so far, and across to what the encoder made of the
 text. Both are run by one walk over `blocks`, encoder first: the state that goes from block to block is the hidden states of the
 text's tokens with those of the decoder's tokens behind them, `[batch, 2 length, hidden]`, and each block changes its own half.
-There the decoder is fed the text itself, one place to the right (`shifted`): so classifiers read it, so BART was pretrained, and so
-calibration reads its texts. Generation runs the halves by themselves (`models.stacked.read_text` and `extend`).
+There the decoder is fed the text itself, one place to the right (`shifted`): so classifiers read it, so BART was pretrained, and
+so calibration reads its texts. Generation runs the halves by themselves (`models.stacked.read_text` and `extend`).
 """
 
 import abc
@@ -17,6 +17,8 @@ from jaxtyping import Array, Bool, Float, Int, Int32
 from quikjax.models.base import Block, Observe, Positions, Transformer, default_positions
 from quikjax.models.cache import BlockCache, KeyValues, LayerCache
 from quikjax.models.encoder import EncoderBlock, EncoderConfig
+
+MEMORY = "memory_input"  # the group of a decoder's layers that read the text
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -98,6 +100,11 @@ class WritingBlock(Block):
     """A block of the decoder. Called without a cache, it changes the decoder's half of the state; with one, the hidden states
     are the decoder's alone, and the text is in the cache's memory.
     """
+
+    @classmethod
+    def decodes(cls, group: str) -> bool:
+        """The layers that read the text make cross-attention's keys and values, once for each text."""
+        return group != MEMORY
 
     @abc.abstractmethod
     def remember(self, text: Float[Array, "batch length hidden"], observe: Observe | None = None) -> KeyValues:

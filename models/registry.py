@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from quikjax.errors import QuikError, did_you_mean
-from quikjax.models.base import Transformer
 from quikjax.models.bart import BartConfig, build_bart
+from quikjax.models.base import Transformer
 from quikjax.models.bert import BertConfig, build_bert
 from quikjax.models.distilbert import DistilBertConfig, build_distilbert
 from quikjax.models.falcon import FIRST_TYPES, FalconConfig, FalconForCausalLM

@@ -97,7 +97,7 @@ def test_a_text_shifted_is_fed_as_pytorch_feeds_it() -> None:
 @pytest.mark.parametrize("name", ["bart-classifier", "bart-summarizer"])
 def test_a_text_does_not_depend_on_its_padding(name: str) -> None:
     model, _ = bart({**VARIANTS[name], "encoder_layers": 1, "decoder_layers": 1})
-    run = jax.jit(lambda ids, mask: model(ids, mask), compiler_options=QUICK)  # type: ignore[operator]
+    run = jax.jit(lambda ids, mask: model(ids, mask), compiler_options=QUICK)
     rng = np.random.default_rng(0)
     ids = rng.integers(3, 64, (1, 7))
     ids[0, -1] = 2
