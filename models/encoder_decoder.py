@@ -196,6 +196,18 @@ class EncoderDecoder(Transformer):
         return hidden
 
 
+class Writer(EncoderDecoder):
+    """An encoder-decoder that writes texts."""
+
+    @property
+    def generates(self) -> bool:
+        return True
+
+    def head(self, hidden: Float[Array, "batch target hidden"]) -> Float[Array, "batch target vocab"]:
+        """float32 logits of the next token, from the decoder's hidden states behind its last block."""
+        raise NotImplementedError
+
+
 def shifted(ids: Int[Array, "batch length"], positions: Int32[Array, "batch length"], start: int) -> Int[Array, "batch length"]:
     """The decoder's tokens that are to give a text: its tokens one place to the right, behind the token `start`."""
     return jnp.where(positions == 0, start, jnp.roll(ids, 1, axis=1))

@@ -273,7 +273,7 @@ def _inputs(
     kept: dict[str, Any],
     *,
     group: str,
-) -> Float[Array, "batch length k"]:
+) -> Float[Array, "batch tokens k"]:
     return _run(blockdef, params, hidden, kept)[1][group]
 
 
@@ -285,7 +285,7 @@ def _observe(
     kept: dict[str, Any],
     stats: LayerStats,
     group: str,
-) -> tuple[Float[Array, "batch length k"], LayerStats]:
+) -> tuple[Float[Array, "batch tokens k"], LayerStats]:
     x = _inputs(blockdef, params, hidden, kept, group=group)
     return x, observe(stats, x)
 
