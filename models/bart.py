@@ -26,6 +26,7 @@ from quikjax.models.encoder_decoder import (
     EncoderDecoderConfig,
     Halves,
     Heard,
+    Reader,
     TextBlock,
     Writer,
     WritingBlock,
@@ -328,7 +329,7 @@ class BartClassificationHead(nnx.Module):
         self.out_proj = Linear(config.hidden_size, config.label_count, bias=True, dtype=dtype)
 
 
-class BartForSequenceClassification(Bart):
+class BartForSequenceClassification(Bart, Reader):
     """A classifier of texts: float32 logits `[batch, labels]` from what the decoder makes of the text's last end token."""
 
     def __init__(self, config: BartConfig, *, dtype: Any = jnp.float32) -> None:

@@ -208,6 +208,16 @@ class Writer(EncoderDecoder):
         raise NotImplementedError
 
 
+class Reader(EncoderDecoder):
+    """An encoder-decoder that classifies texts."""
+
+    def head(
+        self, hidden: Float[Array, "batch double hidden"], positions: Int32[Array, "batch length"]
+    ) -> Float[Array, "batch labels"]:
+        """float32 logits of the classes, from the state behind the last block."""
+        raise NotImplementedError
+
+
 def shifted(ids: Int[Array, "batch length"], positions: Int32[Array, "batch length"], start: int) -> Int[Array, "batch length"]:
     """The decoder's tokens that are to give a text: its tokens one place to the right, behind the token `start`."""
     return jnp.where(positions == 0, start, jnp.roll(ids, 1, axis=1))

@@ -21,7 +21,7 @@ from quikjax.files import described
 from quikjax.models import stacked
 from quikjax.models.base import PADDING, Positions
 from quikjax.models.encoder import Encoder
-from quikjax.models.encoder_decoder import EncoderDecoder, Writer
+from quikjax.models.encoder_decoder import Reader, Writer
 from quikjax.models.stacked import Layout
 from quikjax.models.tokens import checked_transformer
 
@@ -71,7 +71,7 @@ class TextEncoder:
             raise QuikError(
                 f"{type(model).__name__} writes texts and does not embed or classify them; use it with: quikjax generate"
             )
-        if not isinstance(model, Encoder | EncoderDecoder):
+        if not isinstance(model, Encoder | Reader):
             raise QuikError(
                 f"{type(model).__name__} predicts the next token and does not embed or classify texts; give an encoder (BERT, "
                 "RoBERTa, DistilBERT), such as all-minilm-l6-v2"
