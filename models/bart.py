@@ -97,7 +97,7 @@ class BartConfig(EncoderDecoderConfig):
             if width % count:
                 raise QuikError(f"BART's d_model {width} is not a multiple of its {side}_attention_heads {count}")
         positions = known.integer("max_position_embeddings", 1024)
-        vocabulary, end = known.integer("vocab_size", 50265), known.optional("eos_token_id", 2)
+        vocabulary = known.integer("vocab_size", 50265)
         first = known.optional("bos_token_id", 0) if known.flag("force_bos_token_to_be_generated", False) else None
 
         def token(name: str, default: int | None) -> int | None:
@@ -107,8 +107,11 @@ class BartConfig(EncoderDecoderConfig):
                 raise QuikError(f"BART's {name} is {found!r}, which is no token of its vocabulary of {vocabulary}")
             return one
 
-        start = token("decoder_start_token_id", 2)
+        start, end = token("decoder_start_token_id", 2), token("eos_token_id", 2)
         assert start is not None
+        assert end is not None
+        # Of this one, null is not the same as left out.
+        last = None if fields.get("forced_eos_token_id", 2) is None else token("forced_eos_token_id", 2)
         config = cls(
             vocab_size=vocabulary,
             hidden_size=width,
@@ -127,9 +130,9 @@ class BartConfig(EncoderDecoderConfig):
             encoder_heads=heads[0],
             encoder_intermediate_size=known.integer("encoder_ffn_dim", 4096),
             start=start,
-            end=end[0] if isinstance(end, list) and end else end,
+            end=end,
             first=token("forced_bos_token_id", first),
-            last=token("forced_eos_token_id", 2 if end == 2 else None),
+            last=last,
             embedding_scale=width**0.5 if known.flag("scale_embedding", False) else 1.0,
             logits_bias="BartModel" not in listed,
             **published_labels(known, head, default=3),
