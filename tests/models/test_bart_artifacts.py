@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import typer
 from bart_variants import VARIANTS
 from random_weights import random_weights
 from safetensors.numpy import load_file, save_file
@@ -16,7 +17,9 @@ from typer.testing import CliRunner
 
 import quikjax
 from quikjax.checkpoint.export.dequantized import export_safetensors
-from quikjax.cli.app import app
+from quikjax.cli.bench import bench
+from quikjax.cli.chat import chat
+from quikjax.cli.generate import generate
 from quikjax.encoding import embed
 from quikjax.errors import QuikError
 from quikjax.generation import TextToText
@@ -35,6 +38,9 @@ SMALL = {"vocab_size": 257, "d_model": 32, "encoder_ffn_dim": 48, "decoder_ffn_d
 STARTS = {"decoder_start_token_id": 256, "forced_bos_token_id": 70, "forced_eos_token_id": 256}
 FIELDS = {**VARIANTS["bart-summarizer"], **SMALL, **STARTS}
 CLASSES = {**VARIANTS["bart-classifier"], **SMALL, "decoder_start_token_id": 256}
+app = typer.Typer()
+for command in (generate, chat, bench):
+    app.command(command.__name__)(command)
 TABLES = ("model.encoder.embed_tokens.weight", "model.decoder.embed_tokens.weight", "lm_head.weight")
 
 
@@ -198,9 +204,9 @@ def test_the_command_gives_the_encoder_the_prompt(place: Path, monkeypatch: pyte
         said("generate", place / "artifact", "a text", "--chat")
     with pytest.raises(QuikError, match="a text of 102 tokens exceeds the 64 that the model reads"):
         said("generate", place / "artifact", "x" * 100)
-    for command in (("chat",), ("bench", "-t", "pp8")):
+    for other in (("chat",), ("bench", "-t", "pp8")):
         with pytest.raises(QuikError, match=r"reads a whole text with an encoder .*use it with: quikjax generate"):
-            said(command[0], place / "artifact", *command[1:])
+            said(other[0], place / "artifact", *other[1:])
 
 
 def test_a_classifier_is_quantized_and_classifies(tmp_path: Path) -> None:
