@@ -34,7 +34,7 @@ from quikjax.testing import END, tiny_tokenizer
 from quikjax.weights.formats import is_packed
 
 Weights = dict[str, np.ndarray]
-SMALL = {"vocab_size": 257, "d_model": 32, "encoder_ffn_dim": 48, "decoder_ffn_dim": 64, "eos_token_id": 256}
+SMALL = {"vocab_size": 257, "d_model": 32, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "eos_token_id": 256}
 STARTS = {"decoder_start_token_id": 256, "forced_bos_token_id": 70, "forced_eos_token_id": 256}
 FIELDS = {**VARIANTS["bart-summarizer"], **SMALL, **STARTS}
 CLASSES = {**VARIANTS["bart-classifier"], **SMALL, "decoder_start_token_id": 256}
@@ -211,7 +211,7 @@ def test_the_command_gives_the_encoder_the_prompt(place: Path, monkeypatch: pyte
 
 def test_a_classifier_is_quantized_and_classifies(tmp_path: Path) -> None:
     directory = write(tmp_path / "model", random_checkpoint(CLASSES), CLASSES)
-    quantize_checkpoint(directory, tmp_path / "artifact", "w4a8", windows(CLASSES))
+    quantize_checkpoint(directory, tmp_path / "artifact", "rtn-w8a8")
     texts = ["a text", "and another, which is longer"]
     model, tokenizer = quikjax.load(directory)
     found = quikjax.classify(model, tokenizer, texts)
