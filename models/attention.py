@@ -77,6 +77,24 @@ def attend(
     return _softmax_attention(query, keys, values, positions.queries, key_positions, scale, slopes), written
 
 
+def attend_across(
+    query: Float[Array, "batch length heads head"],
+    key: Float[Array, "heads batch slots head"],
+    value: Float[Array, "heads batch slots head"],
+    there: Bool[Array, "batch slots"],
+    *,
+    scale: float,
+) -> Float[Array, "batch length heads head"]:
+    """Softmax attention of `query` over another text's keys, heads first: every query sees every slot that is `there`."""
+    places = jnp.zeros(query.shape[:2], jnp.int32)
+    slots = jnp.where(there, 0, -1)
+    parts = [
+        _softmax_attention(query[:, start : start + _CHUNK], key, value, places[:, start : start + _CHUNK], slots, scale, None)
+        for start in range(0, query.shape[1], _CHUNK)
+    ]
+    return jnp.concatenate(parts, axis=1)
+
+
 def _in_key_blocks(
     query: Float[Array, "batch length heads head"],
     cache: LayerCache,

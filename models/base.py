@@ -60,6 +60,11 @@ class Config:
         return self.layers
 
     @property
+    def state_size(self) -> int:
+        """How many numbers go from one block to the next for each token."""
+        return self.hidden_size
+
+    @property
     def last_position(self) -> int | None:
         """How many positions the model can tell apart at all; `None` where they are computed, so that there is no end."""
         return None
@@ -108,6 +113,11 @@ class Block(nnx.Module):
     """One transformer block. `groups` names, in order of execution, the layers that read the same tensor."""
 
     groups: ClassVar[dict[str, tuple[str, ...]]]
+
+    @classmethod
+    def decodes(cls, group: str) -> bool:
+        """Whether the layers of `group` run for each token that is generated."""
+        return True
 
     def __call__(
         self,
@@ -159,14 +169,38 @@ class Transformer(nnx.Module):
         """Whether a tensor belongs to a head that checkpoints carry along and this model does not compute."""
         return False
 
+    @classmethod
+    def stacks(cls) -> tuple[tuple[str, ...], ...]:
+        """Where blocks are, in order of execution: at `block_path`, or at several places below it (encoder, then decoder)."""
+        return (cls.block_path,)
+
+    @classmethod
+    def block_of(cls, path: str) -> str | None:
+        """The block that the parameter at `path` is in, such as "model.layers.3"; `None` outside of blocks."""
+        for stack in cls.stacks():
+            inside = ".".join(stack) + "."
+            number, dot, _ = path.removeprefix(inside).partition(".")
+            if path.startswith(inside) and dot:
+                return inside + number
+        return None
+
+    @property
+    def generates(self) -> bool:
+        """Whether the model makes texts, one token after the other."""
+        return False
+
     @property
     def blocks(self) -> dict[str, Block]:
-        """The blocks by their published names ("0", "1", ...), in order."""
-        node: Any = self
-        for name in self.block_path:
-            node = getattr(node, name)
-        # Flax sorts keys as text, and "10" comes before "2" there.
-        return dict(sorted(node.items(), key=lambda item: int(item[0])))
+        """The blocks by their published names below `block_path` ("0", "1", ...), in order of execution."""
+        found: dict[str, Block] = {}
+        for stack in self.stacks():
+            node: Any = self
+            for name in stack:
+                node = getattr(node, name)
+            # Flax sorts keys as text, and "10" comes before "2" there.
+            ordered = sorted(node.items(), key=lambda item: int(item[0]))
+            found |= {".".join((*stack[len(self.block_path) :], number)): block for number, block in ordered}
+        return found
 
     def embed(
         self, ids: Int[Array, "batch length"], positions: Int32[Array, "batch length"]
@@ -177,6 +211,10 @@ class Transformer(nnx.Module):
 
 class CausalLM(Transformer):
     """A language model of any family. `model(ids)` gives float32 logits `[batch, length, vocab]`."""
+
+    @property
+    def generates(self) -> bool:
+        return True
 
     def head(self, hidden: Float[Array, "batch length hidden"]) -> Float[Array, "batch length vocab"]:
         """float32 logits from the hidden state that leaves the last block."""

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
-from jaxtyping import Array, Float, Float32, Int8, Int32
+from jaxtyping import Array, Bool, Float, Float32, Int8, Int32
 
 from quikjax.models.dtypes import check_cache_kind
 from quikjax.pallas_kernels import api
@@ -48,13 +48,27 @@ class KeyValues(NamedTuple):
 
 
 @jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Keys and values that cross-attention has of each row's text: made once for a text, and only read from then on.
+
+    `parts` are a `Fresh` of all blocks, `[layers, heads, batch, slots, head]`, in the form of the cache that the memory belongs
+    to; `lengths` int32 `[batch]` counts the tokens of each text, which stand in the first slots.
+    """
+
+    parts: Leaf
+    lengths: Leaf
+
+
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StackedCache:
     """Keys and values of all blocks, heads first, so that attention reads each head's as one matrix.
 
     `keys` and `values` `[layers, kv_heads, batch, slots, head]` are float32, bfloat16, float16, or int8 codes; of codes,
     `key_scale` and `value_scale` float32 `[layers, kv_heads, batch, slots]` hold one scale per token and head,
-    `x ~ codes * scale` with `scale = max |x| / 127`. `key_block` (static): attention takes so many slots at a time, in order, and
+    `x ~ codes * scale` with `scale = max |x| / 127`. `memory` is there where blocks attend across to another text. `key_block`
+    (static): attention takes so many slots at a time, in order, and
     none behind the longest row; 0 takes all slots at once.
     """
 
@@ -62,6 +76,7 @@ class StackedCache:
     values: Leaf
     key_scale: Leaf = None
     value_scale: Leaf = None
+    memory: Leaf = None
     key_block: int = dataclasses.field(default=0, metadata={"static": True})
 
     @property
@@ -244,19 +259,29 @@ class LayerCache:
     ) -> tuple[Float[Array, "kv_heads batch count head"], Float[Array, "kv_heads batch count head"]]:
         """Keys and values of `count` slots from `start` on (default: all), heads first, as floats."""
         cache = self.stacked
-        count = cache.slots if count is None else count
+        return self._floats(cache, start, cache.slots if count is None else count)
 
-        def part(whole: Array) -> Array:
-            tail, sizes = (0,) * (whole.ndim - 4), whole.shape[4:]
+    def memory(
+        self,
+    ) -> tuple[Float[Array, "heads batch slots head"], Float[Array, "heads batch slots head"], Bool[Array, "batch slots"]]:
+        """Keys and values of the text that this block attends across to, heads first, and which slots hold a token."""
+        held = self.stacked.memory
+        assert isinstance(held, Memory)
+        slots = held.parts.keys.shape[3]
+        return *self._floats(held.parts, 0, slots), jnp.arange(slots) < held.lengths[:, None]
+
+    def _floats(self, whole: "StackedCache | Fresh", start: Any, count: int) -> tuple[Array, Array]:
+        def part(array: Array) -> Array:
+            tail, sizes = (0,) * (array.ndim - 4), array.shape[4:]
             found = jax.lax.dynamic_slice(
-                _as_bits(whole), (self.layer, 0, 0, start, *tail), (1, *whole.shape[1:3], count, *sizes)
+                _as_bits(array), (self.layer, 0, 0, start, *tail), (1, *array.shape[1:3], count, *sizes)
             )
-            return _from_bits(found[0], whole.dtype)
+            return _from_bits(found[0], array.dtype)
 
-        keys, values = part(cache.keys), part(cache.values)
-        if cache.key_scale is not None:
-            keys = keys.astype(jnp.float32) * part(cache.key_scale)[..., None]
-            values = values.astype(jnp.float32) * part(cache.value_scale)[..., None]
+        keys, values = part(whole.keys), part(whole.values)
+        if whole.key_scale is not None and whole.value_scale is not None:
+            keys = keys.astype(jnp.float32) * part(whole.key_scale)[..., None]
+            values = values.astype(jnp.float32) * part(whole.value_scale)[..., None]
         return keys, values
 
 

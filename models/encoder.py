@@ -250,6 +250,10 @@ class EncoderBlock(Block):
     def __init__(self, config: EncoderConfig) -> None:
         self.config = config
 
+    @classmethod
+    def decodes(cls, group: str) -> bool:
+        return False
+
     @abc.abstractmethod
     def layers(self) -> BlockLayers:
         """The block's own layers."""
@@ -290,8 +294,10 @@ def published_head(known: Fields, families: tuple[str, ...]) -> str:
     return next((names[name] for name in listed if name in names), "Model")
 
 
-def published_labels(known: Fields, head: str) -> dict[str, Any]:
+def published_labels(known: Fields, head: str, *, default: int = 2) -> dict[str, Any]:
     """The fields `label_count`, `labels` and `problem` of a classifier's configuration; none for another model.
+
+    A family's classifiers have `default` classes where a configuration does not say.
 
     Raises:
         QuikError: `id2label` does not name the classes 0, 1, 2, ..., or contradicts `num_labels`.
@@ -303,7 +309,7 @@ def published_labels(known: Fields, head: str) -> dict[str, Any]:
     if problem is not None:
         known.only("problem_type", *kinds)
     if not named:
-        return {"label_count": known.integer("num_labels", 2), "problem": problem}
+        return {"label_count": known.integer("num_labels", default), "problem": problem}
     by_id = {str(key): str(label) for key, label in named.items()} if isinstance(named, Mapping) else {}
     if sorted(by_id) != sorted(map(str, range(len(by_id)))) or (count is not None and count != len(by_id)):
         given = ", ".join(by_id) if by_id else repr(named)

@@ -134,17 +134,17 @@ class Fields:
         if listed and not any(name in names for name in listed):
             raise QuikError(f"{self.family} as {', '.join(map(str, listed))} is not supported, only as {' or '.join(names)}")
 
-    def finish(self, *, causal: bool = True) -> None:
+    def finish(self, *, causal: bool = True, encoder_decoder: bool = False) -> None:
         """Refuse what was not asked for and is not known to be harmless. Without `causal`, the model is an encoder.
 
         Raises:
-            QuikError: naming those fields; or that the checkpoint is already quantized, or no decoder.
+            QuikError: naming those fields; or that the checkpoint is already quantized, or of another kind of model.
         """
         if not self._prefix:
             method = quantized_by(self._fields)
             if method is not None:
                 raise QuikError(f"the checkpoint is already quantized ({method}); give the original, unquantized one")
-            self.only("is_encoder_decoder", False)
+            self.only("is_encoder_decoder", encoder_decoder)
             self.only("add_cross_attention", False)
             self.only("cross_attention_hidden_size", None)
             self.only("tie_encoder_decoder", False)

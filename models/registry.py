@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from quikjax.errors import QuikError, did_you_mean
+from quikjax.models.bart import BartConfig, build_bart
 from quikjax.models.base import Transformer
 from quikjax.models.bert import BertConfig, build_bert
 from quikjax.models.distilbert import DistilBertConfig, build_distilbert
@@ -20,6 +21,7 @@ from quikjax.models.stops import named_stops, union_of_stops
 
 # model_type: (configuration, model). A new family is one file and one row here.
 FAMILIES: dict[str, tuple[type[Any], Callable[..., Transformer]]] = {
+    **dict.fromkeys(("bart", "mbart"), (BartConfig, build_bart)),  # mBART to be refused by its own name
     "bert": (BertConfig, build_bert),
     "distilbert": (DistilBertConfig, build_distilbert),
     "gpt2": (GPT2Config, GPT2LMHeadModel),

@@ -11,7 +11,7 @@ both sides of that trade). The parameters that users see keep their published na
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -21,7 +21,8 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Int32
 
 from quikjax.models.base import PADDING, Block, CausalLM, Config, Positions, Transformer
-from quikjax.models.cache import Fresh, LayerCache, StackedCache, formed
+from quikjax.models.cache import Fresh, LayerCache, Memory, StackedCache, formed
+from quikjax.models.encoder_decoder import TextBlock, Writer, WritingBlock
 from quikjax.pallas_kernels import api
 from quikjax.weights import host
 from quikjax.weights.quik import QuikWeight
@@ -40,7 +41,8 @@ class Run:
 class Layout:
     """The static part of a model in this form: the model without its blocks, the runs, the dtype of the hidden state. Hashable.
 
-    `unrolled`: the parameters of a run are a block's each, `{"0": ..., "1": ...}`, and not stacked.
+    `unrolled`: the parameters of a run are a block's each, `{"0": ..., "1": ...}`, and not stacked. The first `text_runs` runs
+    are an encoder's, below a decoder's.
     """
 
     rest: nnx.GraphDef[Any]
@@ -48,6 +50,7 @@ class Layout:
     config: Config
     dtype: str = "float32"
     unrolled: bool = False
+    text_runs: int = 0
 
     @property
     def layers(self) -> int:
@@ -79,7 +82,8 @@ def stack(
     copy = nnx.merge(graphdef, params)
     runs: list[tuple[Run, list[dict[str, Any]]]] = []
     before: Any = None
-    for block in copy.blocks.values():
+    first, text_runs = type(model).stacks()[0] if len(type(model).stacks()) > 1 else None, 0
+    for name, block in copy.blocks.items():
         block_graphdef, block_state = nnx.split(block)
         given = nnx.to_pure_dict(block_state)
         tree = join_groups(put_on_device(given), type(block).groups.values())
@@ -91,18 +95,20 @@ def stack(
             runs[-1] = (dataclasses.replace(run, count=run.count + 1), [*members, tree])
         else:
             runs.append((Run(block_graphdef, 1), [tree]))
+            text_runs += (*copy.block_path, *name.split(".")[:-1]) == first
         before = alike
-    node: Any = copy
-    for name in type(model).block_path[:-1]:
-        node = getattr(node, name)
-    setattr(node, type(model).block_path[-1], nnx.Dict({}))
+    for *above, last in type(model).stacks():
+        node: Any = copy
+        for step in above:
+            node = getattr(node, step)
+        setattr(node, last, nnx.Dict({}))
     # What only texts need would make two models of one shape compile twice.
     copy.published, copy.stops = None, ()
     rest, rest_state = nnx.split(copy)
     outside = nnx.to_pure_dict(rest_state)
     ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     hidden = jax.eval_shape(lambda outside, ids: nnx.merge(rest, outside).embed(ids, ids), outside, ids)
-    layout = Layout(rest, tuple(run for run, _ in runs), model.config, str(hidden.dtype), unrolled)
+    layout = Layout(rest, tuple(run for run, _ in runs), model.config, str(hidden.dtype), unrolled, text_runs)
     stacked = {
         str(i): {str(j): tree for j, tree in enumerate(members)} if unrolled else _stacked(members, release, widen)
         for i, (_, members) in enumerate(runs)
@@ -196,8 +202,46 @@ def read(
 
         hidden, parts = jax.lax.scan(block, hidden, trees)
         written.append(parts)
-    fresh = written[0] if len(written) == 1 else jax.tree.map(lambda *parts: jnp.concatenate(parts), *written)
-    return _last(rest, hidden, lengths), fresh
+    return _last(rest, hidden, lengths), _all_blocks(written)
+
+
+def read_text(
+    layout: Layout,
+    params: Mapping[str, Any],
+    ids: Int[Array, "batch length"],
+    lengths: Int32[Array, " batch"],
+    kind: str = "float32",
+) -> Memory:
+    """Read texts with an encoder, padded on the right to one length: the keys and values that the decoder attends across to.
+
+    They are of all the decoder's blocks, in the form that a cache of `kind` holds.
+    """
+    rest = nnx.merge(layout.rest, params["rest"])
+    positions = _positions(jnp.zeros_like(lengths), lengths, ids.shape[1])
+    text = rest.embed_text(ids, positions).astype(layout.dtype)
+    written = []
+    for i, run in enumerate(layout.runs):
+        trees, remembers = params["runs"][str(i)], i >= layout.text_runs
+        if layout.unrolled:
+            for j in range(run.count):
+                if remembers:
+                    fresh = _REMEMBER(run.graphdef, trees[str(j)], text, kind)
+                    written.append(jax.tree.map(lambda part: part[None], fresh))
+                else:
+                    text = _READ_TEXT_BLOCK(run.graphdef, trees[str(j)], text, positions)
+        elif remembers:
+
+            def remember(text: Array, tree: Any, run: Run = run) -> tuple[Array, Fresh]:
+                return text, _remember(run.graphdef, tree, text, kind)
+
+            written.append(jax.lax.scan(remember, text, trees)[1])
+        else:
+
+            def block(text: Array, tree: Any, run: Run = run) -> tuple[Array, None]:
+                return _read_text_block(run.graphdef, tree, text, positions), None
+
+            text, _ = jax.lax.scan(block, text, trees)
+    return Memory(_all_blocks(written), lengths)
 
 
 def extend(
@@ -211,14 +255,15 @@ def extend(
     """Read further tokens behind those in a cache: the float32 logits behind each row's last one, and the cache with them in it.
 
     Row `b` has `lengths[b]` new tokens, padded on the right, the first of which stands at position `start[b]`. The cache must
-    have room for `start + length` tokens, padding included.
+    have room for `start + length` tokens, padding included. An encoder-decoder's tokens are those that it writes, and its cache
+    has a memory.
     """
     rest = nnx.merge(layout.rest, params["rest"])
     queries = _positions(start, lengths, ids.shape[1])
     where = Positions(queries, write_at=start[0] if ids.shape[0] == 1 else start)
-    hidden = rest.embed(ids, queries).astype(layout.dtype)
+    hidden = (rest.embed_written if layout.text_runs else rest.embed)(ids, queries).astype(layout.dtype)
     first = 0
-    for i, run in enumerate(layout.runs):
+    for i, run in enumerate(layout.runs[layout.text_runs :], layout.text_runs):
         trees = params["runs"][str(i)]
         if layout.unrolled:
             for j in range(run.count):
@@ -248,9 +293,26 @@ def _extend_block(
     return hidden, written.stacked
 
 
+def _read_text_block(graphdef: nnx.GraphDef[Any], tree: Any, text: Array, positions: Array) -> Array:
+    block: TextBlock = nnx.merge(graphdef, tree)
+    return block.read(text, positions)
+
+
+def _remember(graphdef: nnx.GraphDef[Any], tree: Any, text: Array, kind: str) -> Fresh:
+    block: WritingBlock = nnx.merge(graphdef, tree)
+    return formed(*block.remember(text).by_head(), kind)
+
+
+def _all_blocks(written: Sequence[Fresh]) -> Fresh:
+    """Keys and values of every run, one behind the other."""
+    return written[0] if len(written) == 1 else jax.tree.map(lambda *parts: jnp.concatenate(parts), *written)
+
+
 # Unrolled, blocks that are alike are traced and lowered once.
 _READ_BLOCK = jax.jit(_read_block, static_argnames=("graphdef", "kind"))
 _EXTEND_BLOCK = jax.jit(_extend_block, static_argnames=("graphdef",))
+_READ_TEXT_BLOCK = jax.jit(_read_text_block, static_argnames=("graphdef",))
+_REMEMBER = jax.jit(_remember, static_argnames=("graphdef", "kind"))
 
 
 def _positions(start: Int32[Array, " batch"], lengths: Int32[Array, " batch"], length: int) -> Int32[Array, "batch length"]:
@@ -258,6 +320,6 @@ def _positions(start: Int32[Array, " batch"], lengths: Int32[Array, " batch"], l
     return jnp.where(offsets < lengths[:, None], start[:, None] + offsets, PADDING)
 
 
-def _last(rest: CausalLM, hidden: Float[Array, "batch length hidden"], lengths: Int32[Array, " batch"]) -> Array:
+def _last(rest: CausalLM | Writer, hidden: Float[Array, "batch length hidden"], lengths: Int32[Array, " batch"]) -> Array:
     at = jnp.maximum(lengths - 1, 0)[:, None, None]
     return rest.head(jnp.take_along_axis(hidden, at, axis=1))[:, 0]

@@ -9,6 +9,7 @@ from jaxtyping import Int32
 from quikjax.errors import QuikError
 from quikjax.files import described
 from quikjax.models.base import CausalLM, Config, Transformer
+from quikjax.models.encoder_decoder import EncoderDecoder, Writer
 
 
 def checked_model(model: Any) -> CausalLM:
@@ -20,11 +21,32 @@ def checked_model(model: Any) -> CausalLM:
     model = checked_transformer(model)
     if isinstance(model, CausalLM):
         return model
-    raise not_causal(type(model).__name__)
+    raise not_causal(model)
 
 
-def not_causal(name: str) -> QuikError:
-    """Why an encoder, a model of class `name`, neither generates nor has a perplexity, and what it is for."""
+def checked_writer(model: Any) -> Writer:
+    """`model`, if it is one of ours that reads one text and writes another.
+
+    Raises:
+        QuikError: it is something else.
+    """
+    model = checked_transformer(model)
+    if isinstance(model, Writer):
+        return model
+    if isinstance(model, CausalLM):
+        raise QuikError(f"{type(model).__name__} continues a text and has no encoder to read one; give it to a Generator")
+    raise not_causal(model)
+
+
+def not_causal(model: Transformer) -> QuikError:
+    """Why a model that is no `CausalLM` neither continues text nor has a perplexity, and what it is for."""
+    name = type(model).__name__
+    if isinstance(model, EncoderDecoder):
+        use = "generate (in Python: TextToText)" if model.generates else "classify"
+        return QuikError(
+            f"{name} reads a whole text with an encoder and does not continue it, so that it neither chats nor has a perplexity; "
+            f"use it with: quikjax {use}"
+        )
     return QuikError(
         f"{name} is an encoder, which does not predict the next token, so that it neither continues text nor has a perplexity; "
         "use it with: quikjax embed, or quikjax classify where it has a classifier"

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from quikjax.encoding import Classification, Embeddings, TextEncoder, classify, embed
     from quikjax.errors import QuikError
     from quikjax.evaluation import evaluate, reference, windows
-    from quikjax.generation import Generation, Generator, Sampling, generate
+    from quikjax.generation import Generation, Generator, Sampling, TextToText, generate
     from quikjax.quantizing.checkpoint import quantize_checkpoint
     from quikjax.quantizing.codebook_rule import CodebookRule
     from quikjax.quantizing.model import calibrate, quantize_model
@@ -45,6 +45,7 @@ _HOME = {
     "RecoverySettings": "training.settings",
     "Rule": "quantizing.recipe",
     "TextEncoder": "encoding",
+    "TextToText": "generation",
     "TrainSettings": "training.train_settings",
     "calibrate": "quantizing.model",
     "classify": "encoding",
@@ -85,6 +86,7 @@ __all__ = [
     "Rule",
     "Sampling",
     "TextEncoder",
+    "TextToText",
     "TrainSettings",
     "__version__",
     "calibrate",

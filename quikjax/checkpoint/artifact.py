@@ -21,18 +21,18 @@ from quikjax.models.stops import named_stops
 from quikjax.models.tokens import checked_transformer
 
 
-def split_parts(params: Mapping[str, Any], block_path: tuple[str, ...]) -> dict[str, dict[str, Any]]:
-    """Full parameter names, divided into parts: one per block below `block_path`, and the rest.
+def split_parts(params: Mapping[str, Any], *block_paths: tuple[str, ...]) -> dict[str, dict[str, Any]]:
+    """Full parameter names, divided into parts: one per block below any of `block_paths`, and the rest.
 
     >>> split_parts({"layers.0.w": 1, "layers.1.w": 2, "norm": 3}, ("layers",))
     {'layers.0': {'layers.0.w': 1}, 'layers.1': {'layers.1.w': 2}, 'rest': {'norm': 3}}
     """
     divided: dict[str, dict[str, Any]] = {}
-    depth = len(block_path) + 1
     for path, leaf in params.items():
-        steps = path.split(".")
-        in_block = tuple(steps[: depth - 1]) == block_path and len(steps) > depth
-        divided.setdefault(".".join(steps[:depth]) if in_block else REST, {})[path] = leaf
+        steps = tuple(path.split("."))
+        depths = (len(where) for where in block_paths if steps[: len(where)] == where and len(steps) > len(where) + 1)
+        depth = next(depths, None)
+        divided.setdefault(REST if depth is None else ".".join(steps[: depth + 1]), {})[path] = leaf
     return divided
 
 
@@ -70,7 +70,7 @@ def save(
     with Writer(path, config=published, recipe=recipe, provenance=provenance, force=force) as writer:
         # First: a mismatch with the configuration would make an artifact that nobody can restore.
         writer.check_whole(shapes_of(model))
-        for name, members in split_parts(params, model.block_path).items():
+        for name, members in split_parts(params, *model.stacks()).items():
             writer.write_part(name, members)
         return writer.finish(tokenizer=tokenizer, generation_config=_with_stops(generation_config, model.stops), report=report)
 

@@ -14,10 +14,12 @@ from quikjax.files import read_text, typed_text, user_path
 @with_option_groups
 def generate(
     model: Model,
-    prompt: Annotated[str | None, typer.Argument(help="The text to continue; - reads it from standard input.")] = None,
+    prompt: Annotated[
+        str | None, typer.Argument(help="The text to continue, or for a BART to read; - reads it from standard input.")
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to add at most.")] = 64,
-    prompt_file: Annotated[Path | None, typer.Option(help="Continue every line of this file.")] = None,
-    samples: Annotated[int, typer.Option(help="Continuations of each prompt.")] = 1,
+    prompt_file: Annotated[Path | None, typer.Option(help="Take every line of this file as a prompt.")] = None,
+    samples: Annotated[int, typer.Option(help="Texts for each prompt.")] = 1,
     stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be given several times.")] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Put each prompt into the model's chat template.")] = False,
     logprobs: Annotated[bool, typer.Option("--logprobs", help="With --json: the log-probability of each token.")] = False,
@@ -29,7 +31,10 @@ def generate(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Continue a text, greedily unless a temperature is given. Only the continuation is printed on stdout, as it is decoded."""
+    """Continue a text, greedily unless a temperature is given. Only what is new is printed on stdout, as it is decoded.
+
+    A model that reads one text and writes another (BART) gets the prompt as its encoder's input.
+    """
     check_models(model)
     running.check()
     sampling = drawing.sampling()
@@ -43,19 +48,24 @@ def generate(
         typed_text(text, "a stop string")
 
     from quikjax.cli.printing import print_json, say, show
-    from quikjax.generation import Generator
+    from quikjax.generation import TextToText, generator_of
     from quikjax.generation.chat import render
     from quikjax.texts import tokenize
 
     network, tokenizer = running.load(model)
     if tokenizer is None:
         raise QuikError(f"{model} has no tokenizer, so it cannot read text; put its tokenizer.json beside it")
+    generator = generator_of(network, tokenizer=tokenizer, cache=running.kv_cache, deterministic=deterministic, release=True)
+    reads = isinstance(generator, TextToText)
+    if chat and reads:
+        raise QuikError(f"{model} reads one text and writes another, and has no turns of a chat; leave --chat out")
     if chat:
         before = [{"role": "system", "content": drawing.system}] if drawing.system else []
         prompts = [render(tokenizer, [*before, {"role": "user", "content": text}], chat_template) for text in texts]
+    elif reads:
+        prompts = [[int(token) for token in tokenizer(text, verbose=False)["input_ids"]] for text in texts]
     else:
         prompts = [tokenize(tokenizer, text).tolist() for text in texts]
-    generator = Generator(network, tokenizer=tokenizer, cache=running.kv_cache, deterministic=deterministic, release=True)
     # One text is shown as it is decoded; several would mix.
     alone = len(texts) * samples == 1 and not as_json
     printed = False

@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Float32, Int32
 from quikjax.encoding.text_encoder import TextEncoder, Work
 from quikjax.errors import QuikError
 from quikjax.models.encoder import CLASSIFIER, TAGGER, Encoder
+from quikjax.models.encoder_decoder import Reader
 
 
 class Classification(NamedTuple):
@@ -74,7 +75,7 @@ def classify_with(encoder: TextEncoder, texts: Sequence[Any], *, labels: Sequenc
     return Classification(names, (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32), "probabilities", work)
 
 
-def class_names(model: Encoder, labels: Sequence[str] | None = None) -> tuple[str, ...]:
+def class_names(model: Encoder | Reader, labels: Sequence[str] | None = None) -> tuple[str, ...]:
     """The names of a classifier's classes: those given, or its configuration's.
 
     Raises:
@@ -104,7 +105,7 @@ def class_names(model: Encoder, labels: Sequence[str] | None = None) -> tuple[st
 
 
 def _logits(
-    model: Encoder, hidden: Float[Array, "batch length hidden"], positions: Int32[Array, "batch length"]
+    model: Encoder | Reader, hidden: Float[Array, "batch state hidden"], positions: Int32[Array, "batch length"]
 ) -> Float32[Array, "batch labels"]:
     found: Array = model.head(hidden, positions)
     return found

@@ -65,8 +65,10 @@ def embed_with(encoder: TextEncoder, texts: Sequence[Any], *, pooling: str = "me
     """`embed` with an encoder that keeps its programs.
 
     Raises:
-        QuikError: there is no such pooling, or `texts` is no list of texts.
+        QuikError: there is no such pooling, the model is no encoder alone, or `texts` is no list of texts.
     """
+    if not isinstance(encoder.model, Encoder):
+        raise QuikError(f"{type(encoder.model).__name__} classifies texts and does not embed them; use it with: quikjax classify")
     if pooling not in POOLINGS:
         raise QuikError(f'there is no pooling "{pooling}"; {did_you_mean(str(pooling), POOLINGS)}')
     vectors, work = encoder.run(texts, _head(pooling, normalize))

@@ -21,6 +21,7 @@ from quikjax.files import described
 from quikjax.models import stacked
 from quikjax.models.base import PADDING, Positions
 from quikjax.models.encoder import Encoder
+from quikjax.models.encoder_decoder import Reader, Writer
 from quikjax.models.stacked import Layout
 from quikjax.models.tokens import checked_transformer
 
@@ -29,7 +30,7 @@ Text = str | tuple[str, str]
 SHORTEST = 16  # tokens of the least bucket
 
 # From a batch's last hidden states and positions (PADDING where there is no token) to a number of rows, under `jit`.
-Head = Callable[[Encoder, Float[Array, "batch length hidden"], Int32[Array, "batch length"]], Float[Array, "batch width"]]
+Head = Callable[[Any, Float[Array, "batch state hidden"], Int32[Array, "batch length"]], Float[Array, "batch width"]]
 
 
 class Rows(NamedTuple):
@@ -55,7 +56,7 @@ class TextEncoder:
     """A model and its tokenizer, for texts of any lengths.
 
     Args:
-        model: an encoder, dense or with packed weights.
+        model: an encoder, or an encoder-decoder with a classifier; dense or with packed weights.
         tokenizer: its tokenizer, as `load` gives it.
         length: texts are cut to so many tokens, those around them included; left out, what the model reads.
         batch_size: texts that go through the model together. The last batch is filled up, so that every bucket has one program.
@@ -66,7 +67,11 @@ class TextEncoder:
 
     def __init__(self, model: Any, tokenizer: Any, *, length: int | None = None, batch_size: int = 32) -> None:
         model = checked_transformer(model)
-        if not isinstance(model, Encoder):
+        if isinstance(model, Writer):
+            raise QuikError(
+                f"{type(model).__name__} writes texts and does not embed or classify them; use it with: quikjax generate"
+            )
+        if not isinstance(model, Encoder | Reader):
             raise QuikError(
                 f"{type(model).__name__} predicts the next token and does not embed or classify texts; give an encoder (BERT, "
                 "RoBERTa, DistilBERT), such as all-minilm-l6-v2"
@@ -78,7 +83,8 @@ class TextEncoder:
             raise QuikError(f"texts may be cut to 3 to {reach} tokens, which is what the model reads, not {length}")
         if batch_size < 1:
             raise QuikError(f"at least 1 text goes through the model at a time, not {batch_size}")
-        self.model, self.config, self.tokenizer = model, model.config, tokenizer
+        self.model: Any = model
+        self.config, self.tokenizer = model.config, tokenizer
         self.length = reach if length is None else length
         self.batch_size = batch_size
         cpu = jax.default_backend() == "cpu"

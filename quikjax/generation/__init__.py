@@ -7,12 +7,21 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from quikjax.generation.generator import Generation, Generator, generate
+    from quikjax.generation.generator import Generation, Generator
+    from quikjax.generation.request import generate, generator_of
     from quikjax.generation.settings import Sampling
+    from quikjax.generation.text_to_text import TextToText
 
-_HOME = {"Generation": "generator", "Generator": "generator", "Sampling": "settings", "generate": "generator"}
+_HOME = {
+    "Generation": "generator",
+    "Generator": "generator",
+    "Sampling": "settings",
+    "TextToText": "text_to_text",
+    "generate": "request",
+    "generator_of": "request",
+}
 
-__all__ = ["Generation", "Generator", "Sampling", "generate"]
+__all__ = ["Generation", "Generator", "Sampling", "TextToText", "generate", "generator_of"]
 
 
 def __getattr__(name: str) -> Any:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float32, Int32, Key
 
 from quikjax.generation import sampling
-from quikjax.generation.sampling import Values
+from quikjax.generation.sampling import Forced, Values
 from quikjax.models import stacked
 from quikjax.models.cache import StackedCache
 from quikjax.models.stacked import Layout
@@ -39,7 +39,7 @@ class Kind:
 class State:
     """Decoding's state, one entry a row: the cache; `last`, the token chosen last, not yet read; `at`, the position where
     it will stand; `running`; `step`, how many tokens were chosen; `keys`, a PRNG key; `seen`, which tokens the text has (`None`
-    without a penalty).
+    without a penalty); and for all rows `forced`, a `sampling.Forced` (`None` of a model that forces nothing).
     """
 
     cache: StackedCache
@@ -49,6 +49,7 @@ class State:
     step: Leaf
     keys: Leaf
     seen: Leaf = None
+    forced: Leaf = None
 
 
 def choose(
@@ -58,6 +59,7 @@ def choose(
     seen: Bool[Array, "batch vocab"] | None,
     values: Values,
     kind: Kind,
+    forced: Forced | None = None,
 ) -> tuple[Int32[Array, " batch"], Float32[Array, " batch"] | None]:
     """The next token of each row, and on request its log-probability under the model's own distribution, before any setting.
 
@@ -67,6 +69,8 @@ def choose(
     if kind.penalized:
         assert seen is not None
         logits = sampling.penalized(logits, seen, values.repetition_penalty)
+    if forced is not None:
+        logits = sampling.forced(logits, step, forced)
     if kind.sampled:
         chosen = sampling.draw(sampling.processed(logits, values), jax.vmap(jax.random.fold_in)(keys, step))
     else:
@@ -91,11 +95,12 @@ def begin(
     seen: Bool[Array, "batch vocab"] | None,
     stops: Int32[Array, " stops"],
     values: Values,
+    forced: Forced | None,
     kind: Kind,
 ) -> tuple[Int32[Array, "batch 1"], Float32[Array, "batch 1"] | None, State]:
     """The first token of each row from the logits behind its prompt, and the state that `chunk` goes on with."""
     step = jnp.zeros_like(lengths)
-    chosen, logprob = choose(logits, keys, step, seen, values, kind)
+    chosen, logprob = choose(logits, keys, step, seen, values, kind, forced)
     tokens = jnp.where(running, chosen, NOTHING)[:, None]
     state = State(
         cache=cache,
@@ -105,6 +110,7 @@ def begin(
         step=step + 1,
         keys=keys,
         seen=None if seen is None else _with(seen, chosen, running),
+        forced=forced,
     )
     return tokens, None if logprob is None else logprob[:, None], state
 
@@ -134,7 +140,7 @@ def chunk(
     def advance(carry: Any) -> Any:
         done, tokens, logprobs, state = carry
         logits, cache = stacked.extend(layout, params, state.last[:, None], state.at, one, state.cache)
-        chosen, logprob = choose(logits, state.keys, state.step, state.seen, values, kind)
+        chosen, logprob = choose(logits, state.keys, state.step, state.seen, values, kind, state.forced)
         running = state.running
         here = (jnp.int32(0), done)
         tokens = jax.lax.dynamic_update_slice(tokens, jnp.where(running, chosen, NOTHING)[:, None], here)
@@ -149,6 +155,7 @@ def chunk(
             step=state.step + running,
             keys=state.keys,
             seen=None if state.seen is None else _with(state.seen, chosen, running),
+            forced=state.forced,
         )
         return done + 1, tokens, logprobs, after
 

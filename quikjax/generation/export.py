@@ -190,7 +190,7 @@ class _Shape:
         empty = caches.empty_cache(config.layers, config.kv_heads, batch, self.slots, config.head_size, self.kind, self.key_block)
         cache = caches.insert(empty, fresh, jnp.int32(0))
         values = Sampling().values()
-        tokens, _, state = decode.begin(logits, cache, lengths, running, _keys(batch), None, stops, values, Kind())
+        tokens, _, state = decode.begin(logits, cache, lengths, running, _keys(batch), None, stops, values, None, Kind())
         return tokens, _apart(state)
 
     def decode(

@@ -4,12 +4,11 @@ import bisect
 import dataclasses
 import operator
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, SupportsIndex
 
 import jax
 import numpy as np
-from flax import nnx
 from jaxtyping import Int
 
 from quikjax.errors import QuikError
@@ -17,7 +16,7 @@ from quikjax.files import described
 from quikjax.generation import decode
 from quikjax.generation.decode import CHUNK, NOTHING, Kind, State
 from quikjax.generation.programs import Programs
-from quikjax.generation.sampling import Values, row_keys
+from quikjax.generation.sampling import Forced, Values, row_keys
 from quikjax.generation.settings import Sampling, check_seed
 from quikjax.generation.text import TextStream
 from quikjax.models import cache as caches
@@ -188,7 +187,7 @@ class Generator:
         release: bool = False,
         programs: Programs | None = None,
     ) -> None:
-        model = checked_model(model)
+        model = self.checked(model)
         self.config = model.config
         context = None if context is None else whole_number(context, "the context")
         self.context = self.config.context_length if context is None else context
@@ -209,6 +208,11 @@ class Generator:
         self.cache = cache or ("float32" if cpu else self.layout.dtype)
         by_blocks = deterministic or cpu
         self.key_block = KEY_BLOCK if by_blocks else 0
+
+    @staticmethod
+    def checked(model: Any) -> Transformer:
+        """`model`, if this class generates with such a one; `QuikError` if it does not."""
+        return checked_model(model)
 
     def generate(
         self,
@@ -313,12 +317,19 @@ class Generator:
         for prompt in given:
             self.check_prompt(prompt, max_new_tokens)
 
-        def text(prompt: list[int]) -> TextStream | None:
-            return None if self.tokenizer is None else TextStream(self.tokenizer, prompt, stop_strings)
-
         return [
-            Row(prompt, one, sample, text(prompt)) for prompt, one in zip(given, seeds, strict=True) for sample in range(samples)
+            Row(prompt, one, sample, None if self.tokenizer is None else self.stream(prompt, stop_strings))
+            for prompt, one in zip(given, seeds, strict=True)
+            for sample in range(samples)
         ]
+
+    def stream(self, prompt: Sequence[int], stop_strings: Sequence[str]) -> TextStream:
+        """The text that a row's tokens become, behind its prompt."""
+        return TextStream(self.tokenizer, prompt, stop_strings)
+
+    def forced(self, max_new_tokens: int) -> Forced | None:
+        """The tokens that the model forces on a text of at most so many; a model that continues texts forces none."""
+        return None
 
     def check_prompt(self, prompt: Sequence[int], max_new_tokens: int) -> None:
         """Raise `QuikError` unless the prompt can be read and continued."""
@@ -430,7 +441,11 @@ class Generator:
                 seen[b, list(prompt)] = True
         keys = self.programs.run(row_keys, (), (seeds, numbers))
         tokens, logprobs, state = self.programs.run(
-            decode.begin, (), (logits, cache, lengths, real, keys, seen, stops, values), donate=(1,), named={"kind": kind}
+            decode.begin,
+            (),
+            (logits, cache, lengths, real, keys, seen, stops, values, self.forced(max_new_tokens)),
+            donate=(1,),
+            named={"kind": kind},
         )
         first = (np.asarray(tokens), None if logprobs is None else np.asarray(logprobs))
         return Decoding(self, state, stops, values, kind, max_new_tokens - 1, first)
@@ -479,35 +494,3 @@ def place(
 ) -> tuple[StackedCache, jax.Array]:
     """A cache and logits `[batch, vocab]` with those of some prompts put into the rows from `row` on."""
     return caches.insert(cache, fresh, row), jax.lax.dynamic_update_slice(logits, given, (row, 0))
-
-
-def generate(
-    graphdef: nnx.GraphDef[Any],
-    params: Mapping[str, Any],
-    ids: Prompts,
-    *,
-    max_new_tokens: int = 64,
-    stop: SupportsIndex | Iterable[Any] | None = None,
-    **settings: Any,
-) -> Generation:
-    """Continue prompts: `Generator(model).generate(ids, ...)`, made for this call.
-
-    Blocks are stacked (and held a second time meanwhile) and programs compiled for every call; who generates more than once keeps
-    a `Generator`.
-
-    Args:
-        graphdef: `nnx.split(model)[0]`.
-        params: nested dictionaries, dense or with packed weights.
-        ids, max_new_tokens, stop, settings: see `Generator.generate`.
-
-    Raises:
-        QuikError: as `Generator.generate`.
-    """
-    if not isinstance(graphdef, nnx.GraphDef):
-        raise QuikError(f"a model's definition is expected, nnx.split(model)[0], not {described(graphdef)}")
-    try:
-        model = nnx.merge(graphdef, params)
-    except (KeyError, ValueError):
-        raise QuikError("the parameters are not those of the model's definition; both are of nnx.split(model)") from None
-    generator = Generator(model)
-    return generator.generate(ids, max_new_tokens=max_new_tokens, stop=stop, **settings)

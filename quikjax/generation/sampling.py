@@ -26,6 +26,16 @@ class Values(NamedTuple):
     repetition_penalty: Float32[Array | np.float32, ""]
 
 
+class Forced(NamedTuple):
+    """Tokens that a model forces as scalars of a program: `first` where a text begins, and `last` as its token number `at`,
+    the last that there is room for. -1 forces none.
+    """
+
+    first: Int32[Array | np.int32, ""]
+    last: Int32[Array | np.int32, ""]
+    at: Int32[Array | np.int32, ""]
+
+
 Logits = Float32[Array, "batch vocab"]
 
 
@@ -59,6 +69,14 @@ def min_p(logits: Logits, share: Float32[Array | np.float32, ""]) -> Logits:
 def processed(logits: Logits, values: Values) -> Logits:
     """Temperature, top-k, top-p and min-p, in this order."""
     return min_p(top_p(top_k(logits / values.temperature, values.top_k), values.top_p), values.min_p)
+
+
+def forced(logits: Logits, step: Int32[Array, " batch"], tokens: Forced) -> Logits:
+    """Logits that leave only the forced token, where token number `step` of a row is one."""
+    due = jnp.where(step == 0, tokens.first, -1)
+    due = jnp.where((step == tokens.at) & (tokens.last >= 0), tokens.last, due)[:, None]
+    only = jnp.where(jnp.arange(logits.shape[-1]) == due, 0.0, -jnp.inf)
+    return jnp.where(due >= 0, only, logits)
 
 
 def draw(logits: Logits, keys: Key[Array, " batch"]) -> Int32[Array, " batch"]:

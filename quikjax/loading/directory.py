@@ -37,6 +37,12 @@ class DirectorySource(Source, abc.ABC):
         if method is not None:
             raise QuikError(f"{self.where} is already quantized ({method}); give the original model")
 
+        if self.config.get("is_encoder_decoder", self.config.get("model_type") == "bart"):
+            # How a text is begun and ended belongs to the model; newer checkpoints say it beside its configuration only.
+            generation = self.generation_config() or {}
+            names = ("decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id")
+            self.config |= {name: generation[name] for name in names if generation.get(name) is not None}
+
     def tokenizer(self) -> Any | None:
         for path in tokenizer_files(self.directory):
             refuse_lfs_pointer(path)

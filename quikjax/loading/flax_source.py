@@ -1,4 +1,4 @@
-"""Flax checkpoints of OPT, GPT-2 and the encoders (`flax_model.msgpack`) under the names and in the layout of the PyTorch ones.
+"""Flax checkpoints of OPT, GPT-2, BART and the encoders (`flax_model.msgpack`) with the names and the layout of PyTorch's.
 
 Flax keeps a dense `kernel` as `[inputs, outputs]`, an embedding as `embedding` and a norm's factor as `scale`; PyTorch calls all
 three `weight` and keeps the dense one as `[outputs, inputs]`. With GPT-2's layers it is the other way round in both: there, too,
@@ -15,7 +15,7 @@ from quikjax.loading.msgpack_header import Array, read_layout
 from quikjax.loading.source import TensorInfo
 
 _SINGLE, _INDEX = "flax_model.msgpack", "flax_model.msgpack.index.json"
-_FAMILIES = ("opt", "gpt2", "bert", "roberta", "xlm-roberta", "distilbert")
+_FAMILIES = ("opt", "gpt2", "bart", "bert", "roberta", "xlm-roberta", "distilbert")
 _LEAVES = {"kernel": "weight", "embedding": "weight", "scale": "weight", "bias": "bias"}
 
 
@@ -95,5 +95,5 @@ def published_name(path: str) -> tuple[str, bool]:
     >>> published_name("model.decoder.embed_tokens.embedding")
     ('model.decoder.embed_tokens.weight', False)
     """
-    stem, _, leaf = path.rpartition(".")
-    return f"{stem}.{_LEAVES.get(leaf, leaf)}", leaf == "kernel"
+    stem, dot, leaf = path.rpartition(".")
+    return f"{stem}{dot}{_LEAVES.get(leaf, leaf)}", leaf == "kernel"

@@ -17,7 +17,7 @@ from quikjax.files import read_json, user_path
 from quikjax.loading import Source, match
 from quikjax.loading.formats import ARTIFACT_FILE, open_found
 from quikjax.loading.locate import DEMO_MODELS, Found, resolve
-from quikjax.models.base import CausalLM, Transformer
+from quikjax.models.base import Transformer
 from quikjax.models.dtypes import floating_dtype
 from quikjax.models.memory import device_memory, physical_memory
 from quikjax.models.registry import abstract_model, dotted, pure_params
@@ -60,7 +60,8 @@ class LayerPlan:
     """Layers of one kind: equal but for the number of their block, which is `*` in `pattern`.
 
     `bytes` are those of one layer as stored, everything counted. `prefill` is the backend that reads `batch * length` tokens at
-    once, `decode` the one that reads `batch` (of a model that generates); `None` if none can, and then `problems` says why.
+    once, `decode` the one that reads `batch` (of a layer that runs for each token generated); `None` if none can, and then
+    `problems` says why.
     """
 
     pattern: str
@@ -306,7 +307,7 @@ def make_plan(
         quantizing=quantizing,
         running=run,
         devices_needed=memory.devices_needed(run, memory_bytes, model.config),
-        generates=isinstance(model, CausalLM),
+        generates=model.generates,
         problems=(*problems, *rows.problems),
         notes=(*_notes(recipe, model), *rows.notes),
     )
@@ -340,24 +341,33 @@ class _Rows:
         self.model, self.dtype, self.device, self.batch, self.length = model, dtype, device, batch, length
         self.problems: list[str] = []
         self.notes: list[str] = []
-        self._prefix = ".".join(model.block_path) + "."
-        self._block = next(iter(model.blocks.values()))
-        linear = {f"{layer}.weight" for layers in self._block.groups.values() for layer in layers}
+        self._blocks = {".".join((*model.block_path, key)): block for key, block in model.blocks.items()}
+        linear = {
+            f"{name}.{layer}.weight": block.decodes(group)
+            for name, block in self._blocks.items()
+            for group, layers in block.groups.items()
+            for layer in layers
+        }
+        self._idle: set[str] = set()  # patterns of layers that take no part in decoding
         self._params = dotted(pure_params(model))
         # A rule may name a block by its number, so every path is asked; equal answers become one row.
         kinds: Counter[tuple[str, tuple[int, ...], AnyRule | None, int]] = Counter()
         self._rules: dict[str, AnyRule] = {}
         self._outliers: dict[str, int] = {}
-        self._groups = {f"{layer}.weight": group for group, layers in self._block.groups.items() for layer in layers}
+        within: set[str] = set()
         for path, leaf in self._params.items():
             pattern, inside = self._pattern(path)
+            if inside:
+                within.add(pattern)
             rule = recipe.rule_for(path) if inside else None
             # With data, only layers whose input is observed are quantized; without, whatever a rule names inside a block.
-            if rule is not None and recipe.needs_data() and inside not in linear:
+            if rule is not None and recipe.needs_data() and path not in linear:
                 rule = None
+            if not linear.get(path, True):
+                self._idle.add(pattern)
             if rule is not None:
                 self._rules[path] = rule
-                self._outliers[path] = self._outlier_count(rule, path, inside, leaf.shape)
+                self._outliers[path] = self._outlier_count(rule, path, leaf.shape)
             kinds[pattern, tuple(leaf.shape), rule, self._outliers.get(path, 0)] += 1
         self.layers: list[LayerPlan] = []
         self.dense: list[DensePlan] = []
@@ -366,23 +376,26 @@ class _Rows:
                 size = dtype.itemsize
                 for extent in shape:
                     size *= extent
-                in_block = pattern.startswith(self._prefix)
+                in_block = pattern in within
                 self.dense.append(DensePlan(pattern=pattern, count=count, shape=shape, bytes=size, in_block=in_block))
             else:
                 self._layer(pattern, shape, rule, outliers, count)
 
     def _pattern(self, path: str) -> tuple[str, str | None]:
         """The path with `*` for the block's number, and what is left within the block (`None` outside blocks)."""
-        if not path.startswith(self._prefix):
+        name = self.model.block_of(path)
+        if name is None:
             return path, None
-        inside = path.removeprefix(self._prefix).partition(".")[2]
-        return f"{self._prefix}*.{inside}", inside
+        inside = path.removeprefix(name + ".")
+        return f"{name.rpartition('.')[0]}.*.{inside}", inside
 
-    def _outlier_count(self, rule: AnyRule, path: str, inside: str | None, shape: tuple[int, ...]) -> int:
+    def _outlier_count(self, rule: AnyRule, path: str, shape: tuple[int, ...]) -> int:
         if isinstance(rule, CodebookRule):
-            first = path.startswith(f"{self._prefix}{next(iter(self.model.blocks))}.")
-            group = self._groups.get(inside or "")
-            if not rule.proxy or group is None or not has_proxies(self.model, group, first):
+            name = self.model.block_of(path)
+            assert name is not None
+            layer = path.removeprefix(name + ".").removesuffix(".weight")
+            group = next((group for group, layers in self._blocks[name].groups.items() if layer in layers), None)
+            if not rule.proxy or group is None or not has_proxies(self.model, group, name == next(iter(self._blocks))):
                 return 0
         return rule.outlier_count(shape[-1], self.model.config.hidden_size)
 
@@ -406,7 +419,7 @@ class _Rows:
             )
         base = k - outliers
         legal = base > 0 and (base <= MAX_BASE or not exact)
-        decodes = legal and isinstance(self.model, CausalLM)
+        decodes = legal and self.model.generates and pattern not in self._idle
         made = abstract_weight(rule, shape, base)
         if isinstance(made, CodebookWeight) and made.last_block < made.block:
             self.notes.append(f"blocks of {made.block} do not divide {pattern}: its last block has {made.last_block} weights")
@@ -449,36 +462,39 @@ class _Rows:
 
     def footprint(self) -> memory.Footprint:
         """Collect what peak memory depends on; of blocks that differ, the largest."""
-        groups: dict[str, memory.Group] = {}
-        quantized: set[str] = set()
+        groups: dict[tuple[type, str], memory.Group] = {}
+        quantized: dict[type, dict[str, memory.Group]] = {}
         shapes = {path: tuple(leaf.shape) for path, leaf in self._params.items()}
         size, packed_weights, packed_bytes, running_bytes = Counter[str](), Counter[str](), Counter[str](), 0
         rest = 0
         for path, leaf in self._params.items():
-            if not path.startswith(self._prefix):
+            name = self.model.block_of(path)
+            if name is None:
                 rest += leaf.size * self.dtype.itemsize
                 continue
-            number = path.removeprefix(self._prefix).partition(".")[0]
-            size[number] += leaf.size
+            size[name] += leaf.size
             rule = self._rules.get(path)
             if rule is None or len(leaf.shape) != 2:
                 running_bytes += leaf.size * self.dtype.itemsize
                 continue
             stored = self._held(shapes[path], rule, self._outliers[path])
-            packed_weights[number] += leaf.size
-            packed_bytes[number] += stored
+            packed_weights[name] += leaf.size
+            packed_bytes[name] += stored
             running_bytes += stored
-        for number in self.model.blocks:
-            for name, layers in self._block.groups.items():
-                paths = [f"{self._prefix}{number}.{layer}.weight" for layer in layers]
-                groups[name] = memory.Group(shapes[paths[0]][1], tuple(shapes[path][0] for path in paths))
+        for name, block in self._blocks.items():
+            for group, layers in block.groups.items():
+                paths = [f"{name}.{layer}.weight" for layer in layers]
+                found = memory.Group(shapes[paths[0]][1], tuple(shapes[path][0] for path in paths))
+                groups[type(block), group] = found
                 if any(path in self._rules for path in paths):
-                    quantized.add(name)
+                    quantized.setdefault(type(block), {})[group] = found
+        # Of two kinds of block, that whose layers read more.
+        most = max(quantized.values(), key=lambda of: sum(group.inputs for group in of.values()), default={})
         return memory.Footprint(
             config=self.model.config,
             itemsize=self.dtype.itemsize,
             groups=tuple(groups.values()),
-            quantized=tuple(group for name, group in groups.items() if name in quantized),
+            quantized=tuple(most.values()),
             block_parameters=max(size.values()),
             block_quantized=max(packed_weights.values(), default=0),
             block_packed=max(packed_bytes.values(), default=0),
@@ -488,11 +504,11 @@ class _Rows:
                 (
                     sum(
                         self.dtype.itemsize * math.prod(shapes[path])
-                        for path in (f"{self._prefix}{number}.{layer}.weight" for layer in layers)
+                        for path in (f"{name}.{layer}.weight" for layer in layers)
                         if isinstance(self._rules.get(path), CodebookRule | GroupRule)
                     )
-                    for number in self.model.blocks
-                    for layers in self._block.groups.values()
+                    for name, block in self._blocks.items()
+                    for layers in block.groups.values()
                 ),
                 default=0,
             ),

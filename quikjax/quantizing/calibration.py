@@ -15,7 +15,8 @@ def calibration_tokens(
     """The first `samples` windows of `length` tokens of a text.
 
     A model that predicts the next token reads them as they stand. An encoder reads whole texts, and gets each window between the
-    tokens that its tokenizer puts around one ([CLS] and [SEP]).
+    tokens that its tokenizer puts around one ([CLS] and [SEP]). So does an encoder-decoder, whose decoder is fed the same window
+    one place to the right, as if it were to repeat the text: no other text belongs to it, and BART was pretrained so.
 
     Raises:
         QuikError: the text is too short, or a number is not positive.

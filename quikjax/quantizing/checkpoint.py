@@ -165,10 +165,9 @@ def check_recipe(recipe: Recipe, model: Transformer) -> None:
     paths = dotted(pure_params(model))
     if recipe.rules and not any(recipe.rule_for(path) for path in paths):
         raise QuikError(f'recipe "{recipe.name}" matches no layer of this model; its rules name other paths')
-    inside = ".".join(model.block_path) + "."
     for path, leaf in paths.items():
         rule = recipe.rule_for(path)
-        if rule is None or len(leaf.shape) != 2 or not path.startswith(inside):
+        if rule is None or len(leaf.shape) != 2 or model.block_of(path) is None:
             continue
         wanted = rule.wanted_outliers(leaf.shape[1], model.config.hidden_size)
         if wanted >= leaf.shape[1]:
@@ -202,7 +201,7 @@ def _spills(model: Transformer, recipe: Recipe, tokens: Int32[np.ndarray, "sampl
     for key, block in model.blocks.items():
         groups = [[".".join((*model.block_path, key, layer, "weight")) for layer in group] for group in block.groups.values()]
         inputs = [shapes[paths[0]][1] for paths in groups if any(recipe.rule_for(path) for path in paths)]
-        needed = memory.activation_bytes(model.config.hidden_size, inputs, tokens.size, jnp.dtype(dtype).itemsize)
+        needed = memory.activation_bytes(model.config.state_size, inputs, tokens.size, jnp.dtype(dtype).itemsize)
         whole = max(whole, needed)
     held = memory.held_activations(whole, len(tokens), budget)
     if problem := memory.budget_problem(held, budget):
@@ -231,8 +230,7 @@ def _convert_blocks(
     log.start(len(names), len(done))
     progress.start(len(names), len(done))
 
-    below = ".".join(abstract.block_path) + "."
-    rest = [path for path in dotted(pure_params(abstract)) if not path.startswith(below)]
+    rest = [path for path in dotted(pure_params(abstract)) if abstract.block_of(path) is None]
     params = load_params(source, abstract, rest, dtype)
     if REST not in finished:
         writer.write_part(REST, dotted(params))

@@ -114,10 +114,10 @@ def running(footprint: Footprint, batch: int, length: int) -> Running:
     )
 
 
-def activation_bytes(hidden_size: int, inputs: Iterable[int], tokens: int, itemsize: int) -> int:
+def activation_bytes(state_size: int, inputs: Iterable[int], tokens: int, itemsize: int) -> int:
     """Bytes of all calibration activations while a block is quantized whose quantized groups read `inputs` columns each.
 
-    With `T` tokens, `H` the hidden size and `d` the itemsize:
+    With `T` tokens, `H` the `state_size` of the configuration and `d` the itemsize:
 
         2 T H d + kept                           what enters the block and what leaves it
         kept = T K d                             for each group in turn, while their sum is at most KEPT_BYTES (1 GiB)
@@ -126,7 +126,7 @@ def activation_bytes(hidden_size: int, inputs: Iterable[int], tokens: int, items
     for width in inputs:
         if kept + tokens * width * itemsize <= KEPT_BYTES:
             kept += tokens * width * itemsize
-    return 2 * tokens * hidden_size * itemsize + kept
+    return 2 * tokens * state_size * itemsize + kept
 
 
 def held_activations(whole: int, samples: int, budget: int) -> int:
@@ -190,7 +190,7 @@ def quantizing(
         observing = 4 * 2 * k * k + temporaries(footprint, 1, seqlen) if tokens else 0
         work = max(work, 4 * max(steps), observing)
     inputs = [group.inputs for group in footprint.quantized]
-    whole = activation_bytes(footprint.config.hidden_size, inputs, tokens, d)
+    whole = activation_bytes(footprint.config.state_size, inputs, tokens, d)
     held = whole if activation_budget is None else held_activations(whole, samples, activation_budget)
     return Quantizing(
         block=d * (footprint.block_parameters + footprint.block_quantized) + footprint.block_packed,

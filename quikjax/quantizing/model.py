@@ -72,12 +72,11 @@ def quantize_model(
     """
     recipe, model = find_recipe(recipe), checked_transformer(model)
     params = dotted(pure_params(model))
-    prefix = ".".join(model.block_path) + "."
 
     def load(name: str) -> BlockParams:
         return {path.removeprefix(name + "."): leaf for path, leaf in params.items() if path.startswith(name + ".")}
 
-    result = {path: leaf for path, leaf in params.items() if not path.startswith(prefix)}
+    result = {path: leaf for path, leaf in params.items() if model.block_of(path) is None}
     hidden: list[Batch] = list(embed_batches(model, batches)) if recipe.needs_data() else []
     blocks = quantize_blocks(model, load, recipe, hidden, on_layer=on_layer)
     del hidden
@@ -274,7 +273,7 @@ def _inputs(
     kept: dict[str, Any],
     *,
     group: str,
-) -> Float[Array, "batch length k"]:
+) -> Float[Array, "batch tokens k"]:
     return _run(blockdef, params, hidden, kept)[1][group]
 
 
@@ -286,7 +285,7 @@ def _observe(
     kept: dict[str, Any],
     stats: LayerStats,
     group: str,
-) -> tuple[Float[Array, "batch length k"], LayerStats]:
+) -> tuple[Float[Array, "batch tokens k"], LayerStats]:
     x = _inputs(blockdef, params, hidden, kept, group=group)
     return x, observe(stats, x)
 

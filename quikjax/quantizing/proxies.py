@@ -98,7 +98,8 @@ def producers(model: Transformer) -> dict[str, Producers]:
                 first = group != "mlp_input" or parallel
                 found[group] = Producers(written, previous=True) if first else Producers(("self_attention.dense",))
         return found
-    return {group: Producers(why_not="which layer produces it is not known") for group in block.groups}
+    unknown = Producers(why_not="which layer produces it is not known")
+    return {group: unknown for block in model.blocks.values() for group in block.groups}
 
 
 def has_proxies(model: Transformer, group: str, first: bool) -> bool:

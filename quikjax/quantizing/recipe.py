@@ -173,7 +173,7 @@ _WIDE = r"\.(down_proj|mlp\.c_proj|layer\.\d+\.output\.dense|ffn\.lin2)\.weight$
 _HEADS = r"q_proj|k_proj|v_proj|o_proj|out_proj|c_attn|attn\.c_proj"
 _ENCODER_HEADS = r"attention\.(self\.(query|key|value)|output\.dense|(q|k|v|out)_lin)"
 _MLP = r"gate_proj|up_proj|fc1|fc2|c_fc|layer\.\d+\.intermediate\.dense|ffn\.lin1"
-_LAYERS = rf"(?<!classifier)\.({_HEADS}|{_ENCODER_HEADS}|{_MLP})\.weight$"
+_LAYERS = rf"(?<!classifier)(?<!classification_head)\.({_HEADS}|{_ENCODER_HEADS}|{_MLP})\.weight$"
 _ATTENTION = rf"\.({_HEADS}|{_ENCODER_HEADS}|self_attention\.(query_key_value|dense))\.weight$"
 
 

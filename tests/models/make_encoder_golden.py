@@ -21,11 +21,11 @@ from encoder_variants import VARIANTS, VOCABULARY
 from random_weights import checksum, random_weights
 
 GOLDEN = Path(__file__).parent / "golden"
-TIED = ("decoder.weight", "decoder.bias", "vocab_projector.weight")
+TIED = ("decoder.weight", "decoder.bias", "vocab_projector.weight", "embed_tokens.weight", "lm_head.weight")
 SEED, LENGTH, SHORT, FIRST = 1, 24, 15, 9
 
 
-def build(fields: dict[str, Any]) -> tuple[Any, int]:
+def build(fields: dict[str, Any], seed: int = SEED) -> tuple[Any, int]:
     """The PyTorch model with its random weights (float32, evaluation mode), and their checksum."""
     import torch  # type: ignore[import-not-found, unused-ignore]
     import transformers
@@ -35,7 +35,9 @@ def build(fields: dict[str, Any]) -> tuple[Any, int]:
     # A head that is tied has the name of what it is tied to.
     every = model.named_parameters(remove_duplicate=False)
     parameters = {name: value for name, value in every if not name.endswith(TIED)}
-    weights = random_weights({name: tuple(value.shape) for name, value in parameters.items()}, SEED)
+    # BART's bias of the logits is not trained, but published.
+    parameters |= {name: value for name, value in model.named_buffers() if name == "final_logits_bias"}
+    weights = random_weights({name: tuple(value.shape) for name, value in parameters.items()}, seed)
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(torch.from_numpy(weights[name]))

@@ -7,7 +7,7 @@ import numpy as np
 
 # Small token tables, so that a tied head does not just repeat the token it reads; positions that make OPT and GPT-2 say something
 # new.
-_SPREAD = {"embed_tokens": 0.1, "word_embeddings": 0.1, "embed_positions": 0.5, "wte": 0.1, "wpe": 0.5}
+_SPREAD = {"embed_tokens": 0.1, "word_embeddings": 0.1, "embed_positions": 0.5, "shared": 0.1, "wte": 0.1, "wpe": 0.5}
 
 
 def random_weights(shapes: Mapping[str, tuple[int, ...]], seed: int) -> dict[str, np.ndarray]:
@@ -21,7 +21,7 @@ def random_weights(shapes: Mapping[str, tuple[int, ...]], seed: int) -> dict[str
         rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
         values = rng.standard_normal(shape)
         if len(shape) == 2:
-            layer = name.split(".")[-2]
+            layer = name.rpartition(".")[0].rpartition(".")[2]
             inputs = shape[0 if layer.startswith("c_") else 1]  # GPT-2's layers lie the other way
             values = _SPREAD.get(layer, 1.3 / np.sqrt(inputs)) * values
         elif name.endswith("bias"):
