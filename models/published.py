@@ -50,6 +50,8 @@ _HARMLESS = frozenset(
 
 # Types of models that give every token a vector and predict none: those of the registry's encoders.
 ENCODERS = frozenset(["bert", "camembert", "distilbert", "roberta", "xlm-roberta"])
+# Types of models that read one text and write another.
+ENCODER_DECODERS = frozenset(["bart", "mbart"])
 
 
 def quantized_by(fields: Mapping[str, Any]) -> str | None:

@@ -42,6 +42,7 @@ MISTAKES = (
     ("report .", "has no quikjax.json"),
     ("recover nothing --out made", "there is no directory"),
     ("recover encoder --out made", "is an encoder (bert), and recovery trains language models"),
+    ("recover summarizer --out made", "is an encoder-decoder (bart), and recovery trains models that only decode"),
     ("recover encoder --plan", "is an encoder (bert), and recovery trains language models"),
     ("export nothing --out made --format safetensors-dequantized", "there is no directory"),
     ("export nothing --out made --format jax-export", 'there is no model "nothing"'),
@@ -64,14 +65,15 @@ for line in sys.argv[1:]:
 def said(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     place = tmp_path_factory.mktemp("place")
     (place / "notes.txt").write_text("not an artifact")
-    (place / "encoder").mkdir()
-    manifest = Manifest(
-        quikjax="0", config={"model_type": "bert"}, recipe=None, provenance={}, dtype="float32", parts={}, files={}
-    )
-    (place / "encoder" / "quikjax.json").write_text(seal(manifest.with_fingerprint()))
+    for name, kind in (("encoder", "bert"), ("summarizer", "bart")):
+        (place / name).mkdir()
+        manifest = Manifest(
+            quikjax="0", config={"model_type": kind}, recipe=None, provenance={}, dtype="float32", parts={}, files={}
+        )
+        (place / name / "quikjax.json").write_text(seal(manifest.with_fingerprint()))
     lines = [line for line, _ in MISTAKES]
     done = subprocess.run([sys.executable, "-c", RUN, *lines], capture_output=True, text=True, check=True, cwd=place)
-    assert sorted(path.name for path in Path(place).iterdir()) == ["encoder", "notes.txt"]
+    assert sorted(path.name for path in Path(place).iterdir()) == ["encoder", "notes.txt", "summarizer"]
     return done.stdout.splitlines()
 
 

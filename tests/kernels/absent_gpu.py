@@ -148,7 +148,7 @@ def _captured() -> Iterator[list[str]]:
 @contextlib.contextmanager
 def _compiled_here() -> Iterator[None]:
     """No executables from disk: one for a device that is not there cannot be loaded, and its PTX would not be printed."""
-    kept = jax.config.jax_enable_compilation_cache
+    kept = jax.config.values["jax_enable_compilation_cache"]
     jax.config.update("jax_enable_compilation_cache", False)
     compilation_cache.reset_cache()  # JAX asks once whether there is one
     try:

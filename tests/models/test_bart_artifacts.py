@@ -214,6 +214,7 @@ def test_a_classifier_is_quantized_and_classifies(tmp_path: Path) -> None:
     quantize_checkpoint(directory, tmp_path / "artifact", "rtn-w8a8")
     texts = ["a text", "and another, which is longer"]
     model, tokenizer = quikjax.load(directory)
+    assert tokenizer is not None
     found = quikjax.classify(model, tokenizer, texts)
     assert found.labels == ("contradiction", "neutral", "entailment")
     for text, scores in zip(texts, found.scores, strict=True):

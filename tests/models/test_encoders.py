@@ -18,7 +18,8 @@ from quikjax.evaluation import evaluate
 from quikjax.generation import Generator
 from quikjax.models.base import CausalLM
 from quikjax.models.encoder import Encoded, Encoder, EncoderConfig, masked_positions
-from quikjax.models.published import ENCODERS
+from quikjax.models.encoder_decoder import EncoderDecoderConfig
+from quikjax.models.published import ENCODER_DECODERS, ENCODERS
 from quikjax.models.registry import FAMILIES, abstract_model, dotted, nested, pure_params
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -87,7 +88,9 @@ def test_labels_are_read(case: Case) -> None:
 
 
 def test_types_of_encoders_are_those_of_the_registry() -> None:
-    assert {kind for kind, (config, _) in FAMILIES.items() if issubclass(config, EncoderConfig)} == ENCODERS
+    both = {kind for kind, (config, _) in FAMILIES.items() if issubclass(config, EncoderDecoderConfig)}
+    assert both == ENCODER_DECODERS
+    assert {kind for kind, (config, _) in FAMILIES.items() if issubclass(config, EncoderConfig)} - both == ENCODERS
 
 
 @pytest.mark.parametrize("name", ["bert-classifier", "roberta", "distilbert"])
