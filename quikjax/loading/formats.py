@@ -51,7 +51,11 @@ def open_found(found: Found) -> Source:
 
 def _open_directory(path: Path, revision: str | None) -> Source:
     if (path / ARTIFACT_FILE).is_file():
-        raise QuikError(f"{path} is an artifact of quikjax and quantized already, not a published checkpoint; restore it instead")
+        # One without packed weights, such as a teacher that `train` made, is quantized by way of its export.
+        raise QuikError(
+            f"{path} is an artifact of quikjax, not a published checkpoint; restore it instead, or give the directory that "
+            f"this writes: quikjax export {path} --format safetensors-dequantized --out DIR"
+        )
     if any(os.path.lexists(path / name) for name in _SAFETENSORS) or any(path.glob("model-*-of-*.safetensors")):
         return SafetensorsSource(path, revision)
     if any(path.glob("flax_model*.msgpack")):
