@@ -212,7 +212,7 @@ def test_an_artifact_on_the_hub_is_opened_by_its_name(offline_cache: Path, tmp_p
     assert np.array_equal(load(tmp_path / "hf")[0](ids), original(ids))
     with pytest.raises(QuikError, match="org/artifact is quantized already; see what was done with: quikjax report org/artifact"):
         describe("org/artifact")
-    assert "quantized already" in _says("org/artifact")
+    assert "give the directory that this writes: quikjax export" in _says("org/artifact")
     with pytest.raises(QuikError, match='"org/artefact" is not here'):
         checkpoint.restore("org/artefact")
 
