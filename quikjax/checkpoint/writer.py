@@ -5,7 +5,7 @@ import math
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -47,6 +47,10 @@ from quikjax.loading.source import GENERATION_CONFIG
 from quikjax.models.registry import abstract_model
 from quikjax.version import __version__
 
+# What a sentence about the inputs of an earlier run shows: so many places, so many characters of each value.
+NAMED_DIFFERENCES = 4
+SHOWN_CHARACTERS = 60
+
 
 class Writer:
     """Write the artifact `path`: parts in any order, then `finish`. Until then everything is in `PATH.partial`.
@@ -71,7 +75,7 @@ class Writer:
 
     Raises:
         QuikError: `path` exists and may not be replaced, the disk has too little room, another process writes the same artifact,
-            or, with `resume`, the earlier run had other inputs: all that differ are named.
+            or, with `resume`, the earlier run had other inputs: the first that differ are named.
     """
 
     def __init__(
@@ -135,8 +139,8 @@ class Writer:
         different = differences({key: before[key] for key in now}, now)
         if different:
             raise QuikError(
-                f"{self.partial} was left by a run with other inputs ({'; '.join(different)}); "
-                "repeat that run's inputs to go on, or start again without resuming"
+                f"{self.partial} was left by a run with other inputs ({different}); "
+                "repeat that run's inputs to go on, or begin again without resuming (--restart)"
             )
 
     def _take_over(self) -> None:
@@ -270,16 +274,31 @@ def stored_shapes(part: Part) -> dict[str, tuple[int, ...]]:
     return shapes | {path: tuple(static["shape"]) for path, static in part.packed.items()}
 
 
-def differences(before: Json, now: Json, path: str = "") -> list[str]:
-    """List the differences between two JSON objects, each as `path: before, now`."""
-    found = []
-    for key in sorted({*before, *now}):
-        old, new, name = before.get(key), now.get(key), f"{path}.{key}" if path else key
-        if isinstance(old, dict) and isinstance(new, dict):
-            found += differences(old, new, name)
-        elif old != new:
-            found.append(f"{name}: {json.dumps(old)} before, {json.dumps(new)} now")
-    return found
+def differences(before: Json, now: Json) -> str:
+    """Say how two JSON objects differ, each place as `path: before, now`; empty if they are equal.
+
+    It goes into one sentence, so only the first few places are named, and long values are cut.
+    """
+    found = list(_differing(before, now, ""))
+    more = [f"and {len(found) - NAMED_DIFFERENCES} more"] if len(found) > NAMED_DIFFERENCES else []
+    return "; ".join([f"{name}: {_short(old)} before, {_short(new)} now" for name, old, new in found[:NAMED_DIFFERENCES]] + more)
+
+
+def _differing(old: object, new: object, path: str) -> Iterator[tuple[str, object, object]]:
+    """The places where two JSON values differ, as deep inside as both have one."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in sorted({*old, *new}):
+            yield from _differing(old.get(key), new.get(key), f"{path}.{key}" if path else key)
+    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        for index, pair in enumerate(zip(old, new, strict=True)):
+            yield from _differing(*pair, f"{path}[{index}]")
+    elif old != new:
+        yield path, old, new
+
+
+def _short(value: object) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= SHOWN_CHARACTERS else f"{text[: SHOWN_CHARACTERS - 3]}..."
 
 
 def _main_dtype(written: Iterable[Part]) -> str:

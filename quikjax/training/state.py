@@ -75,7 +75,7 @@ class Store:
         different = differences(before, now)
         if different:
             raise QuikError(
-                f"{self.work} was left by a run with other inputs ({'; '.join(different)}); repeat that run's inputs to go on, "
+                f"{self.work} was left by a run with other inputs ({different}); repeat that run's inputs to go on, "
                 "or begin again with --restart"
             )
 

@@ -142,6 +142,21 @@ def test_other_inputs_are_refused_with_what_differs(tmp_path: Path) -> None:
         assert writer.completed_parts() == {}
 
 
+def test_what_differs_is_said_in_one_short_sentence(tmp_path: Path) -> None:
+    def recipe(damping: float, match: str) -> dict[str, Any]:
+        return {"name": "mine", "rules": [{"match": match, "damping": damping, "bits": bits} for bits in (4, 8)]}
+
+    unfinished(tmp_path / "a", PARTS[:1], recipe=recipe(0.01, "w"))
+    with pytest.raises(QuikError) as refused:
+        checkpoint.Writer(tmp_path / "a", recipe=recipe(0.5, "q_proj|" * 100), provenance={"seed": 1}, resume=True)
+    sentence = str(refused.value)
+    assert "recipe.rules[0].damping: 0.01 before, 0.5 now" in sentence
+    assert 'recipe.rules[0].match: "w" before, "q_proj|' in sentence
+    assert "and 1 more" in sentence
+    assert "bits" not in sentence
+    assert len(sentence) < 600 + len(str(tmp_path))
+
+
 def test_the_same_parameter_in_two_parts_is_refused(tmp_path: Path) -> None:
     with checkpoint.Writer(tmp_path / "a") as writer:
         writer.write_part("one", {"w": pack(np.random.default_rng(0), (4, 4))})
