@@ -1,14 +1,19 @@
 """What all tests share: the CPU, quiet libraries, one tiny checkpoint per session."""
 
 import atexit
+import contextlib
+import io
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+import traceback
+import warnings
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 # Before JAX starts: tests run on the CPU also where a GPU, or only its compiler, is installed.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -27,8 +32,10 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import hypothesis
+import jax
 import pytest
 
+from quikjax.cli import main
 from quikjax.testing import write_tiny_checkpoint
 
 # The examples of property tests are the same in every run, so that what passed on one machine passes on the next. To look for
@@ -50,8 +57,8 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def quikjax_command() -> Run:
-    """Run the command line in a process of its own, as a person does."""
+def quikjax_process() -> Run:
+    """Run the command line in a process of its own, as a person does: for what only a whole process shows."""
 
     def run(
         *arguments: str | Path, stdin: str | None = None, env: dict[str, str] | None = None
@@ -65,5 +72,35 @@ def quikjax_command() -> Run:
             timeout=300,
             check=False,
         )
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def quikjax_command() -> Run:
+    """Run the command line in this process: the same entry point, arguments, streams and exit status, but JAX is there already."""
+
+    def run(*arguments: str | Path, stdin: str = "") -> "subprocess.CompletedProcess[str]":
+        typed = ["quikjax", *map(str, arguments)]
+        out, said = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8") for _ in range(2))
+        read = io.TextIOWrapper(io.BytesIO(stdin.encode()), encoding="utf-8")
+        with contextlib.ExitStack() as stack:
+            # A command keeps its compiled programs where the user's are; here they stay among the tests' own.
+            for name in ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs"):
+                stack.callback(jax.config.update, name, getattr(jax.config, name))
+            stack.enter_context(mock.patch.dict(os.environ, {"QUIKJAX_CACHE": os.environ["JAX_COMPILATION_CACHE_DIR"]}))
+            for name, value in (("argv", typed), ("stdin", read), ("stdout", out), ("stderr", said)):
+                stack.enter_context(mock.patch.object(sys, name, value))
+            stack.enter_context(mock.patch.object(warnings, "formatwarning", warnings.formatwarning))
+            try:
+                main()
+                status = 0
+            except SystemExit as end:
+                status = end.code if isinstance(end.code, int) else int(end.code is not None)
+            except Exception:
+                traceback.print_exc()  # as the interpreter does
+                status = 1
+        texts = [stream.buffer.getvalue().decode() for stream in (out, said) if stream.flush() is None]
+        return subprocess.CompletedProcess(typed, status, *texts)
 
     return run

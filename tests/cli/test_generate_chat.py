@@ -27,11 +27,11 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 def test_prompts_of_a_file_with_samples(
-    quikjax_command: Run, tiny_checkpoint: Path, tmp_path: Path, environment: dict[str, str]
+    quikjax_process: Run, tiny_checkpoint: Path, tmp_path: Path, environment: dict[str, str]
 ) -> None:
     (tmp_path / "prompts").write_text("one\na longer one\n")
     arguments = ("generate", tiny_checkpoint, "--prompt-file", tmp_path / "prompts", "--max-new-tokens", "6", "--top-k", "50")
-    done = quikjax_command(*arguments, "--samples", "2", "--json", "--logprobs", "--kv-cache", "int8", env=environment)
+    done = quikjax_process(*arguments, "--samples", "2", "--json", "--logprobs", "--kv-cache", "int8", env=environment)
     assert done.returncode == 0, done.stderr
     figures = json.loads(done.stdout)
     assert [row["prompt"] for row in figures["rows"]] == [0, 0, 1, 1]
@@ -39,7 +39,7 @@ def test_prompts_of_a_file_with_samples(
     # Programs were kept, and a second start takes them from there.
     kept = {path: path.stat().st_mtime for path in Path(environment["QUIKJAX_CACHE"]).rglob("*-cache")}
     assert kept
-    again = quikjax_command(*arguments, "--samples", "2", "--json", "--kv-cache", "int8", "--logprobs", env=environment)
+    again = quikjax_process(*arguments, "--samples", "2", "--json", "--kv-cache", "int8", "--logprobs", env=environment)
     assert [row["text"] for row in json.loads(again.stdout)["rows"]] == [row["text"] for row in figures["rows"]]
     assert set(Path(environment["QUIKJAX_CACHE"]).rglob("*-cache")) == set(kept)
 
@@ -118,7 +118,7 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
         executables.keep_executables(tmp_path / "file")
 
 
-def test_bench_measures_what_it_names(quikjax_command: Run, tiny_checkpoint: Path, environment: dict[str, str]) -> None:
+def test_bench_measures_what_it_names(quikjax_command: Run, tiny_checkpoint: Path) -> None:
     arguments = (
         "bench",
         tiny_checkpoint,
@@ -133,7 +133,7 @@ def test_bench_measures_what_it_names(quikjax_command: Run, tiny_checkpoint: Pat
         "--against",
         tiny_checkpoint,
     )
-    done = quikjax_command(*arguments, "-o", "json", "-b", "2", "--kv-cache", "int8", env=environment)
+    done = quikjax_command(*arguments, "-o", "json", "-b", "2", "--kv-cache", "int8")
     assert done.returncode == 0, done.stderr
     assert "against a float32 cache, keys are off by 0." in done.stderr
     rows = json.loads(done.stdout)
@@ -150,17 +150,13 @@ def test_bench_measures_what_it_names(quikjax_command: Run, tiny_checkpoint: Pat
     assert rows[1]["bytes_per_step"] == 4 * (blocks + 257 * 64 + 64)
 
 
-def test_bench_needs_no_tokenizer_and_no_long_context(
-    quikjax_command: Run, tiny_checkpoint: Path, environment: dict[str, str], tmp_path: Path
-) -> None:
+def test_bench_needs_no_tokenizer_and_no_long_context(quikjax_command: Run, tiny_checkpoint: Path, tmp_path: Path) -> None:
     bare = tmp_path / "bare"
     bare.mkdir()
     for file in tiny_checkpoint.iterdir():
         if file.name == "config.json" or file.suffix == ".safetensors":
             shutil.copy(file, bare)
     for where, context in ((bare, "64"), (tiny_checkpoint, "32")):
-        done = quikjax_command(
-            "bench", where, "-t", "tg2", "-r", "1", "--kv-cache", "int8", "--context", context, "-o", "json", env=environment
-        )
+        done = quikjax_command("bench", where, "-t", "tg2", "-r", "1", "--kv-cache", "int8", "--context", context, "-o", "json")
         assert done.returncode == 0, done.stderr
         assert "against a float32 cache" not in done.stderr

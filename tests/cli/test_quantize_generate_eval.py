@@ -1,4 +1,4 @@
-"""The command line as a person uses it: in its own process, with its exit status, stdout and stderr."""
+"""The command line as a person uses it: arguments, exit status, stdout and stderr."""
 
 import json
 import subprocess
@@ -11,10 +11,10 @@ Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
 @pytest.fixture(scope="module")
-def artifact(quikjax_command: Run, tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def artifact(quikjax_process: Run, tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("artifacts") / "quik-4b"
     arguments = ("--samples", "4", "--seqlen", "64", "--activation-memory", "0.0003", "--json")
-    done = quikjax_command("quantize", tiny_checkpoint, "--out", out, *arguments)
+    done = quikjax_process("quantize", tiny_checkpoint, "--out", out, *arguments)
     assert done.returncode == 0, done.stderr
     figures = json.loads(done.stdout)
     assert figures["quantized_layers"] == 21
@@ -31,8 +31,8 @@ def artifact(quikjax_command: Run, tiny_checkpoint: Path, tmp_path_factory: pyte
     return out
 
 
-def test_generate_prints_only_the_continuation(quikjax_command: Run, artifact: Path) -> None:
-    done = quikjax_command("generate", artifact, "hello", "--max-new-tokens", "5")
+def test_generate_prints_only_the_continuation(quikjax_command: Run, quikjax_process: Run, artifact: Path) -> None:
+    done = quikjax_process("generate", artifact, "hello", "--max-new-tokens", "5")
     assert done.returncode == 0, done.stderr
     from_stdin = quikjax_command("generate", artifact, "-", "--max-new-tokens", "5", "--json", stdin="hello\n")
     figures = json.loads(from_stdin.stdout)

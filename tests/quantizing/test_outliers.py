@@ -34,10 +34,13 @@ def greedy(x: np.ndarray, norms: np.ndarray, count: int) -> list[float]:
     return costs
 
 
-@given(hnp.arrays(np.float32, st.integers(1, 40), elements=st.floats(0, 1e6, width=32, allow_subnormal=False)), st.data())
+# Every size is a compilation.
+@given(
+    hnp.arrays(np.float32, st.sampled_from([1, 4, 40]), elements=st.floats(0, 1e6, width=32, allow_subnormal=False)), st.data()
+)
 @settings(deadline=None, max_examples=40)
 def test_the_largest_come_last_in_a_permutation(a: np.ndarray, data: st.DataObject) -> None:
-    count = data.draw(st.integers(0, len(a)))
+    count = data.draw(st.sampled_from([0, 1, len(a)]))
     columns = np.asarray(largest_last(jnp.asarray(a), count))
     expected = np.arange(len(a)) if count == 0 else np.argsort(a, kind="stable")
     np.testing.assert_array_equal(columns, expected)

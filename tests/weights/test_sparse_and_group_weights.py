@@ -55,7 +55,7 @@ def quik(codes: np.ndarray, bits: int = 4, outliers: int = 3) -> QuikWeight:
 
 
 @settings(max_examples=25, deadline=None)
-@given(seed=st.integers(0, 1000), n=st.integers(1, 5), fours=st.integers(0, 9), bits=st.sampled_from([4, 8]))
+@given(seed=st.integers(0, 1000), n=st.sampled_from([1, 5]), fours=st.sampled_from([0, 1, 9]), bits=st.sampled_from([4, 8]))
 def test_two_of_four_are_stored_and_come_back(seed: int, n: int, fours: int, bits: int) -> None:
     codes = sparse_codes(np.random.default_rng(seed), n, 4 * fours, bits)
     kept, places = compress(jnp.asarray(codes))
