@@ -11,9 +11,10 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jaxtyping import Array
 
 from quikjax.files import user_path
-from quikjax.models.base import CausalLM
+from quikjax.models.base import CausalLM, Transformer
 from quikjax.models.registry import abstract_model, dotted, nested, pure_params
 from quikjax.models.tokens import checked_model
 
@@ -64,6 +65,12 @@ def tiny_model(seed: int = 0, *, dtype: Any = jnp.float32, **fields: Any) -> Cau
     model = abstract_model(tiny_config(**fields), dtype)
     params = {name: jnp.asarray(weight, dtype) for name, weight in tiny_weights(seed, **fields).items()}
     return checked_model(nnx.merge(nnx.split(model)[0], nested(params)))
+
+
+@nnx.jit
+def forward(model: Transformer, *inputs: Any) -> Array:
+    """`model(*inputs)` as one program. Called plainly, a model compiles each of its operations by itself, a hundred programs."""
+    return model(*inputs)
 
 
 def chain_config(successors: Sequence[int], **fields: Any) -> dict[str, Any]:

@@ -78,7 +78,7 @@ def quikjax_process() -> Run:
 
 @pytest.fixture(scope="session")
 def quikjax_command() -> Run:
-    """Run the command line in this process: the same entry point, arguments, streams and exit status, but JAX is there already."""
+    """Run the command line in this process: same entry point, arguments, streams and exit status, but JAX is there already."""
 
     def run(*arguments: str | Path, stdin: str = "") -> "subprocess.CompletedProcess[str]":
         typed = ["quikjax", *map(str, arguments)]

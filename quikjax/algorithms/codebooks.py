@@ -152,12 +152,14 @@ def _normalized(values: np.ndarray) -> Float32[np.ndarray, " entries"]:
     return (distinct / (largest if largest > 0 else 1.0)).astype(np.float32)
 
 
+@partial(jax.jit, static_argnames="block", inline=True)
 def block_absmax(flat: Float32[Array, " weights"], block: int) -> Float32[Array, " blocks"]:
     """`m_b = max|T_b|` of every block of a flattened tensor; the last block may be short."""
     padded = jnp.pad(jnp.abs(flat), (0, -flat.shape[0] % block))
     return jnp.max(padded.reshape(-1, block), axis=1, initial=0.0)
 
 
+@partial(jax.jit, static_argnames=("weights", "block"), inline=True)
 def spread(per_block: Float[Array, " blocks"], weights: int, block: int) -> Float[Array, " weights"]:
     """Each block's number for each of its weights."""
     blocks = per_block.shape[0]
@@ -200,6 +202,7 @@ def encode(
     return nearest(flat / jnp.where(m > 0, m, 1.0), midpoints(table))
 
 
+@partial(jax.jit, static_argnames="block", inline=True)
 def decode(
     codes: UInt8[Array, " weights"], absmax: Float32[Array, " blocks"], table: Float32[Array, " entries"], *, block: int
 ) -> Float32[Array, " weights"]:
@@ -234,6 +237,7 @@ def pack(codes: UInt8[Array, " weights"], bits: int) -> UInt8[Array, "bits octet
     return jnp.stack(planes)
 
 
+@partial(jax.jit, static_argnames="weights", inline=True)
 def unpack(planes: UInt8[Array, "bits octets"], weights: int) -> UInt8[Array, " weights"]:
     """The first `weights` codes of bit planes."""
     place = jnp.arange(8, dtype=jnp.uint8)

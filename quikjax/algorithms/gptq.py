@@ -20,7 +20,7 @@ from jax.scipy.linalg import solve_triangular
 from jaxtyping import Array, Bool, Float32, Int8, Int32, UInt8
 
 from quikjax.algorithms.codebooks import midpoints, nearest
-from quikjax.algorithms.numerics import clipped_scales, codes, largest_code, row_scales
+from quikjax.algorithms.numerics import all_finite, clipped_scales, codes, largest_code, row_scales
 
 PANEL = 16
 
@@ -48,7 +48,7 @@ def inverse_factor(H: Float32[Array, "k k"], damping: float) -> tuple[Float32[Ar
     """
     U = _inverse_factor(H, jnp.float32(damping))
     for _ in range(_TRIES):
-        if bool(jnp.isfinite(U).all()):
+        if all_finite(U):
             break
         damping *= 10
         U = _inverse_factor(H, jnp.float32(damping))

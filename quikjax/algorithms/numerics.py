@@ -9,7 +9,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Float32, Int8
+from jaxtyping import Array, Bool, Float, Float32, Int8, Int32, Shaped
 
 # The clip search of the authors' code: how far a row's maximum may be clipped, in hundredths, and the norm it minimizes.
 CLIP_STEPS = 80
@@ -67,6 +67,23 @@ def clipped_scales(W: Float32[Array, "n b"], bits: int) -> Float32[Array, " n"]:
     return jax.lax.while_loop(searching, step, (jnp.int32(1), full, error(full)[0], jnp.bool_(True)))[1]
 
 
+@jax.jit
+def take_columns(matrix: Shaped[Array, "n k"], columns: Int32[Array, " m"]) -> Shaped[Array, "n m"]:
+    """`matrix[:, columns]` of columns that are there, as one program: indexing outside of a compiled function takes five."""
+    return matrix.at[:, columns].get(mode="promise_in_bounds")
+
+
+def all_finite(x: Float[Array, "..."]) -> bool:
+    """Whether no value is infinite or NaN."""
+    return bool(_all_finite(x))
+
+
+@jax.jit
+def _all_finite(x: Float[Array, "..."]) -> Bool[Array, ""]:
+    return jnp.isfinite(x).all()
+
+
+@jax.jit
 def reduced_rows(q: Int8[Array, "n b"], s: Float32[Array, " n"]) -> Float32[Array, " n"]:
     """`r = s * sum_k q`: what the activations' zero point is multiplied by."""
     return s * jnp.sum(q.astype(jnp.int32), axis=1).astype(jnp.float32)

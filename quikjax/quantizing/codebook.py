@@ -9,6 +9,7 @@ from jaxtyping import Array, Float32, Int32
 
 from quikjax.algorithms import codebooks
 from quikjax.algorithms.gptq import gptq_codebook
+from quikjax.algorithms.numerics import all_finite, take_columns
 from quikjax.errors import QuikError
 from quikjax.quantizing.codebook_rule import CodebookRule
 from quikjax.weights.codebook import CodebookWeight
@@ -70,13 +71,13 @@ def quantize_matrix(
     Raises:
         QuikError: naming `path`, whose weights are beyond what absmax or outliers are stored in.
     """
-    base, outliers = empty.base, W[:, columns[empty.base :]]
-    stored = W[:, columns[:base]] if base < W.shape[1] else W
+    base, outliers = empty.base, take_columns(W, columns[empty.base :])
+    stored = take_columns(W, columns[:base]) if base < W.shape[1] else W
     mean = jnp.mean(stored, keepdims=True).reshape(1) if rule.centered and stored.size else jnp.zeros(1, jnp.float32)
     flat = (stored - mean).reshape(-1)
     table, codebook = table_of(rule, flat)
     kept, absmax = _absmax(codebooks.block_absmax(flat, empty.block), rule)
-    if not bool(jnp.isfinite(absmax).all()):
+    if not all_finite(absmax):
         raise QuikError(f'a block of {path} overflows an absmax in {rule.absmax}; set absmax to "float32"')
     if order is None:
         codes = codebooks.encode(flat, absmax, table, block=empty.block)
@@ -85,11 +86,17 @@ def quantize_matrix(
         centered = W.at[:, columns[:base]].add(-mean) if rule.centered else W
         rounding = jnp.argsort(order.restore)
         found, outliers = gptq_codebook(
-            centered[:, order.rounded], order.U, order.dead, spread[:, rounding], table, base=base, block=rule.column_block
+            take_columns(centered, order.rounded),
+            order.U,
+            order.dead,
+            take_columns(spread, rounding),
+            table,
+            base=base,
+            block=rule.column_block,
         )
-        codes = found[:, order.restore].reshape(-1)
+        codes = take_columns(found, order.restore).reshape(-1)
     exact = outliers.astype(rule.outlier_dtype)
-    if not bool(jnp.isfinite(exact.astype(jnp.float32)).all()):
+    if not all_finite(exact):
         raise QuikError(f'an outlier weight of {path} overflows {rule.outlier_dtype}; set outlier_dtype to "bfloat16"')
     nothing = jnp.zeros(0, jnp.float32)
     return dataclasses.replace(

@@ -8,6 +8,7 @@ from jaxtyping import Array, Float32
 from quikjax.algorithms import codebooks
 from quikjax.algorithms.gptq_groups import gptq_groups, gptq_static_groups
 from quikjax.algorithms.groups import Grouped, rtn_groups, spread
+from quikjax.algorithms.numerics import all_finite, take_columns
 from quikjax.errors import QuikError
 from quikjax.quantizing.group_rule import GroupRule
 from quikjax.quantizing.shared_inputs import Factor
@@ -42,16 +43,18 @@ def quantize_groups(
     """
     size = {"bits": rule.bits, "symmetric": rule.symmetric}
     if factor is not None and not rule.static_groups:
-        ordered = W[:, factor.rounded]
+        ordered = take_columns(W, factor.rounded)
         found = gptq_groups(ordered, factor.U, factor.dead, group=rule.group_size, scale_dtype="float16", **size)
     else:
         found = rtn_groups(W, group=rule.group_size, scale_dtype="float16", **size)
         if factor is not None:
             order, k = factor.rounded, W.shape[1]
-            scale, zero = (spread(part, rule.group_size, k)[:, order] for part in (found.scale, found.zero))
-            codes = gptq_static_groups(W[:, order], factor.U, factor.dead, scale, zero, block=rule.column_block, **size)
-            found = Grouped(codes[:, factor.restore], found.scale, found.zero)
-    if not bool(jnp.isfinite(found.scale).all()):
+            scale, zero = (take_columns(spread(part, rule.group_size, k), order) for part in (found.scale, found.zero))
+            codes = gptq_static_groups(
+                take_columns(W, order), factor.U, factor.dead, scale, zero, block=rule.column_block, **size
+            )
+            found = Grouped(take_columns(codes, factor.restore), found.scale, found.zero)
+    if not all_finite(found.scale):
         raise QuikError(f"a group of {path} overflows a scale in float16; its weights are not those of a trained model")
     codes = found.codes + (2 ** (rule.bits - 1) if rule.symmetric else 0)
     return dataclasses.replace(

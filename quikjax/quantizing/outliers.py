@@ -110,15 +110,12 @@ def range_outliers(
     return ~jax.lax.fori_loop(0, count, drop, jnp.ones(X.shape[1], bool))
 
 
-def rounding_order(stats: LayerStats, base: Int32[Array, " base"], order: Order) -> Int32[Array, " base"]:
-    """Return positions in `base` in the order in which GPTQ rounds them.
+def rounding_order(hessian: Float32[Array, "k k"], base: Int32[Array, " base"]) -> Int32[Array, " base"]:
+    """Return positions in `base` in the order in which GPTQ rounds them: by falling diagonal of the Hessian.
 
-    "hessian": by falling diagonal of the Hessian, so that what matters most is rounded while all others can still make up for
-    it (GPTQ's own "act order"). "activation": as stored, by rising score, as QUIK's code does.
+    What matters most is rounded while all others can still make up for it (GPTQ's own "act order").
     """
-    if order == "hessian":
-        return jnp.argsort(jnp.diagonal(stats.hessian)[base], stable=True, descending=True)
-    return jnp.arange(base.shape[0])
+    return jnp.argsort(jnp.diagonal(hessian)[base], stable=True, descending=True)
 
 
 def base_then_outliers(score: Float32[Array, " k"], count: int) -> Int32[Array, " k"]:

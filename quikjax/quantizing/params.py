@@ -6,6 +6,7 @@ is what the sequential pipeline loops over.
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -15,7 +16,7 @@ from jaxtyping import Array, Float, Float32, Int8
 
 from quikjax.algorithms.descent import descend
 from quikjax.algorithms.gptq import gptq
-from quikjax.algorithms.numerics import reduced_rows, relative_error, signal_to_noise
+from quikjax.algorithms.numerics import all_finite, reduced_rows, relative_error, signal_to_noise, take_columns
 from quikjax.algorithms.rtn import rtn
 from quikjax.algorithms.sparsegpt import sparse_gptq
 from quikjax.errors import QuikError
@@ -202,7 +203,7 @@ def _quantize_kernel(
     in_axes = input_axes(path, rule, kernel.ndim)
     W = as_matrix(kernel, in_axes).astype(jnp.float32)
     n, k = W.shape
-    if not bool(jnp.isfinite(W).all()):
+    if not all_finite(W):
         raise QuikError(f"{path} has weights that are not finite; the checkpoint is damaged")
     weight: PackedWeight
     if isinstance(rule, CodebookRule):
@@ -288,18 +289,18 @@ def _quik_weight(
         assert stats is not None
         shared = inputs.factor(path, rule, stats)
         columns, damping = shared.columns, shared.damping
-        permuted, how = W[:, shared.rounded], {"bits": rule.weight_bits, "block": rule.column_block}
+        permuted, how = take_columns(W, shared.rounded), {"bits": rule.weight_bits, "block": rule.column_block}
         search = gptq if rule.sparsity is None else sparse_gptq
         q, s, outliers = search(permuted, shared.U, shared.dead, base=base, clip=rule.clip, **how)
         if rule.sweeps:
             q, s, outliers = descend(permuted, shared.U, shared.S, shared.dead, q, s, sweeps=rule.sweeps, **how)
         if rule.sparsity is None:
-            q = q[:, shared.restore]
+            q = take_columns(q, shared.restore)
         else:
             columns = shared.rounded  # the order in which the pattern was chosen
     else:
         columns = jnp.arange(k, dtype=jnp.int32) if stats is None else inputs.columns(path, rule, stats)
-        q, s, outliers = rtn(W[:, columns], base=base, bits=rule.weight_bits, clip=rule.clip)
+        q, s, outliers = rtn(take_columns(W, columns), base=base, bits=rule.weight_bits, clip=rule.clip)
 
     group = None if stats is None else inputs.group(path, rule, stats)
     weight = pack(q, s, outliers, columns, rule, shape, in_axes, group)
@@ -307,7 +308,7 @@ def _quik_weight(
         weight = dataclasses.replace(weight, level_clip=inputs.level_clip(path, rule, stats))
     elif rule.level_clip != "search":
         weight = dataclasses.replace(weight, level_clip=rule.level_clip)
-    if not bool(jnp.isfinite(weight.outliers.astype(jnp.float32)).all()):
+    if not all_finite(weight.outliers):
         raise QuikError(f'an outlier weight of {path} overflows {rule.outlier_dtype}; set outlier_dtype to "bfloat16"')
     return weight if rule.sparsity is None else sparse(weight), damping
 
@@ -323,11 +324,12 @@ def pack(
     group: str | None,
 ) -> QuikWeight:
     """A `QuikWeight` from a quantizer's codes, scales and outlier columns (in the order of `columns`)."""
+    qweight, reduced, stored = _stored(q, s, outliers, rule.weight_bits, rule.outlier_dtype)
     return QuikWeight(
-        qweight=q.astype(jnp.int4 if rule.weight_bits == 4 else jnp.int8),
+        qweight=qweight,
         scale=s,
-        reduced=reduced_rows(q, s),
-        outliers=outliers.astype(rule.outlier_dtype),
+        reduced=reduced,
+        outliers=stored,
         columns=columns,
         weight_bits=rule.weight_bits,
         activation_bits=rule.activation_bits,
@@ -338,8 +340,22 @@ def pack(
     )
 
 
+@partial(jax.jit, static_argnames=("bits", "outlier_dtype"))
+def _stored(
+    q: Int8[Array, "n base"], s: Float32[Array, " n"], outliers: Float[Array, "n outliers"], bits: int, outlier_dtype: str
+) -> tuple[Array, Float32[Array, " n"], Float[Array, "n outliers"]]:
+    return q.astype(jnp.int4 if bits == 4 else jnp.int8), reduced_rows(q, s), outliers.astype(outlier_dtype)
+
+
 def _layer_error(weight: PackedWeight, W: Float32[Array, "n k"], sample: Float32[Array, "rows k"] | None) -> Array:
     if sample is None or sample.shape[0] == 0:
         return relative_error(W, as_matrix(dequantize(weight), weight.in_axes))
     y_hat = linear(sample.reshape(-1, *weight.in_shape), weight).reshape(sample.shape[0], -1)
+    return _output_error(W, sample, y_hat)
+
+
+@jax.jit
+def _output_error(
+    W: Float32[Array, "n k"], sample: Float32[Array, "rows k"], y_hat: Float[Array, "rows n"]
+) -> Float32[Array, ""]:
     return relative_error(sample @ W.T, y_hat)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from functools import partial
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from quikjax.algorithms.descent import curvature
 from quikjax.algorithms.gptq import inverse_factor, revive_dead_columns
+from quikjax.algorithms.numerics import all_finite, take_columns
 from quikjax.errors import QuikError
 from quikjax.quantizing import outliers as choosing
 from quikjax.quantizing.codebook_rule import CodebookRule
@@ -121,7 +123,9 @@ class SharedInputs:
         if key not in self._clips:
             base = self.columns(path, rule, stats)[: stats.absmax.shape[0] - self.count(path, rule, stats)]
             real = jnp.arange(stats.sample.shape[0]) < stats.filled
-            self._clips[key] = search_level_clip(stats.sample[:, base], real, [W[:, base] for W in self._views(key)])
+            self._clips[key] = search_level_clip(
+                take_columns(stats.sample, base), real, [take_columns(W, base) for W in self._views(key)]
+            )
         return self._clips[key]
 
     def factor(self, path: str, rule: Rule, stats: LayerStats) -> "Factor":
@@ -148,16 +152,25 @@ class SharedInputs:
 
 
 def _factor(path: str, rule: AnyRule, stats: LayerStats, columns: Int32[Array, " k"], count: int) -> Factor:
-    base = columns[: columns.shape[0] - count]
-    order = jnp.arange(base.shape[0]) if rule.order == "stored" else choosing.rounding_order(stats, base, rule.order)
-    rounded = jnp.concatenate([base[order], columns[base.shape[0] :]])
+    base = columns.shape[0] - count
+    rounded, restore = _order(stats.hessian, columns, base, by_hessian=rule.order == "hessian")
     H, dead = permuted_hessian(stats.hessian, stats.count, rounded)
     U, damping = inverse_factor(H, rule.damping)
-    if not bool(jnp.isfinite(U).all()):
+    if not all_finite(U):
         raise QuikError(f"the Hessian of {path} stays indefinite up to a damping of {damping:.3g}; calibrate on more text")
-    S = curvature(U, base=base.shape[0]) if rule.sweeps else None
+    S = curvature(U, base=base) if rule.sweeps else None
     # Seven digits are all a float32 has; the rest would only look precise.
-    return Factor(columns, rounded, jnp.argsort(order), U, S, dead, float(f"{damping:.7g}"))
+    return Factor(columns, rounded, restore, U, S, dead, float(f"{damping:.7g}"))
+
+
+@partial(jax.jit, static_argnames=("base", "by_hessian"))
+def _order(
+    hessian: Float32[Array, "k k"], columns: Int32[Array, " k"], base: int, *, by_hessian: bool
+) -> tuple[Int32[Array, " k"], Int32[Array, " base"]]:
+    """`rounded` and `restore` of a `Factor`."""
+    stored = columns[:base]
+    order = choosing.rounding_order(hessian, stored) if by_hessian else jnp.arange(base, dtype=jnp.int32)
+    return jnp.concatenate([stored[order], columns[base:]]), jnp.argsort(order)
 
 
 @jax.jit

@@ -1,6 +1,7 @@
 """Statistics of a layer's input: what outlier selection and GPTQ need, gathered batch by batch, as a pytree."""
 
 import dataclasses
+from functools import partial
 from typing import Any
 
 import jax
@@ -40,6 +41,7 @@ def empty_stats(inputs: int, *, group: str | None = None, rows: int = SAMPLE_ROW
     )
 
 
+@partial(jax.jit, static_argnames="rows", inline=True)
 def observe(stats: LayerStats, x: Float[Array, "*batch k"], *, rows: int = 16) -> LayerStats:
     """The statistics with `x` added: `[sequences, tokens, K]`, or any leading shape, each leading row a sequence.
 

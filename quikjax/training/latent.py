@@ -23,7 +23,7 @@ from jaxtyping import Array, Float32
 
 from quikjax.algorithms import codebooks
 from quikjax.algorithms.groups import spread
-from quikjax.algorithms.numerics import reduced_rows
+from quikjax.algorithms.numerics import all_finite, reduced_rows
 from quikjax.errors import QuikError
 from quikjax.training.fake_groups import FakeGroupWeight
 from quikjax.training.fake_quant import FakeQuantWeight, as_stored, codes_in_order, rounded_between
@@ -155,7 +155,7 @@ def finish(params: Mapping[str, Any], still: Mapping[str, Any], moving: Moving) 
         else:
             finished[path] = value.astype(leaf.dtype)
         for array in jax.tree.leaves(finished[path]):
-            if jnp.issubdtype(array.dtype, jnp.floating) and not bool(jnp.isfinite(array.astype(jnp.float32)).all()):
+            if jnp.issubdtype(array.dtype, jnp.floating) and not all_finite(array):
                 raise QuikError(f"{path} has left the range of {array.dtype}; train at lower rates")
     return finished
 

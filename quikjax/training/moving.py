@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from quikjax.algorithms.numerics import reduced_rows
+from quikjax.algorithms.numerics import all_finite, reduced_rows
 from quikjax.errors import QuikError
 from quikjax.training.fake_quant import FakeQuantWeight, as_stored, codes_in_order, rounded_codes
 from quikjax.weights.quik import QuikWeight, as_matrix
@@ -156,7 +156,7 @@ def finish(params: Mapping[str, Any], moving: Moving) -> dict[str, Any]:
         else:
             finished[path] = _moved(jnp.asarray(leaf, jnp.float32), own).astype(leaf.dtype)
         for array in jax.tree.leaves(finished[path]):
-            if jnp.issubdtype(array.dtype, jnp.floating) and not bool(jnp.isfinite(array.astype(jnp.float32)).all()):
+            if jnp.issubdtype(array.dtype, jnp.floating) and not all_finite(array):
                 raise QuikError(f"{path} has left the range of {array.dtype}; train at lower rates")
     return finished
 

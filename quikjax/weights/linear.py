@@ -170,6 +170,7 @@ def _dense(x: Float[Array, "..."], weight: Array, bias: Float[Array, "..."] | No
 _Dequantized = CodebookWeight | GroupWeight | TiledCodebook
 
 
+@functools.partial(jax.jit, static_argnames="backend", inline=True)
 def _dequantized(
     x: Float[Array, "..."], weight: _Dequantized, bias: Float[Array, "..."] | None, backend: str | None
 ) -> Float[Array, "..."]:

@@ -2,12 +2,13 @@
 
 import dataclasses
 import math
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Float32
+from jaxtyping import Array, Float, Float32, Int32, Shaped
 
 from quikjax.errors import QuikError
 from quikjax.pallas_kernels.reference import MAX_BASE, checked_level_clip
@@ -141,7 +142,17 @@ def dequantize(weight: QuikWeight) -> Float32[Array, "..."]:
 
     Exact: every product of a code and its scale is rounded once, to float32.
     """
-    base = weight.qweight.astype(jnp.float32) * weight.scale[:, None]
-    permuted = jnp.concatenate([base, weight.outliers.astype(jnp.float32)], axis=1)
-    matrix = jnp.zeros_like(permuted).at[:, weight.columns].set(permuted, unique_indices=True)
+    matrix = _dequantized(weight.qweight, weight.scale, weight.outliers, weight.columns)
     return from_matrix(matrix, weight.shape, weight.in_axes)
+
+
+@partial(jax.jit, inline=True)
+def _dequantized(
+    qweight: Shaped[Array, "n base"],
+    scale: Float32[Array, " n"],
+    outliers: Float[Array, "n outliers"],
+    columns: Int32[Array, " k"],
+) -> Float32[Array, "n k"]:
+    base = qweight.astype(jnp.float32) * scale[:, None]
+    permuted = jnp.concatenate([base, outliers.astype(jnp.float32)], axis=1)
+    return jnp.zeros_like(permuted).at[:, columns].set(permuted, unique_indices=True)

@@ -22,6 +22,7 @@ from quikjax import checkpoint
 from quikjax.checkpoint.parts import DTYPES
 from quikjax.errors import QuikError
 from quikjax.models.registry import dotted, pure_params
+from quikjax.testing import forward
 
 IDS = np.arange(24).reshape(2, 12)
 
@@ -36,7 +37,7 @@ def test_restored_logits_are_bit_identical(tmp_path: Path, quantized: bool, dtyp
     assert restored.published == model.published
     assert_same_bits(pure_params(model), pure_params(restored))
     ids = jnp.asarray(IDS)
-    assert np.asarray(model(ids)).tobytes() == np.asarray(restored(ids)).tobytes()
+    assert np.asarray(forward(model, ids)).tobytes() == np.asarray(forward(restored, ids)).tobytes()
     manifest = checkpoint.read_manifest(tmp_path / "a")
     assert (manifest.fingerprint, manifest.dtype) == (fingerprint, jnp.dtype(dtype).name)
     assert (manifest.recipe, manifest.config) == ({"name": "by hand"}, CONFIG)
@@ -67,15 +68,15 @@ def test_a_process_that_never_saw_the_model_gets_the_same_logits(tmp_path: Path)
     model = build(random_params())
     checkpoint.save(tmp_path / "a", model, tokenizer=tiny_tokenizer())
     code = (
-        "import numpy as np; from quikjax import checkpoint\n"
+        "import numpy as np; from quikjax import checkpoint; from quikjax.testing import forward\n"
         "model, tokenizer = checkpoint.restore('a')\n"
-        "np.save('logits.npy', model(np.arange(24).reshape(2, 12)))\n"
+        "np.save('logits.npy', forward(model, np.arange(24).reshape(2, 12)))\n"
         "assert tokenizer.encode('hello world') == [1, 2]\n"
     )
     run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert run.stdout == ""
-    np.testing.assert_array_equal(np.load(tmp_path / "logits.npy"), np.asarray(model(jnp.asarray(IDS))))
+    np.testing.assert_array_equal(np.load(tmp_path / "logits.npy"), np.asarray(forward(model, jnp.asarray(IDS))))
 
 
 def test_saving_twice_gives_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,7 @@ from quikjax.models.registry import abstract_model, dotted, nested, pure_params
 from quikjax.quantizing.checkpoint import quantize_checkpoint
 from quikjax.quantizing.recipe import Recipe, Rule
 from quikjax.reports.artifact import read_report
-from quikjax.testing import tiny_config, tiny_model
+from quikjax.testing import forward, tiny_config, tiny_model
 from quikjax.weights.formats import dequantize_params
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -147,7 +147,7 @@ def test_an_export_computes_what_the_dequantized_artifact_does(artifact: Path, t
     packed, _ = restore(artifact)
     dense = nnx.merge(nnx.split(packed)[0], dequantize_params(pure_params(packed)))
     ids = jnp.asarray(np.random.default_rng(1).integers(0, 256, (2, 17)), jnp.int32)
-    np.testing.assert_array_equal(np.asarray(exported(ids)), np.asarray(dense(ids)))
+    np.testing.assert_array_equal(np.asarray(forward(exported, ids)), np.asarray(forward(dense, ids)))
     assert not (tmp_path / "hf.exporting").exists()
 
 

@@ -10,7 +10,7 @@ from quikjax.errors import QuikError
 from quikjax.evaluation import Evaluation, evaluate, reference, windows
 from quikjax.evaluation.distance import ln_ratio_by_kl
 from quikjax.models.base import CausalLM
-from quikjax.testing import tiny_model
+from quikjax.testing import forward, tiny_model
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
@@ -30,7 +30,7 @@ def models() -> tuple[CausalLM, CausalLM]:
 @pytest.fixture(scope="module")
 def by_definition(models: tuple[CausalLM, CausalLM]) -> tuple[np.ndarray, np.ndarray]:
     """Log-probabilities of every successor but the last tokens', of both models."""
-    mine, theirs = (log_softmax(np.asarray(model(jnp.asarray(IDS))))[:, :-1] for model in models)
+    mine, theirs = (log_softmax(np.asarray(forward(model, jnp.asarray(IDS))))[:, :-1] for model in models)
     return mine, theirs
 
 
@@ -92,7 +92,7 @@ def test_with_a_stride_every_token_counts_once_with_more_context(models: tuple[C
     assert ids.shape == (4, 40)
     np.testing.assert_array_equal(ids[1], tokens[10:50])
     result = evaluate(model, ids, stride=10, batch=2)
-    log = log_softmax(np.asarray(model(jnp.asarray(ids))))
+    log = log_softmax(np.asarray(forward(model, jnp.asarray(ids))))
     slow = [-log[i, at - 1, ids[i, at]] for i in range(4) for at in range(1 if i == 0 else 30, 40)]
     assert result.tokens == len(slow) == 69
     assert result.perplexity == pytest.approx(np.exp(np.mean(slow)), rel=1e-4)

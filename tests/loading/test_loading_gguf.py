@@ -14,6 +14,7 @@ from quikjax.checkpoint.load import load
 from quikjax.errors import QuikError
 from quikjax.loading import open_source
 from quikjax.loading.gguf_config import llama3_divisors
+from quikjax.testing import forward
 
 _LLAMA3 = {
     "rope_type": "llama3",
@@ -43,7 +44,7 @@ def test_the_same_model_as_from_safetensors(tmp_path: Path, weights: Weights, ki
     assert source.storage("model.layers.0.mlp.up_proj.weight") == plain.get(kind, kind)
     assert source.storage("model.norm.weight") == "float32"
     ids = jnp.arange(10)[None]
-    assert np.array_equal(load(path)[0](ids), load(directory)[0](ids))
+    assert np.array_equal(forward(load(path)[0], ids), forward(load(directory)[0], ids))
 
 
 def test_rounding_is_real(weights: Weights) -> None:
@@ -96,7 +97,7 @@ def test_biases_are_reordered_with_their_rows(tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "model.gguf", weights, config=config)
     directory = write_single(tmp_path / "safetensors", config, weights)
     ids = jnp.arange(7)[None]
-    assert np.array_equal(load(path)[0](ids), load(directory)[0](ids))
+    assert np.array_equal(forward(load(path)[0], ids), forward(load(directory)[0], ids))
 
 
 def test_linear_rotary_scaling(tmp_path: Path, weights: Weights) -> None:

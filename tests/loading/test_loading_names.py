@@ -16,6 +16,7 @@ from loading_ggufs import write_gguf
 from quikjax.checkpoint.load import load
 from quikjax.errors import QuikError
 from quikjax.loading import open_source
+from quikjax.testing import forward
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -181,7 +182,7 @@ def test_our_own_artifact_is_restored(tmp_path: Path) -> None:
     restored, tokenizer = load(tmp_path / "own")
     assert tokenizer is None
     ids = jnp.arange(5)[None]
-    assert np.array_equal(restored(ids), original(ids))
+    assert np.array_equal(forward(restored, ids), forward(original, ids))
     assert "artifact of quikjax" in refusal(tmp_path / "own")
 
 
@@ -205,11 +206,11 @@ def test_an_artifact_on_the_hub_is_opened_by_its_name(offline_cache: Path, tmp_p
     ids = jnp.arange(5)[None]
     for name in ("org/artifact", f"org/artifact@{COMMIT}", "org/artifact@main"):
         assert checkpoint.read_manifest(name).fingerprint == fingerprint
-        assert np.array_equal(load(name)[0](ids), original(ids))
+        assert np.array_equal(forward(load(name)[0], ids), forward(original, ids))
     assert checkpoint.restore("org/artifact", context=9)[0].config.context_length == 9
     assert read_report("org/artifact").fingerprint == fingerprint
     export_safetensors("org/artifact", tmp_path / "hf")
-    assert np.array_equal(load(tmp_path / "hf")[0](ids), original(ids))
+    assert np.array_equal(forward(load(tmp_path / "hf")[0], ids), forward(original, ids))
     with pytest.raises(QuikError, match="org/artifact is quantized already; see what was done with: quikjax report org/artifact"):
         describe("org/artifact")
     assert "give the directory that this writes: quikjax export" in _says("org/artifact")

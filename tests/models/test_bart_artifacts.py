@@ -30,7 +30,7 @@ from quikjax.planning.plan import make_plan
 from quikjax.quantizing.calibration import calibration_tokens
 from quikjax.quantizing.checkpoint import quantize_checkpoint
 from quikjax.reports.artifact import read_report
-from quikjax.testing import END, tiny_tokenizer
+from quikjax.testing import END, forward, tiny_tokenizer
 from quikjax.weights.formats import is_packed
 
 Weights = dict[str, np.ndarray]
@@ -149,7 +149,7 @@ def test_the_quantized_model_is_near_the_original_and_exports_as_what_it_compute
     assert isinstance(original, BartForConditionalGeneration)
     assert isinstance(quantized, BartForConditionalGeneration)
     ids = np.random.default_rng(1).integers(0, 256, (2, 24)).astype(np.int32)
-    theirs, mine = original(ids), quantized(ids)
+    theirs, mine = forward(original, ids), forward(quantized, ids)
     assert 0 < float(jnp.sqrt(jnp.mean((mine - theirs) ** 2) / jnp.mean(theirs**2))) < 0.5
     export_safetensors(place / "artifact", tmp_path / "out")
     assert load_file(tmp_path / "out" / "model.safetensors").keys() == dotted(pure_params(original)).keys()

@@ -26,7 +26,7 @@ from quikjax.models.registry import abstract_model, dotted, nested, pure_params
 from quikjax.planning.plan import make_plan
 from quikjax.reports.artifact import read_report
 from quikjax.study.loss import study_loss
-from quikjax.testing import tiny_tokenizer
+from quikjax.testing import forward, tiny_tokenizer
 from quikjax.weights.formats import is_packed
 
 FIELDS: dict[str, Any] = {
@@ -144,7 +144,7 @@ def test_the_quantized_model_is_near_the_original_and_says_where_it_is_not(place
     quantized, _ = quikjax.restore(place / "artifact")
     assert isinstance(quantized, CausalLM)
     ids = np.random.default_rng(1).integers(0, 256, (2, 24)).astype(np.int32)
-    theirs, mine = original(jnp.asarray(ids)), quantized(jnp.asarray(ids))
+    theirs, mine = forward(original, jnp.asarray(ids)), forward(quantized, jnp.asarray(ids))
     assert 0 < float(jnp.sqrt(jnp.mean((mine - theirs) ** 2) / jnp.mean(theirs**2))) < 0.5
     loss = study_loss(original, quantized, ids)
     assert loss.causes["everything"] > 0
@@ -188,4 +188,4 @@ def test_exports_hold_the_layers_as_published(place: Path, weights: Weights, tmp
     restored, _ = quikjax.restore(place / "artifact")
     dense = nested({p: quikjax.dequantize(w) if is_packed(w) else w for p, w in dotted(pure_params(restored)).items()})
     ids = jnp.arange(12).reshape(2, 6)
-    np.testing.assert_array_equal(exported(ids), nnx.merge(nnx.split(restored)[0], dense)(ids))
+    np.testing.assert_array_equal(forward(exported, ids), forward(nnx.merge(nnx.split(restored)[0], dense), ids))

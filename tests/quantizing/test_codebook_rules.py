@@ -27,7 +27,7 @@ from quikjax.quantizing.params import LayerResult, quantize_params
 from quikjax.quantizing.recipe import RECIPES, Recipe, Rule, codebook_recipe, find_recipe
 from quikjax.quantizing.statistics import empty_stats, observe
 from quikjax.reports.artifact import read_report
-from quikjax.testing import tiny_config, tiny_model
+from quikjax.testing import forward, tiny_config, tiny_model
 from quikjax.weights.codebook import CodebookWeight
 from quikjax.weights.formats import dequantize_params
 from quikjax.weights.linear import linear
@@ -208,9 +208,9 @@ def test_a_checkpoint_becomes_an_artifact_and_back(tiny_checkpoint: Path, tmp_pa
     assert count_parameters(params) == count_parameters(whole)
     direct = quantize_model(nnx.merge(nnx.split(abstract)[0], whole), recipe, [])
     ids = jnp.arange(20)[None]
-    logits = model(ids)
-    np.testing.assert_array_equal(logits, nnx.merge(nnx.split(model)[0], direct)(ids))
-    dense = nnx.merge(nnx.split(abstract)[0], dequantize_params(params))(ids)
+    logits = forward(model, ids)
+    np.testing.assert_array_equal(logits, forward(nnx.merge(nnx.split(model)[0], direct), ids))
+    dense = forward(nnx.merge(nnx.split(abstract)[0], dequantize_params(params)), ids)
     np.testing.assert_allclose(logits, dense, rtol=1e-4, atol=1e-4)
 
     export_safetensors(out, tmp_path / "hf", dtype="float32")

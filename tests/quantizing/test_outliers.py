@@ -86,8 +86,7 @@ def test_the_order_of_rounding() -> None:
     stats = stats_of(np.asarray([[1.0, 3.0, 2.0, 9.0]]))
     base = outliers_last(stats, 1, "maximum")[:3]
     np.testing.assert_array_equal(base, [0, 2, 1])
-    np.testing.assert_array_equal(rounding_order(stats, base, "hessian"), [2, 1, 0])
-    np.testing.assert_array_equal(rounding_order(stats, base, "activation"), [0, 1, 2])
+    np.testing.assert_array_equal(rounding_order(stats.hessian, base), [2, 1, 0])
 
 
 def test_a_threshold_and_what_is_not_finite() -> None:

@@ -12,7 +12,7 @@ from quikjax.models.registry import dotted, pure_params
 from quikjax.quantizing.params import LayerResult, quantize_block, quantize_params
 from quikjax.quantizing.recipe import Recipe, Rule
 from quikjax.quantizing.statistics import LayerStats, empty_stats, observe
-from quikjax.testing import tiny_model
+from quikjax.testing import forward, tiny_model
 from quikjax.weights.linear import linear
 from quikjax.weights.quik import QuikWeight
 
@@ -134,10 +134,10 @@ def test_our_model_without_data_and_the_fp_recipe() -> None:
     quantized = [path for path, leaf in packed.items() if isinstance(leaf, QuikWeight)]
     assert len(quantized) == 7 * model.config.layers
     ids = jnp.arange(12)[None] % 250
-    logits = nnx.merge(nnx.split(model)[0], quantize_params(params, "rtn-w4a4"))(ids)
+    logits = forward(nnx.merge(nnx.split(model)[0], quantize_params(params, "rtn-w4a4")), ids)
     assert bool(jnp.isfinite(logits).all())
     same = quantize_params(params, "fp")
-    np.testing.assert_array_equal(nnx.merge(nnx.split(model)[0], same)(ids), model(ids))
+    np.testing.assert_array_equal(forward(nnx.merge(nnx.split(model)[0], same), ids), forward(model, ids))
 
 
 def test_zero_outlier_rule() -> None:

@@ -20,7 +20,7 @@ from quikjax.quantizing.checkpoint import quantize_checkpoint
 from quikjax.quantizing.group_rule import GroupRule
 from quikjax.quantizing.recipe import RECIPES, Recipe, Rule, find_recipe
 from quikjax.reports.artifact import read_report
-from quikjax.testing import tiny_config
+from quikjax.testing import forward, tiny_config
 from quikjax.weights.formats import dequantize_params
 from quikjax.weights.groups import GroupWeight
 from quikjax.weights.quik import QuikWeight
@@ -58,10 +58,10 @@ def test_from_a_published_directory_to_disk_and_back(recipe: Recipe, tiny_checkp
         np.testing.assert_array_equal(leaf, dotted(again)[path])
     if recipe is STATIC:
         dense = nnx.merge(nnx.split(abstract)[0], again)
-        np.testing.assert_allclose(model(jnp.asarray(ids)), dense(jnp.asarray(ids)), rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(forward(model, jnp.asarray(ids)), forward(dense, jnp.asarray(ids)), rtol=1e-4, atol=1e-4)
     # Decoded token by token from what is expanded once, and read at once.
     tokens = Generator(model).generate([ids[0, :9].tolist()], max_new_tokens=4, stop=()).tokens[0]
-    logits = np.asarray(model(jnp.concatenate([ids[0, :9], tokens])[None]))[0, 8:-1]
+    logits = np.asarray(forward(model, jnp.concatenate([ids[0, :9], tokens])[None]))[0, 8:-1]
     assert (logits.max(axis=1) - logits[np.arange(4), tokens] < 1e-3).all()
 
 

@@ -14,6 +14,7 @@ from flax import nnx
 from quikjax.models.base import CausalLM
 from quikjax.models.registry import abstract_model, dotted, nested, pure_params
 from quikjax.models.tokens import checked_model
+from quikjax.testing import forward
 from quikjax.training import blocks
 from quikjax.training.distill import kl_divergence
 from quikjax.training.moving import Moving
@@ -90,13 +91,13 @@ def test_every_family_computes_what_it_computes(name: str) -> None:
     model = build(name)
     dense = apart(model, pure_params(model))
     assert [len(run.keys) for run in dense[0].runs] == [2]
-    np.testing.assert_allclose(jax.jit(logits, static_argnums=0)(*dense), model(IDS), rtol=2e-4, atol=2e-4)
+    np.testing.assert_allclose(jax.jit(logits, static_argnums=0)(*dense), forward(model, IDS), rtol=2e-4, atol=2e-4)
 
     quantized = quantize(model)
     packed = apart(model, quantized)
     assert [len(run.keys) for run in packed[0].runs] == [2]
     found = jax.jit(logits, static_argnums=0)(*packed)
-    expected = nnx.merge(nnx.split(model)[0], quantized)(IDS)
+    expected = forward(nnx.merge(nnx.split(model)[0], quantized), IDS)
     # A code on the boundary of two may fall to the other side: never far, at 8 bits.
     assert float(jnp.sqrt(jnp.mean((found - expected) ** 2) / jnp.mean(expected**2))) < 0.01
 
@@ -109,13 +110,13 @@ def test_unequal_blocks_are_runs_and_gradients_those_of_the_plain_model() -> Non
     assert [key for key, _ in blocks.blocks_of(skeleton, moving)] == ["0", "1", "2"]
     teacher, teacher_still, _ = apart(model, pure_params(model))
     empty: dict[str, Moving] = {"rest": {}, "0": {}}
-    theirs = blocks.forward(teacher, teacher_still, empty, blocks.embed(teacher, teacher_still, empty, IDS))
+    theirs = jax.jit(lambda still: blocks.forward(teacher, still, empty, blocks.embed(teacher, still, empty, IDS)))(teacher_still)
 
     def plain(moving: dict[str, Moving]) -> jax.Array:
         target = blocks.outside(teacher, teacher_still, empty).head(theirs)
         return jnp.mean(kl_divergence(target, logits(skeleton, still, moving)))
 
-    expected = jax.value_and_grad(plain)(moving)
+    expected = jax.jit(jax.value_and_grad(plain))(moving)
     found = jax.jit(loss_and_gradients, static_argnums=0)((skeleton, teacher), still, moving, teacher_still, IDS, theirs)
     np.testing.assert_allclose(found[0], expected[0], rtol=1e-4)
     assert str(jax.tree.structure(found[1])) == str(jax.tree.structure(expected[1]))
@@ -141,7 +142,9 @@ def test_attention_s_gradient_is_that_of_its_equation() -> None:
         return jnp.einsum("bhlm,bmhd->blhd", jax.nn.softmax(scores, axis=-1), v)
 
     target = jnp.asarray(rng.normal(size=q.shape).astype(np.float32))
-    expected = jax.grad(lambda *qkv: jnp.sum(plain(*qkv) * target), argnums=(0, 1, 2))(q, k, v)
-    found = jax.grad(lambda q, k, v: jnp.sum(attend(q, k, v, where, None, scale=0.5)[0] * target), argnums=(0, 1, 2))(q, k, v)
+    expected = jax.jit(jax.grad(lambda *qkv: jnp.sum(plain(*qkv) * target), argnums=(0, 1, 2)))(q, k, v)
+    found = jax.jit(jax.grad(lambda q, k, v: jnp.sum(attend(q, k, v, where, None, scale=0.5)[0] * target), argnums=(0, 1, 2)))(
+        q, k, v
+    )
     for mine, theirs in zip(found, expected, strict=True):
         np.testing.assert_allclose(mine, theirs, rtol=1e-4, atol=1e-4)
