@@ -103,7 +103,8 @@ def calibrate(graphdef: nnx.GraphDef[Any], params: Mapping[str, Any], batches: I
         path = ".".join((*model.block_path, name))
         kept: list[Kept] = [{} for _ in hidden]
         for group, layers in block.groups.items():
-            shared = _observe_all(blockdef, pure, hidden, kept, group, Activations())
+            empty = empty_stats(dotted(pure)[f"{layers[0]}.weight"].shape[1], group=group)
+            shared = _observe_all(blockdef, pure, hidden, kept, empty, Activations())
             stats.update({f"{path}.{layer}.weight": shared for layer in layers})
         hidden = list(_forward_all(blockdef, pure, hidden, kept))
     return stats
@@ -204,7 +205,8 @@ def _quantize_block_in_order(
         paths = [f"{layer}.weight" for layer in layers]
         if not any(recipe.rule_for(prefix + path) for path in paths):
             continue
-        stats = _observe_all(blockdef, nested(dense), hidden, kept, group, store)
+        empty = empty_stats(params[paths[0]].shape[1], group=group)
+        stats = _observe_all(blockdef, nested(dense), hidden, kept, empty, store)
         packed = quantize_block(
             packed,
             recipe,
@@ -225,12 +227,12 @@ def _observe_all(
     params: Mapping[str, Any],
     hidden: Sequence[Batch],
     kept: Sequence[Kept],
-    group: str,
+    stats: LayerStats,
     store: Activations,
 ) -> LayerStats:
-    """Statistics of what a group reads, over all batches. The tensor itself joins `kept`, up to KEPT_BYTES in all."""
-    seen = jax.eval_shape(partial(_inputs, blockdef, group=group), params, read(hidden[0]), _read_kept(kept[0]))
-    stats = empty_stats(seen.shape[-1], group=group)
+    """Statistics of what the group of `stats`, still empty, reads in all batches. The tensor joins `kept`, up to KEPT_BYTES."""
+    group = stats.group
+    assert group is not None
     for index, (batch, known) in enumerate(zip(hidden, kept, strict=True)):
         before = _read_kept(known)
         x, stats = _observe(blockdef, params, read(batch), before, stats, group)
@@ -266,17 +268,6 @@ def _run(
     return nnx.merge(blockdef, params)(hidden, Positions(positions), observe=see)[0], seen
 
 
-def _inputs(
-    blockdef: nnx.GraphDef[Block],
-    params: Mapping[str, Any],
-    hidden: Float[Array, "batch length hidden"],
-    kept: dict[str, Any],
-    *,
-    group: str,
-) -> Float[Array, "batch tokens k"]:
-    return _run(blockdef, params, hidden, kept)[1][group]
-
-
 @partial(jax.jit, static_argnames=("blockdef", "group"), donate_argnames=("stats",))
 def _observe(
     blockdef: nnx.GraphDef[Block],
@@ -286,7 +277,7 @@ def _observe(
     stats: LayerStats,
     group: str,
 ) -> tuple[Float[Array, "batch tokens k"], LayerStats]:
-    x = _inputs(blockdef, params, hidden, kept, group=group)
+    x = _run(blockdef, params, hidden, kept)[1][group]
     return x, observe(stats, x)
 
 
