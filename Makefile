@@ -76,7 +76,7 @@ test: lint $(VENV)/.installed-model $(VENV)/.installed-encoder $(VENV)/.installe
 	$(WITH_CUDA) $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: $(VENV)/.installed-test $(VENV)/.installed-model
-	$(BIN)/python -m pytest -m slow --timeout 3600
+	$(BIN)/python -m pytest -m slow --optimized --timeout 3600
 
 gpu-compile: $(VENV)/.installed-gpu-compile
 	$(WITH_CUDA) $(BIN)/python tests/kernels/compile_all.py

@@ -18,6 +18,7 @@ from unittest import mock
 # Before JAX starts: tests run on the CPU also where a GPU, or only its compiler, is installed.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "False"  # see `compilation`
 
 # What XLA compiles is shared by all test processes and the commands that they start, and gone with the last of them. The first
 # process to come here makes the folder; the others inherit its name.
@@ -47,7 +48,27 @@ hypothesis.settings.load_profile("fixed")
 # A script for a process of its own, with Triton installed (test_triton.py).
 collect_ignore = ["kernels/triton_interpreted.py"]
 
+# Where tests are about how pieces work together, and not about numbers that a compiler could change, most of the time would go
+# into optimizing programs that run once. `pytest --optimized` compiles everything as users do.
+QUICKLY_COMPILED = frozenset(
+    ("checkpoint", "cli", "encoding", "evaluation", "generation", "loading", "quantizing", "reports", "study", "training")
+)
+
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--optimized", action="store_true", help="Compile everything as users do; otherwise some tests' programs.")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compilation(request: pytest.FixtureRequest) -> None:
+    """How this file's programs are compiled, those of processes that it starts too."""
+    quick = request.path.parent.name in QUICKLY_COMPILED and not request.config.getoption("optimized")
+    if os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] != str(quick):
+        os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(quick)
+        jax.config.update("jax_disable_most_optimizations", quick)
+        jax.clear_caches()
 
 
 @pytest.fixture(scope="session")

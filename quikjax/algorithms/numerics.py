@@ -73,7 +73,7 @@ def take_columns(matrix: Shaped[Array, "n k"], columns: Int32[Array, " m"]) -> S
     return matrix.at[:, columns].get(mode="promise_in_bounds")
 
 
-def all_finite(x: Float[Array, "..."]) -> bool:
+def all_finite(x: Float[Array, "..."] | Float[np.ndarray, "..."]) -> bool:
     """Whether no value is infinite or NaN."""
     return bool(_all_finite(x))
 

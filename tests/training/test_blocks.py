@@ -52,7 +52,7 @@ def logits(skeleton: blocks.Skeleton, still: blocks.Tree, moving: dict[str, Movi
     return blocks.outside(skeleton, still, moving).head(hidden)
 
 
-def pack(path: str, matrix: Any) -> QuikWeight:
+def pack(path: str, matrix: Any, activation_bits: int) -> QuikWeight:
     """A layer in 8 bits, rounded to nearest by NumPy; layers with as many inputs have the same outliers."""
     W = np.asarray(matrix, np.float32)
     n, k = W.shape
@@ -67,7 +67,7 @@ def pack(path: str, matrix: Any) -> QuikWeight:
         outliers=jnp.asarray(W[:, columns[base:]].astype(np.float16)),
         columns=jnp.asarray(columns),
         weight_bits=8,
-        activation_bits=8,
+        activation_bits=activation_bits,
         shape=(n, k),
         in_axes=(1,),
         base=base,
@@ -75,12 +75,14 @@ def pack(path: str, matrix: Any) -> QuikWeight:
     )
 
 
-def quantize(model: CausalLM, match: str = "") -> Any:
+def quantize(model: CausalLM, match: str = "", activation_bits: int = 8) -> Any:
     """The parameters of a model, the matrices of its blocks packed where `match` is found in their path."""
     prefix = ".".join(model.block_path) + "."
     return nested(
         {
-            path: pack(path, leaf) if path.startswith(prefix) and leaf.ndim == 2 and re.search(match, path) else leaf
+            path: pack(path, leaf, activation_bits)
+            if path.startswith(prefix) and leaf.ndim == 2 and re.search(match, path)
+            else leaf
             for path, leaf in dotted(pure_params(model)).items()
         }
     )
@@ -104,7 +106,8 @@ def test_every_family_computes_what_it_computes(name: str) -> None:
 
 def test_unequal_blocks_are_runs_and_gradients_those_of_the_plain_model() -> None:
     model = build("llama-2-70b", layers=3)
-    quantized = quantize(model, r"layers\.[02]\.")
+    # Not rounded: between two programs an activation on the boundary of two codes may fall to either side.
+    quantized = quantize(model, r"layers\.[02]\.", activation_bits=16)
     skeleton, still, moving = apart(model, quantized)
     assert [run.keys for run in skeleton.runs] == [("0",), ("1",), ("2",)]
     assert [key for key, _ in blocks.blocks_of(skeleton, moving)] == ["0", "1", "2"]
@@ -121,7 +124,7 @@ def test_unequal_blocks_are_runs_and_gradients_those_of_the_plain_model() -> Non
     np.testing.assert_allclose(found[0], expected[0], rtol=1e-4)
     assert str(jax.tree.structure(found[1])) == str(jax.tree.structure(expected[1]))
     for mine, other in zip(jax.tree.leaves(found[1]), jax.tree.leaves(expected[1]), strict=True):
-        np.testing.assert_allclose(mine, other, rtol=2e-2, atol=2e-3 * float(jnp.abs(other).max()) + 1e-9)
+        np.testing.assert_allclose(mine, other, rtol=1e-3, atol=1e-4 * float(jnp.abs(other).max()) + 1e-9)
     assert {"sigma", "outliers"} == set(moving["0"]["mlp.up_proj.weight"])
     assert set(moving["rest"]) == {"model.norm.weight"}
 

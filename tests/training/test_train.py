@@ -1,11 +1,10 @@
 """Training from a directory to an artifact: a teacher in floats, a student in 4 bits, the same bytes after a stop."""
 
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 import pytest
 from tiny_classifier import SETTINGS, write_encoder, write_rows
@@ -38,15 +37,6 @@ class Place(NamedTuple):
         model, tokenizer = load(at / begin)
         options = {"teacher": load(at / "teacher")[0], "validation": at / "held.tsv", **options}
         return train(model, tokenizer, at / "texts.tsv", at / out, settings, **options)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick() -> Iterator[None]:
-    """Most of the time would go into optimizing programs that run a few times."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-    jax.clear_caches()
 
 
 @pytest.fixture(scope="module")
