@@ -28,7 +28,7 @@ from random_checkpoint import random_weight
 from quikjax.algorithms.gptq import gptq, inverse_factor
 from quikjax.algorithms.numerics import clipped_scales
 from quikjax.models.registry import abstract_model, dotted, nested, pure_params
-from quikjax.quantizing.model import _forward_all, _inputs
+from quikjax.quantizing.model import _forward_all, _run
 from quikjax.quantizing.outliers import largest_last
 from quikjax.quantizing.params import pack
 from quikjax.quantizing.recipe import Rule, find_recipe
@@ -68,8 +68,11 @@ class Clock:
 
 
 _scales = jax.jit(clipped_scales, static_argnames=("bits",))
-_observed = jax.jit(observe)
-_seen_by = jax.jit(_inputs, static_argnames=("blockdef", "group"))
+
+
+@partial(jax.jit, static_argnames=("blockdef", "group"))
+def _seen_by(blockdef: Any, params: Any, hidden: Any, kept: Any, group: str) -> Any:
+    return _run(blockdef, params, hidden, kept)[1][group]
 
 
 def products_rate(size: int) -> float:
@@ -142,7 +145,7 @@ def main() -> None:
         for batch, known in zip(hidden, kept, strict=True):
             run = partial(_seen_by, blockdef, nested(params), batch, known, group=group)
             x = clock("forward", group, run)
-            stats = clock("Hessian", group, partial(_observed, stats, x))
+            stats = clock("Hessian", group, partial(observe, stats, x))
             known[group] = np.asarray(x)
         done, count = quantize_group(clock, {path: params[path] for path in rules}, rules, stats, width)
         params |= {path: weight.astype(dtype) for path, weight in done.items()}

@@ -121,7 +121,8 @@ def quikjax_command() -> Run:
             except Exception:
                 traceback.print_exc()  # as the interpreter does
                 status = 1
-        texts = [stream.buffer.getvalue().decode() for stream in (out, said) if stream.flush() is None]
-        return subprocess.CompletedProcess(typed, status, *texts)
+        for stream in (out, said):
+            stream.seek(0)
+        return subprocess.CompletedProcess(typed, status, out.read(), said.read())
 
     return run
