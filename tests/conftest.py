@@ -48,10 +48,23 @@ hypothesis.settings.load_profile("fixed")
 # A script for a process of its own, with Triton installed (test_triton.py).
 collect_ignore = ["kernels/triton_interpreted.py"]
 
-# Where tests are about how pieces work together, and not about numbers that a compiler could change, most of the time would go
-# into optimizing programs that run once. `pytest --optimized` compiles everything as users do.
+# Folders whose programs are compiled without most optimizations, which would take most of the time for programs that run once:
+# how pieces work together. Algorithms, weights, kernels, and files that set `OPTIMIZED` (the models' golden logits) are compiled
+# as users do; `pytest --optimized` compiles everything so.
 QUICKLY_COMPILED = frozenset(
-    ("checkpoint", "cli", "encoding", "evaluation", "generation", "loading", "quantizing", "reports", "study", "training")
+    (
+        "checkpoint",
+        "cli",
+        "encoding",
+        "evaluation",
+        "generation",
+        "loading",
+        "models",
+        "quantizing",
+        "reports",
+        "study",
+        "training",
+    )
 )
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -64,7 +77,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.fixture(scope="module", autouse=True)
 def compilation(request: pytest.FixtureRequest) -> None:
     """How this file's programs are compiled, those of processes that it starts too."""
-    quick = request.path.parent.name in QUICKLY_COMPILED and not request.config.getoption("optimized")
+    optimized = request.config.getoption("optimized") or getattr(request.module, "OPTIMIZED", False)
+    quick = request.path.parent.name in QUICKLY_COMPILED and not optimized
     if os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] != str(quick):
         os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(quick)
         jax.config.update("jax_disable_most_optimizations", quick)

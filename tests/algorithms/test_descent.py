@@ -94,11 +94,10 @@ def test_the_curvature_is_what_the_outliers_leave_of_the_hessian() -> None:
     np.testing.assert_allclose(curvature(U, base=50), want, rtol=1e-3, atol=1e-4 * np.abs(want).max())
 
 
-@given(
-    seed=st.integers(0, 2**32 - 1), bits=st.sampled_from([4, 8]), outliers=st.sampled_from([0, 5]), sweeps=st.sampled_from([0, 2])
-)
+@given(seed=st.integers(0, 2**32 - 1), case=st.sampled_from([(4, 5, 2), (8, 0, 2), (4, 0, 0)]))  # each is a compilation
 @settings(max_examples=25, deadline=None)
-def test_no_row_ever_gets_worse(seed: int, bits: int, outliers: int, sweeps: int) -> None:
+def test_no_row_ever_gets_worse(seed: int, case: tuple[int, int, int]) -> None:
+    bits, outliers, sweeps = case
     rng = np.random.default_rng(seed)
     X = correlated(rng, 48, 96)
     H, W = (X.T @ X).astype(np.float32), rng.normal(size=(7, 48)).astype(np.float32)

@@ -11,6 +11,7 @@ from quikjax.models.attention import attend
 from quikjax.models.base import KeyValues, Positions
 from quikjax.models.rope import Rope, rotate
 
+OPTIMIZED = True
 HEAD = 8
 
 

@@ -40,6 +40,7 @@ GREEDY_REPEATS = (
     "falcon-multi-head-linear",
 )
 # Half of these tests' time would go into optimizing code that runs once. The float32 forward pass is compiled as for users.
+OPTIMIZED = True
 QUICK = {"xla_backend_optimization_level": 0}
 
 
