@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from quikjax.cli.options import Json, check_artifact
+from quikjax.cli.options import Context, Json, check_artifact
 from quikjax.errors import Interrupted, QuikError
 
 
@@ -18,7 +18,7 @@ def recover(
     ] = None,
     calibration: Annotated[str, typer.Option(help="A UTF-8 text file, pydoc, or wikitext2: to train and choose on.")] = "pydoc",
     steps: Annotated[int, typer.Option(help="Steps of the optimizer.")] = 100,
-    seqlen: Annotated[int, typer.Option(help="Tokens per window.")] = 2048,
+    seqlen: Annotated[int | None, typer.Option(help="Tokens per window; left out, 2048 or the model's context.")] = None,
     batch: Annotated[int, typer.Option(help="Windows per step.")] = 1,
     windows: Annotated[int | None, typer.Option(help="Windows to train on; left out, as many as the steps see.")] = None,
     validation: Annotated[int, typer.Option(help="Windows behind those, to choose the best step on.")] = 16,
@@ -32,6 +32,7 @@ def recover(
     plan: Annotated[bool, typer.Option("--plan", help="Say what it would take, in memory and time, and do nothing.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an artifact that exists, once the new one is whole.")] = False,
     restart: Annotated[bool, typer.Option("--restart", help="Forget what a killed run has done.")] = False,
+    context: Context = None,
     as_json: Json = False,
 ) -> None:
     """Train scales, norms and outlier columns of an artifact towards its original, codes frozen.
@@ -52,13 +53,14 @@ def recover(
     from pydantic import ValidationError
 
     from quikjax.texts import calibration_text, tokenize
-    from quikjax.training.settings import RecoverySettings
+    from quikjax.training.settings import RecoverySettings, default_seqlen
 
+    length = default_seqlen(manifest.config if isinstance(manifest, Manifest) else None, context) if seqlen is None else seqlen
     try:
         settings = RecoverySettings(
             steps=steps,
             batch=batch,
-            seqlen=seqlen,
+            seqlen=length,
             windows=windows,
             validation=validation,
             evaluate_every=evaluate_every,
@@ -94,7 +96,7 @@ def recover(
     refuse_existing(out, force=force)
     text = calibration_text(calibration)
     say(f"artifact     {artifact}")
-    say(f"text         {text.origin}, windows of {seqlen} tokens")
+    say(f"text         {text.origin}, windows of {length} tokens")
     say(f"steps        {steps} of {batch} window{'s' if batch > 1 else ''}, the best of every {evaluate_every} is kept")
     for line in estimate(artifact, settings).text(size, duration).splitlines():
         say(line)
@@ -105,7 +107,9 @@ def recover(
 
     lines = TrainingLines("KL", _figures, "validation windows")
     try:
-        done = run(artifact, out, tokens, settings, original=original, force=force, restart=restart, progress=lines)
+        done = run(
+            artifact, out, tokens, settings, original=original, context=context, force=force, restart=restart, progress=lines
+        )
     except KeyboardInterrupt:
         raise Interrupted("run the same command again to go on from the last saved step") from None
     say(f"saved {out} in {duration(done.seconds)}, fingerprint {done.fingerprint[:16]}")

@@ -37,7 +37,7 @@ from quikjax.training import blocks, distill, loop, moving
 from quikjax.training.blocks import Skeleton, Tree
 from quikjax.training.loop import NoProgress, Progress
 from quikjax.training.memory import check_formats
-from quikjax.training.settings import RecoverySettings, cut, optimizer, order
+from quikjax.training.settings import RecoverySettings, cut, default_seqlen, optimizer, order
 from quikjax.training.state import Store
 from quikjax.version import __version__
 from quikjax.weights.quik import QuikWeight
@@ -80,6 +80,7 @@ def recover(
     settings: RecoverySettings | None = None,
     *,
     original: str | Path | Source | None = None,
+    context: int | None = None,
     force: bool = False,
     restart: bool = False,
     progress: Progress | None = None,
@@ -90,9 +91,10 @@ def recover(
         artifact: a directory that `quantize` or `recover` wrote.
         out: a directory that does not exist, or an artifact with `force`.
         tokens: given the artifact's tokenizer, the text to train and to choose on, as one row of tokens.
-        settings: left out, `RecoverySettings()`.
+        settings: left out, `RecoverySettings()`, with windows no longer than the context.
         original: the model that the artifact was made of, as `open_source` takes it, or opened; left out, the demo model, if
             it is that one.
+        context: longest window in tokens, in place of what the model declares, which is what the artifact keeps.
         restart: forget what a killed run with the same `out` has done; by default it is gone on with, to the same bytes.
 
     Raises:
@@ -100,22 +102,24 @@ def recover(
             evaluation was better than the beginning. What is done so far stays for the next run.
     """
     started = time.perf_counter()
-    settings, progress = settings or RecoverySettings(), progress or NoProgress()
+    progress = progress or NoProgress()
     target = real_path(out)
     refuse_existing(target, force=force)
     reader = Reader(artifact)
     check_formats(reader)
     source = find_original(reader, original)
-    train, held_out = _windows(reader, tokens, settings)
+    settings = settings or RecoverySettings(seqlen=default_seqlen(reader.manifest.config, context))
+    train, held_out = _windows(reader, tokens, settings, context)
     known = {
         "parent": reader.manifest.fingerprint,
         "tokens": {"sha256": tokens_fingerprint(train), "shape": list(train.shape)},
         "validation_tokens": {"sha256": tokens_fingerprint(held_out), "shape": list(held_out.shape)},
         **settings.model_dump(mode="json"),
+        **({} if context is None else {"context": context}),
     }
     store = Store(target.with_name(target.name + ".work"), {"quikjax": __version__, **known}, restart=restart)
     try:
-        student, teacher, start = load_both(reader, source, codes=settings.codes)
+        student, teacher, start = load_both(reader, source, codes=settings.codes, context=context)
         best, notes = _train(student, teacher, start, train, held_out, settings, store, progress)
         fingerprint = _write(reader, target, student, best, notes, known, force)
         store.remove()
@@ -155,12 +159,14 @@ def find_original(reader: Reader, original: str | Path | Source | None) -> Sourc
     )
 
 
-def _windows(reader: Reader, tokens: Callable[[Any], np.ndarray], settings: RecoverySettings) -> tuple[np.ndarray, np.ndarray]:
+def _windows(
+    reader: Reader, tokens: Callable[[Any], np.ndarray], settings: RecoverySettings, context: int | None
+) -> tuple[np.ndarray, np.ndarray]:
     tokenizer = reader.tokenizer()
     if tokenizer is None:
         raise QuikError(f"{reader.path} has no tokenizer, so it cannot read text")
     train, held_out = cut(tokens(tokenizer), settings)
-    config = abstract_model(reader.manifest.config or {}).config
+    config = abstract_model(reader.manifest.config or {}, context=context).config
     if settings.seqlen > config.context_length:
         raise QuikError(f"--seqlen {settings.seqlen} exceeds the model's context of {config.context_length} tokens")
     if max(train.max(), held_out.max()) >= config.vocab_size or min(train.min(), held_out.min()) < 0:
@@ -168,13 +174,15 @@ def _windows(reader: Reader, tokens: Callable[[Any], np.ndarray], settings: Reco
     return train, held_out
 
 
-def load_both(reader: Reader, source: Source, *, codes: bool = False) -> tuple[Student, Teacher, dict[str, moving.Moving]]:
+def load_both(
+    reader: Reader, source: Source, *, codes: bool = False, context: int | None = None
+) -> tuple[Student, Teacher, dict[str, moving.Moving]]:
     """Read an artifact and its original, both taken apart, and what moves at step 0.
 
     Raises:
         QuikError: one of them is damaged; the artifact has no packed weight.
     """
-    abstract = checked_model(abstract_model(source.config))
+    abstract = checked_model(abstract_model(source.config, context=context))
     verify(source, abstract)
     prefix = ".".join(abstract.block_path)
     held = {name: reader.read_part(name) for name in reader.parts}

@@ -1,11 +1,15 @@
 """Settings of a recovery: everything that decides its bytes, beside the artifact, its original and the tokens."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 import optax
 from jaxtyping import Int32
 from pydantic import BaseModel, ConfigDict, Field
 
 from quikjax.errors import QuikError
+from quikjax.models.registry import abstract_model
 from quikjax.training.moving import KINDS
 
 
@@ -45,6 +49,16 @@ class RecoverySettings(BaseModel):
         scale = self.sigma_rate / 10 if self.codes else self.sigma_rate
         rates = (scale, self.outlier_rate, self.norm_rate, self.norm_rate, self.code_rate)
         return dict(zip(KINDS, rates, strict=True))
+
+
+def default_seqlen(config: Mapping[str, Any] | None, context: int | None = None) -> int:
+    """Tokens a window where nobody says: 2048, or what the context of a model with this configuration allows.
+
+    Raises:
+        QuikError: the configuration is of no model here, or does not allow this `context`.
+    """
+    length = RecoverySettings().seqlen
+    return length if config is None else min(length, abstract_model(config, context=context).config.context_length)
 
 
 def cut(

@@ -10,6 +10,7 @@ from quikjax.cli.evaluate import eval_
 from quikjax.cli.generate import generate
 from quikjax.cli.plan import plan
 from quikjax.cli.quantize import quantize
+from quikjax.cli.recover import recover
 from quikjax.errors import QuikError
 
 
@@ -61,3 +62,17 @@ def test_lengths_of_quantize_and_plan(tiny_checkpoint: Path, tmp_path: Path, cap
 def test_outliers_beyond_the_columns(tiny_checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(QuikError, match=r"wants 1750 outlier columns of model\.layers\.0\.mlp\.down_proj\.weight, which has 112"):
         quantize(str(tiny_checkpoint), tmp_path / "a", outliers="1000")
+
+
+def test_windows_of_recover(artifact: Path, tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, original = tmp_path / "out", str(tiny_checkpoint)
+    for context, length in ((None, 256), (40, 40)):
+        with pytest.raises(QuikError, match=f"windows of {length}; 100016 are needed"):
+            recover(str(artifact), out, original, windows=100_000, context=context)
+        assert f"windows of {length} tokens" in capsys.readouterr().err
+    with pytest.raises(QuikError, match="--seqlen 300 exceeds the model's context of 256"):
+        recover(str(artifact), out, original, steps=1, windows=1, validation=1, seqlen=300)
+    recover(str(artifact), out, original, steps=1, windows=1, validation=1, evaluate_every=1, context=300, as_json=True)
+    printed = capsys.readouterr()
+    assert "windows of 300 tokens" in printed.err
+    assert json.loads(printed.out)["kl_before"] > 0

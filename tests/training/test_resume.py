@@ -1,4 +1,4 @@
-"""A recovery killed at any moment goes on to the same bytes."""
+"""A recovery, or a training, killed at any moment goes on to the same bytes."""
 
 import multiprocessing
 import os
@@ -6,11 +6,14 @@ import random
 import shutil
 import sys
 import time
+from collections.abc import Callable
 from multiprocessing.synchronize import Event
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
-from tiny_recovery import quantize, recover_resumably, write_model
+import tiny_classifier
+import tiny_recovery
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "checkpoint"))
 from tiny_artifacts import read_directory
@@ -19,15 +22,26 @@ from tiny_artifacts import read_directory
 SERVER = multiprocessing.get_context("forkserver")
 
 
-def _child(directory: Path, ready: Event) -> None:
+class Job(NamedTuple):
+    """What is killed: it works in a directory that was prepared, and tells when it begins."""
+
+    prepare: Callable[[Path], None]
+    run: Callable[[Path, Callable[[], None]], Any]
+
+
+RECOVERY = Job(tiny_recovery.prepare, tiny_recovery.recover_resumably)
+TRAINING = Job(tiny_classifier.prepare, tiny_classifier.train_resumably)
+
+
+def _child(job: Job, directory: Path, ready: Event) -> None:
     os.environ["JAX_PLATFORMS"] = "cpu"
-    recover_resumably(directory, ready.set)
+    job.run(directory, ready.set)
 
 
-def run_and_kill(directory: Path, seconds: float) -> float | None:
-    """Recover in a process and kill it `seconds` after it began. How long it ran, if it ended by itself."""
+def run_and_kill(job: Job, directory: Path, seconds: float) -> float | None:
+    """Do the job in a process and kill it `seconds` after it began. How long it ran, if it ended by itself."""
     ready = SERVER.Event()
-    process = SERVER.Process(target=_child, args=(directory, ready))
+    process = SERVER.Process(target=_child, args=(job, directory, ready))
     process.start()
     assert ready.wait(120)
     began = time.monotonic()
@@ -41,33 +55,38 @@ def run_and_kill(directory: Path, seconds: float) -> float | None:
     return took if ended else None
 
 
-def check_kills(place: Path, kills: int, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def check_kills(job: Job, place: Path, kills: int, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), *sys.path]))
-    SERVER.set_forkserver_preload(["tiny_recovery"])
-    quantize(write_model(place / "model"), place / "artifact")
-    assert run_and_kill(place, 300) is not None
+    SERVER.set_forkserver_preload(["tiny_recovery", "tiny_classifier"])
+    job.prepare(place)
+    assert run_and_kill(job, place, 300) is not None
     expected = read_directory(place / "out")
     shutil.rmtree(place / "out")
-    longest = run_and_kill(place, 300)  # what was compiled is there now
+    longest = run_and_kill(job, place, 300)  # what was compiled is there now
     assert longest is not None
     assert read_directory(place / "out") == expected
     dice, killed = random.Random(seed), 0
     while killed < kills:
         shutil.rmtree(place / "out", ignore_errors=True)
-        while run_and_kill(place, dice.uniform(0, longest)) is None:
+        while run_and_kill(job, place, dice.uniform(0, longest)) is None:
             killed += 1
             if (place / "out").exists():  # killed after it had its name
                 break
         assert read_directory(place / "out") == expected
 
 
-@pytest.mark.slow
-def test_a_killed_recovery_goes_on_to_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    check_kills(tmp_path, 3, 0, monkeypatch)
+JOBS = pytest.mark.parametrize("job", [RECOVERY, TRAINING], ids=["recovery", "training"])
 
 
 @pytest.mark.slow
-def test_fifty_kills(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@JOBS
+def test_a_killed_job_goes_on_to_the_same_bytes(job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_kills(job, tmp_path, 3, 0, monkeypatch)
+
+
+@pytest.mark.slow
+@JOBS
+def test_fifty_kills(job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seed = time.time_ns()
     print(f"seed {seed}")  # shown when it fails
-    check_kills(tmp_path, 50, seed, monkeypatch)
+    check_kills(job, tmp_path, 50, seed, monkeypatch)

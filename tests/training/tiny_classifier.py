@@ -2,14 +2,18 @@
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
 import numpy as np
 from safetensors.numpy import save_file
 
+from quikjax.checkpoint.load import load
 from quikjax.models.registry import abstract_model, dotted, pure_params
 from quikjax.testing import tiny_tokenizer
+from quikjax.training import loop
+from quikjax.training.train import Trained, train
 from quikjax.training.train_settings import TrainSettings
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
@@ -41,3 +45,19 @@ def write_rows(path: Path, count: int, seed: int) -> Path:
         lines.append(f"{text}\t{['less', 'more'][label]}")
     path.write_text("\n".join(lines) + "\n")
     return path
+
+
+def prepare(directory: Path) -> None:
+    """What `train_resumably` needs."""
+    write_encoder(directory / "model")
+    write_rows(directory / "texts.tsv", 64, 0)
+    write_rows(directory / "held.tsv", 40, 1)
+
+
+def train_resumably(directory: Path, started: Callable[[], None]) -> Trained:
+    """Train `directory/model` at W4A4 into `directory/out`, saving after every step, so that kills meet every moment of it."""
+    loop.SAVE_SECONDS = 0.0
+    model, tokenizer = load(directory / "model")
+    started()
+    held = directory / "held.tsv"
+    return train(model, tokenizer, directory / "texts.tsv", directory / "out", SETTINGS, validation=held, recipe="rtn-w4a4")

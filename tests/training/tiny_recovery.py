@@ -70,6 +70,11 @@ def _scaled(leaf: Any, factor: float) -> Any:
     return dataclasses.replace(leaf, scale=scale, reduced=(scale.astype(np.float64) * total).astype(np.float32))
 
 
+def prepare(directory: Path) -> None:
+    """What `recover_resumably` needs."""
+    quantize(write_model(directory / "model"), directory / "artifact")
+
+
 def recover_resumably(directory: Path, started: Callable[[], None]) -> Recovered:
     """Recover `directory/artifact` into `directory/out`, saving after every step, so that kills meet every moment of it."""
     loop.SAVE_SECONDS = 0.0
