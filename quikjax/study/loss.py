@@ -20,7 +20,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Float32, Int
 
-from quikjax.algorithms.numerics import reduced_rows
+from quikjax.algorithms.numerics import reduced_rows, take_columns
 from quikjax.algorithms.rtn import rtn
 from quikjax.errors import QuikError
 from quikjax.models.base import Block, CausalLM, Positions, Transformer, default_positions
@@ -143,8 +143,8 @@ def _variants(original: CausalLM, dense: Params, packed: Params) -> list[tuple[s
 
 def _rounded(kernel: Float[Array, "..."], like: QuikWeight) -> QuikWeight:
     """Round a dense kernel to 8 bits with the columns of a packed one."""
-    W = as_matrix(jnp.asarray(kernel), like.in_axes).astype(jnp.float32)[:, like.columns]
-    q, s, outliers = rtn(W, base=like.base, bits=8, clip=False)
+    W = as_matrix(jnp.asarray(kernel), like.in_axes).astype(jnp.float32)
+    q, s, outliers = rtn(take_columns(W, like.columns), base=like.base, bits=8, clip=False)
     return dataclasses.replace(
         like,
         qweight=q,

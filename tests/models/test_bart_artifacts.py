@@ -218,7 +218,7 @@ def test_a_classifier_is_quantized_and_classifies(tmp_path: Path) -> None:
     found = quikjax.classify(model, tokenizer, texts)
     assert found.labels == ("contradiction", "neutral", "entailment")
     for text, scores in zip(texts, found.scores, strict=True):
-        row = model(np.array([tokenizer(text)["input_ids"]]))[0]
+        row = np.asarray(forward(model, np.array([tokenizer(text)["input_ids"]])))[0]
         np.testing.assert_allclose(scores, np.exp(row) / np.exp(row).sum(), atol=1e-5)
     near = quikjax.classify(*quikjax.restore(tmp_path / "artifact"), texts)
     assert 0 < np.abs(near.scores - found.scores).max() < 0.2

@@ -236,5 +236,5 @@ def test_a_mixed_recipe_calibrates_and_keeps_both_formats() -> None:
     assert {kind for path, kind in kinds.items() if "down_proj" not in path} == {CodebookWeight}
     assert {layer.format for layer in seen} == {"W8A8", "nf4/64"}
     assert all(layer.relative_error < 0.2 for layer in seen)
-    out = nnx.merge(nnx.split(model)[0], params)(jnp.arange(30)[None])
+    out = forward(nnx.merge(nnx.split(model)[0], params), jnp.arange(30)[None])
     assert bool(jnp.isfinite(out).all())

@@ -10,7 +10,7 @@ from quikjax.models.base import CausalLM
 from quikjax.quantizing.model import quantize_model
 from quikjax.quantizing.recipe import Recipe, Rule
 from quikjax.study.loss import LossStudy, study_loss
-from quikjax.testing import tiny_model
+from quikjax.testing import forward, tiny_model
 
 IDS = np.random.default_rng(0).integers(0, 60, (2, 24)).astype(np.int32)
 MODEL = tiny_model()
@@ -29,7 +29,7 @@ def four_bits() -> tuple[CausalLM, LossStudy]:
 
 
 def slow_kl(model: CausalLM) -> np.ndarray:
-    wide = [np.asarray(one(jnp.asarray(IDS)), np.float64) for one in (MODEL, model)]
+    wide = [np.asarray(forward(one, jnp.asarray(IDS)), np.float64) for one in (MODEL, model)]
     theirs, mine = (logits - np.log(np.exp(logits).sum(-1, keepdims=True)) for logits in wide)
     return (np.exp(theirs) * (theirs - mine)).sum(-1)
 
