@@ -40,6 +40,7 @@ CASES = [
     (LinearSpec("bits", "w8a4", 4096, 4096, 256, 8, 4), 2048),
     (LinearSpec("bits", "w4a8", 4096, 4096, 256, 4, 8), 2048),
     (LinearSpec("bits", "w4a16", 4096, 4096, 256, 4, 16), 1),
+    (LinearSpec("bits", "w4a16", 4096, 4096, 256, 4, 16), 2048),  # the longer list has few rows of these widths
     (LinearSpec("bits", "w8a16", 4096, 4096, 256, 8, 16), 64),
 ]
 

@@ -71,7 +71,9 @@ def test_an_artifact_made_from_disk_has_the_same_bytes(tiny_checkpoint: Path, un
     assert not (tmp_path / "a.work").exists()
 
 
-@pytest.mark.parametrize(("before", "after", "layers"), [(MUCH, LITTLE, 4), (LITTLE, MUCH, 10), (LITTLE, LITTLE, 10)])
+@pytest.mark.parametrize(
+    ("before", "after", "layers"), [(MUCH, LITTLE, 4), (LITTLE, LITTLE, 4), (LITTLE, MUCH, 10), (LITTLE, LITTLE, 10)]
+)
 def test_a_run_goes_on_with_another_budget(
     tiny_checkpoint: Path, undisturbed: Path, tmp_path: Path, before: int, after: int, layers: int
 ) -> None:
