@@ -16,10 +16,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "kernels"))
 
+import jax.numpy as jnp
+
 from quikjax.pallas_kernels import layout, tuned
 from quikjax.pallas_kernels.arg_specs import MODELS, LinearSpec
 from quikjax.pallas_kernels.devices import H100
+from quikjax.pallas_kernels.quik_linear.mosaic import row_form
 from quikjax.pallas_kernels.quik_matmul.mosaic import DIRECT_ROWS
+from quikjax.pallas_kernels.quik_matmul.tiles import COMPUTE, K_STEP, MatmulTiles, outlier_step, shortened
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +35,8 @@ class Assumed:
     rate: float
     # Microseconds of a kernel beside its bytes and operations: launch, first loads, last stores.
     fixed: float = 2.5
+    # Microseconds of one row's split inside a product, while the ring fills with weights.
+    split: float = 2.0
 
 
 DEVICES = (Assumed("H100", 3.0e12, 798e12), Assumed("H200", 4.3e12, 798e12))
@@ -42,7 +48,10 @@ ONTO = ("o", "down", "out", "fc2", "dense", "4h_to_h")
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """Layers of a block that read one tensor, and what running them launches: a split, products, and slices behind them."""
+    """Layers of a block that read one tensor, and what running them launches: a split, products, and slices behind them.
+
+    `inside`: one kernel, whose thread blocks split their one row themselves.
+    """
 
     name: str
     spec: LinearSpec
@@ -50,10 +59,13 @@ class Group:
     products: int
     slices: int
     residual: bool
+    inside: bool
 
 
 def groups(model: str, rows: int, separate: bool) -> list[Group]:
-    """The groups of a model's block. `separate`: as before products were joined, sliced in themselves and added to."""
+    """The groups of a model's block. `separate`: as before products were joined, sliced, split and added to in themselves."""
+    import kernel_cases
+
     specs = {spec.name: spec for spec in MODELS[model]}
     found = []
     for name, spec in specs.items():
@@ -65,8 +77,15 @@ def groups(model: str, rows: int, separate: bool) -> list[Group]:
             outputs = (spec.outputs, specs["k"].outputs, specs["k"].outputs)
         cut = rows % 8 != 0 and (separate or rows > DIRECT_ROWS)
         products = members if separate else 1
-        found.append(Group(name, spec, outputs, products, members * cut, name in ONTO and not separate and rows <= DIRECT_ROWS))
+        residual = name in ONTO and not separate and rows <= DIRECT_ROWS
+        inside = not separate and kernel_cases.splits_inside(joined(spec, outputs), rows)
+        found.append(Group(name, spec, outputs, products, members * cut, residual, inside))
     return found
+
+
+def joined(spec: LinearSpec, outputs: tuple[int, ...]) -> LinearSpec:
+    """Layers that are one product, as one layer."""
+    return dataclasses.replace(spec, outputs=sum(layout.round_up(n, layout.WEIGHT_TILE) for n in outputs))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,6 +128,25 @@ def microseconds(device: Assumed, bytes_: float, operations: float) -> float:
     return device.fixed + 1e6 * max(bytes_ / device.bandwidth, operations / device.rate)
 
 
+def with_room_for_a_row(tiles: MatmulTiles, spec: LinearSpec, base: int) -> MatmulTiles:
+    """The tiles that are left where the activations of a row are kept beside the ring."""
+    form = row_form(spec.inputs, jnp.bfloat16, spec.base, spec.bits, spec.producer)
+    outliers = layout.round_up(spec.outliers, layout.OUTLIER_TILE) // outlier_step(spec.weight_bits)
+    more = form.shared_memory(tiles, base // K_STEP, outliers, spec.weight_bits)
+    return shortened(tiles, spec.weight_bits, spec.bits, more=more)
+
+
+def microseconds_of_row(device: Assumed, found: Count, spec: LinearSpec, outputs: int, tiles: MatmulTiles) -> float:
+    """Predicted time of a product that splits its row: nothing is multiplied meanwhile, but the ring fills."""
+    slot = COMPUTE * tiles.n * K_STEP * spec.weight_bits // 8
+    blocks = min(H100.cores, outputs // (COMPUTE * tiles.n) * tiles.splits)
+    arrived = min(blocks * tiles.stages * slot, found.product_bytes)
+    exposed = max(0.0, device.split - 1e6 * arrived / device.bandwidth)
+    # Inputs and columns are read by the first thread block from memory, by the others out of L2.
+    read = spec.inputs * (2 * spec.producer.inputs + 4 + 2 * spec.producer.parameters)
+    return exposed + microseconds(device, found.product_bytes + read, found.operations)
+
+
 @dataclasses.dataclass(frozen=True)
 class Loop:
     """A loop of machine code around products: instructions a turn, how many are products, and loads from shared memory."""
@@ -149,7 +187,8 @@ def code_of(spec: LinearSpec, rows: int) -> str:
     from ptx import sass
     from ptx.compiled import compile_kernel
 
-    _, function, shapes = kernel_cases.product_kernel(spec, rows)
+    make = kernel_cases.row_kernel if kernel_cases.splits_inside(spec, rows) else kernel_cases.product_kernel
+    _, function, shapes = make(spec, rows)
     loop = inner_loop(sass.listing(compile_kernel(function, *shapes).ptx), "IGMMA" if spec.bits < 16 else "HGMMA")
     return "no loop" if loop is None else f"{loop.instructions} / {loop.products} / {loop.shared_loads}"
 
@@ -167,25 +206,40 @@ def table(models: list[str], rows: list[int], with_code: bool, separate: bool = 
                 spec = group.spec
                 parts = [(n,) for n in group.outputs] if separate else [group.outputs]
                 counts = [count(spec, m, part, group.residual) for part in parts]
-                padded = [sum(layout.round_up(n, layout.WEIGHT_TILE) for n in part) for part in parts]
+                padded = [joined(spec, part).outputs for part in parts]
                 base = layout.round_up(spec.base, layout.WEIGHT_TILE)
                 tiles, _ = tuned.matmul_tiles(m, padded[0], base, spec.weight_bits, spec.bits, H100)
-                key = (layout.round_up(m, 8), padded[0], base, spec.outliers, spec.weight_bits, spec.bits, spec.bias)
+                if group.inside:
+                    tiles = with_room_for_a_row(tiles, spec, base)
+                key = (
+                    layout.round_up(m, 8),
+                    padded[0],
+                    base,
+                    spec.outliers,
+                    spec.weight_bits,
+                    spec.bits,
+                    spec.bias,
+                    group.inside,
+                )
                 if key not in seen:
                     seen[key] = code_of(dataclasses.replace(spec, outputs=padded[0]), m) if with_code else ""
                 cells = []
                 for device, total in zip(DEVICES, totals, strict=True):
-                    ours = microseconds(device, counts[0].split_bytes, 0)
-                    ours += sum(microseconds(device, c.product_bytes, c.operations) for c in counts)
+                    if group.inside:
+                        ours = microseconds_of_row(device, counts[0], spec, padded[0], tiles)
+                    else:
+                        ours = microseconds(device, counts[0].split_bytes, 0)
+                        ours += sum(microseconds(device, c.product_bytes, c.operations) for c in counts)
                     each = [count(spec, m, (n,)) for n in group.outputs]
                     dense = sum(microseconds(device, c.dense_bytes, c.dense_operations) for c in each)
                     total[0] += ours
                     total[1] += dense
                     cells.append(f"{ours:.1f}, {dense:.1f}, {dense / ours:.2f}")
-                launched = 1 + group.products + group.slices
+                launched = (not group.inside) + group.products + group.slices
                 kernels += launched
                 size = f"{tiles.n}x{tiles.m}, {tiles.stages} slots, {tiles.splits} parts"
-                numbers = f"{counts[0].split_bytes / 1e6:.2f} | {sum(c.product_bytes for c in counts) / 1e6:.2f}"
+                moved = "" if group.inside else f"{counts[0].split_bytes / 1e6:.2f}"
+                numbers = f"{moved} | {sum(c.product_bytes for c in counts) / 1e6:.2f}"
                 name = f"{model}.{group.name}" + (f" (x{len(group.outputs)})" if len(group.outputs) > 1 else "")
                 lines.append(f"| {name} | {m} | {launched} | {numbers} | {size} | {seen[key]} | " + " | ".join(cells) + " |")
             sums = [f"{ours:.1f}, {dense:.1f}, {dense / ours:.2f}" for ours, dense in totals]
@@ -219,7 +273,8 @@ def main() -> int:
     for device in DEVICES:
         print(
             f"{device.name}: assumed {device.bandwidth / 1e12:.1f} TB/s copied, {device.rate / 1e12:.0f} TFLOP/s bf16, "
-            f"int8 at twice that, {device.fixed} us a kernel beside its bytes and operations"
+            f"int8 at twice that, {device.fixed} us a kernel beside its bytes and operations, {device.split} us of it before the "
+            "first product where that splits a row, less what the ring takes meanwhile"
         )
     print(
         f"kernels: a split, the product behind it (with the residual in it), and above {DIRECT_ROWS} rows that are no multiple of"

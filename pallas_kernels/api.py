@@ -373,9 +373,16 @@ def _run_xla(call: _Call, inputs: Any, parameters: Any, weights: Any, biases: An
 def _run_mosaic(
     call: _Call, inputs: Any, parameters: Any, weights: Any, biases: Any, rows: int, residuals: Any
 ) -> list[jax.Array]:
+    from quikjax.pallas_kernels.quik_linear import mosaic as mosaic_layer
+
     first, biases = weights[0], iter(biases)
-    tiled = _mosaic_split(inputs, first.columns, first.base, call.bits, call.producer, parameters, call.device, first.level_clip)
     residual = residuals[0] if residuals else None
+    split = (first.columns, first.base, call.bits, call.producer, parameters, call.device, first.level_clip)
+    if len(weights) == 1 and not isinstance(first, Halved):
+        dtype = inputs[0].dtype
+        if mosaic_layer.splits_inside(rows, first.inputs, dtype, first, call.bits, call.producer, call.device):
+            return _mosaic_row(inputs, *split, first, list(biases), residual)
+    tiled = _mosaic_split(inputs, *split)
     results = []
     for weight in weights:
         own = [next(biases) for _ in _outputs(weight)]
@@ -400,6 +407,26 @@ def _mosaic_split(
     from quikjax.pallas_kernels.quik_linear import mosaic as mosaic_layer
 
     return mosaic_layer.split(inputs, columns, base, bits, producer, parameters, device, clip)
+
+
+@functools.partial(jax.jit, static_argnames=("base", "bits", "producer", "device", "clip"))
+def _mosaic_row(
+    inputs: Any,
+    columns: Any,
+    base: int,
+    bits: int,
+    producer: Producer,
+    parameters: Any,
+    device: Device,
+    clip: tuple[int, int] | None,
+    packed: Packed | Tiled | Joined,
+    biases: Any,
+    residual: Any,
+) -> list[jax.Array]:
+    from quikjax.pallas_kernels.quik_linear import mosaic as mosaic_layer
+
+    row = mosaic_layer.unsplit(inputs, columns, base, bits, producer, parameters, clip)
+    return mosaic_layer.product(row, 1, packed, biases, bits, inputs[0].dtype, device, residual)
 
 
 @functools.partial(jax.jit, static_argnames=("rows", "bits", "out_dtype", "device"))

@@ -117,6 +117,51 @@ def store_transposed(ref: Any, values: jax.Array, first_row: Any, first_column: 
     scatter(ref, values, first_row, first_column)
 
 
+def store_in_every_row(ref: Any, values: jax.Array, layout: Any, start: Any, *, first: Any, apart: int, steps: int) -> None:
+    """Write columns `start`, ... of one row to every row of an operand of WGMMA that `swizzled` allocated: `[there, m, width]`.
+
+    The operand holds the steps `first`, `first + apart`, ... of all `steps`, a step being `width` columns; what belongs to other
+    steps is not written. Threads are predicated, no branch parts a warp. A vector that a thread holds must lie within a step.
+    """
+    _, m, width = ref.shape
+    transforms = swizzled(ref.shape, ref.dtype).transforms
+    line = width * jnp.dtype(ref.dtype).itemsize  # bytes of a step's row: that many are swizzled together
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(transforms), layout, _SCALAR, _SCALAR))
+    def scatter(ctx: Any, target: Any, row: FragmentedArray, begin: FragmentedArray, own: FragmentedArray) -> None:
+        del ctx
+        i32, i64 = ir.IntegerType.get_signless(32), ir.IntegerType.get_signless(64)
+        base = arith.trunci(i32, llvm.ptrtoint(i64, mosaic_utils.memref_ptr(target)))
+        size = jnp.dtype(ref.dtype).itemsize
+
+        def number(value: int) -> Any:
+            return mosaic_utils.c(value, i32)
+
+        for register, (place,) in zip(row.registers.flat, row.layout.thread_idxs(tuple(row.shape)), strict=True):
+            (length,) = ir.VectorType(register.type).shape
+            bits = 8 * size * length
+            column = arith.addi(begin.registers.item(), arith.index_cast(i32, place))
+            step = arith.divui(column, number(width))
+            ours = arith.andi(
+                arith.cmpi(arith.CmpIPredicate.eq, arith.remui(step, number(apart)), own.registers.item()),
+                arith.cmpi(arith.CmpIPredicate.ult, step, number(steps)),
+            )
+            there = arith.muli(arith.divui(step, number(apart)), number(m * line))
+            within = arith.muli(arith.remui(column, number(width)), number(size))
+            value = mosaic_utils.bitcast(register, ir.IntegerType.get_signless(bits))
+            if bits == 8:
+                value = arith.extui(i32, value)
+            text = f"{{ .reg .pred there; setp.ne.b32 there, $0, 0; @there st.shared.b{bits} [$1], $2; }}"
+            kind = {8: "r", 16: "h", 32: "r", 64: "l"}[bits]
+            for i in range(m):
+                # Pieces of 16 bytes change places by the bits 7 to 9 of their address, as many of them as a line has pieces.
+                turned = arith.xori(within, number((i * line // 128) % (line // 16) * 16))
+                address = arith.addi(base, arith.addi(there, arith.addi(turned, number(i * line))))
+                llvm.inline_asm(None, [arith.extui(i32, ours), address, value], text, f"r,r,{kind}", has_side_effects=True)
+
+    scatter(ref, values, start, first)
+
+
 def _elements(layout: Any, shape: Any, row: FragmentedArray, column: FragmentedArray) -> Iterator[list[tuple[Any, Any]]]:
     """For each register of a tile `[n, m]`, the row and the column (int32) of each of its elements in the transposed whole."""
     i32 = ir.IntegerType.get_signless(32)

@@ -11,6 +11,7 @@ from quikjax.pallas_kernels.devices import Device
 from quikjax.pallas_kernels.layout import Joined, Packed, Tiled, TileSplit
 from quikjax.pallas_kernels.quik_matmul import mosaic as matmul_kernel
 from quikjax.pallas_kernels.quik_matmul.tiles import LONGEST_ROWS
+from quikjax.pallas_kernels.quik_matmul.unsplit import Form, Unsplit
 from quikjax.pallas_kernels.reference import Split
 from quikjax.pallas_kernels.split_quantize import mosaic as split_kernel
 from quikjax.pallas_kernels.split_quantize.producers import Identity, Producer
@@ -71,8 +72,40 @@ def exact_split(tiled: TileSplit, rows: int, base: int, outliers: int) -> Split:
     return Split(tiled.tokens[:rows, :base], kept, tiled.scale[:rows], tiled.zero[:rows])
 
 
+def splits_inside(
+    rows: int, k: int, dtype: Any, packed: Packed | Tiled | Joined, bits: int, producer: Producer, device: Device
+) -> bool:
+    """Whether the product's kernel splits its activations itself: one row, if that leaves room for a ring of weights."""
+    if rows != 1 or bits == 16:
+        return False
+    n, base = (layout.round_up(count, layout.WEIGHT_TILE) for count in (packed.qweight.shape[0], packed.base))
+    tiles, _ = tuned.matmul_tiles(rows, n, base, packed.weight_bits, bits, device)
+    form = row_form(k, dtype, packed.base, bits, producer)
+    return form.why_not(tiles, base, layout.round_up(k - packed.base, layout.OUTLIER_TILE), packed.weight_bits, bits) is None
+
+
+def row_form(k: int, dtype: Any, base: int, bits: int, producer: Producer) -> Form:
+    """The static properties of a row of `k` columns that is not split yet, without a level clip."""
+    columns = layout.round_up(base, layout.COLUMN_TILE) + layout.round_up(k - base, layout.COLUMN_TILE)
+    return Form(producer, k, base, columns, jnp.dtype(dtype), reference.checked_level_clip(bits, None))
+
+
+def unsplit(
+    inputs: tuple[jax.Array, ...],
+    columns: jax.Array,
+    base: int,
+    bits: int,
+    producer: Producer,
+    parameters: tuple[jax.Array, ...],
+    clip: tuple[int, int] | None = None,
+) -> Unsplit:
+    """One row `[1, K]` of each of `inputs` as `product` takes it where `splits_inside` says so."""
+    tiled = layout.tile_columns(columns, base, inputs[0].shape[1])
+    return Unsplit(inputs, tiled, parameters, base, producer, reference.checked_level_clip(bits, clip))
+
+
 def product(
-    tiled: TileSplit,
+    tiled: TileSplit | Unsplit,
     rows: int,
     packed: Packed | Tiled | Joined,
     biases: Sequence[jax.Array | None],
@@ -81,9 +114,10 @@ def product(
     device: Device,
     residual: jax.Array | None = None,
 ) -> list[jax.Array]:
-    """`y [M, N]` of a split in tile form and a weight in any form, one for each weight of a joined one; so are `biases`.
+    """`y [M, N]` of a split in tile form, or of a row not split yet, and a weight in any form.
 
-    A `residual` `[M, N]` in `out_dtype` is added to the only `y`, once that is rounded: in the kernel where that takes few rows.
+    One for each weight of a joined one; so are `biases`. A `residual` `[M, N]` in `out_dtype` is added to the only `y`, once that
+    is rounded: in the kernel where that takes few rows.
     """
     weight = packed if isinstance(packed, Joined) else layout.to_tiles(packed)
     n, base = weight.qweight.shape

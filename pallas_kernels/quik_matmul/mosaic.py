@@ -30,11 +30,12 @@ tiles (`layout.Joined`): a warpgroup's rows are one member's, because members be
 rows go from registers to exactly the elements that there are, `y` rounded to its type and then a residual added to it, which was
 read before the first step. More rows are staged in shared memory and stored by the copy engine.
 
+One row need not come split (`unsplit.py`): each thread block then splits it before its first step, and keeps the codes.
+
 Weight-only (`bits = 16`): the same kernel with 16-bit activations: weights widen to the activations' dtype, the first product
 accumulates in float32, and its epilogue is `acc * scale + bias`.
 """
 
-import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -49,6 +50,7 @@ from jax import lax
 
 from quikjax.pallas_kernels import hopper
 from quikjax.pallas_kernels.layout import Joined, Tiled, TileSplit
+from quikjax.pallas_kernels.quik_matmul.problem import Operands, Problem, Walk, parts_of
 from quikjax.pallas_kernels.quik_matmul.tiles import (
     COMPUTE,
     K_STEP,
@@ -57,31 +59,15 @@ from quikjax.pallas_kernels.quik_matmul.tiles import (
     outlier_step,
     shortened,
 )
+from quikjax.pallas_kernels.quik_matmul.unsplit import Unsplit, split, stage
 
 DIRECT_ROWS = 64  # up to so many rows are stored from registers
 _MEMORY_REGISTERS = 40
 _COMPUTE_REGISTERS = 232
 
 
-@dataclasses.dataclass(frozen=True)
-class _Problem:
-    """The static properties that a kernel is specialized to."""
-
-    tiles: MatmulTiles
-    bits: int
-    grid: tuple[int, int]
-    base_steps: int
-    outlier_steps: int
-    has_bias: bool
-    out_dtype: Any
-    # First row among the weights, true and padded number of outputs of each result.
-    members: tuple[tuple[int, int, int], ...]
-    direct: bool
-    has_residual: bool
-
-
 def quik_matmul(
-    split: TileSplit,
+    activations: TileSplit | Unsplit,
     weight: Tiled | Joined,
     bias: jax.Array | None,
     *,
@@ -95,53 +81,64 @@ def quik_matmul(
     """`y [rows, N]` of split activations and a weight, both in tile form (`layout.py`); one for each weight of a joined one.
 
     Args:
-        split: codes and their scale and zero, or the base columns themselves in 16 bits when `bits` is 16.
+        activations: codes and their scale and zero, or the base columns themselves in 16 bits when `bits` is 16; or a row of
+            which the kernel makes codes itself.
         weight: its outliers in the dtype of the activations'.
         bias: float32, padded like `weight.scale`, or None.
-        rows: the true number of them; those of `split` are a multiple of 8.
+        rows: the true number of them; those of a split are a multiple of 8.
         bits: of the activations: 4, 8 or 16.
         cores: multiprocessors of the device.
         residual: `[rows, N]` of `out_dtype`, added to the rounded `y` of a weight that is not joined; at most `DIRECT_ROWS` rows.
     """
-    tokens, x_scale, x_zero, x_outliers = split
+    unsplit = activations if isinstance(activations, Unsplit) else None
+    tokens, x_scale, x_zero, x_outliers = (None,) * 4 if isinstance(activations, Unsplit) else activations
     qweight, scale = weight.qweight, weight.scale
     reduced = weight.reduced if bits < 16 else None
     w_outliers = weight.outliers if weight.outlier_count else None
-    m = tokens.shape[0]
+    m = 8 if tokens is None else tokens.shape[0]
     n, base = qweight.shape
     weight_bits = weight.weight_bits
-    # Tiles are chosen for 16-bit outputs; wider ones take their room from the ring.
-    tiles = shortened(tiles, weight_bits, bits, jnp.dtype(out_dtype).itemsize)
+    base_steps, step = base // K_STEP, outlier_step(weight_bits)
+    outlier_steps = 0 if w_outliers is None else w_outliers.shape[1] // step
+    # Tiles are chosen for 16-bit outputs and split activations; what takes more room takes it from the ring.
+    more = 0 if unsplit is None else unsplit.form.shared_memory(tiles, base_steps, outlier_steps, weight_bits)
+    tiles = shortened(tiles, weight_bits, bits, jnp.dtype(out_dtype).itemsize, more)
     direct, members = rows <= DIRECT_ROWS, weight.places if isinstance(weight, Joined) else ((0, weight.outputs, n),)
     assert residual is None or (direct and len(members) == 1), "only few rows of one result have a residual added"
     results = [(rows, count) if direct else (m, allocated_outputs(count)) for _, count, _ in members]
     block_n = COMPUTE * tiles.n
     grid = (math.ceil(m / tiles.m), math.ceil(n / block_n))
-    step = outlier_step(weight_bits)
-    problem = _Problem(
+    problem = Problem(
         tiles=tiles,
         bits=bits,
         grid=grid,
-        base_steps=base // K_STEP,
-        outlier_steps=0 if w_outliers is None else w_outliers.shape[1] // step,
+        base_steps=base_steps,
+        outlier_steps=outlier_steps,
         has_bias=bias is not None,
         out_dtype=jnp.dtype(out_dtype),
         members=members,
         direct=direct,
         has_residual=residual is not None,
+        unsplit=None if unsplit is None else unsplit.form,
     )
     scratch: dict[str, Any] = {
         "weights": hopper.swizzled((tiles.stages, block_n, K_STEP), qweight.dtype),
-        "tokens": hopper.swizzled((tiles.stages, tiles.m, K_STEP), tokens.dtype),
-        "full": plgpu.Barrier(num_arrivals=2, num_barriers=tiles.stages),
+        # A slot is full when weights and activations are there.
+        "full": plgpu.Barrier(num_arrivals=2 if unsplit is None else 1, num_barriers=tiles.stages),
         "empty": plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=tiles.stages),
     }
+    if tokens is not None:
+        scratch["tokens"] = hopper.swizzled((tiles.stages, tiles.m, K_STEP), tokens.dtype)
+    else:
+        assert unsplit is not None
+        scratch |= unsplit.form.scratch(tiles, base_steps, outlier_steps, weight_bits)
     if not direct:
         scratch["out"] = hopper.swizzled((COMPUTE, tiles.m, min(64, tiles.n)), out_dtype)
     if w_outliers is not None:
         # Same bytes per slot as the ring of codes, so slot i of one ring is slot i of the other.
-        assert x_outliers is not None
         scratch["weights"] = plgpu.RefUnion(scratch["weights"], hopper.swizzled((tiles.stages, block_n, step), w_outliers.dtype))
+    if w_outliers is not None and tokens is not None:
+        assert x_outliers is not None
         pieces = K_STEP * tokens.dtype.itemsize // (2 * step)
         scratch["tokens"] = plgpu.RefUnion(
             scratch["tokens"], hopper.swizzled((tiles.stages, pieces, tiles.m, step), x_outliers.dtype)
@@ -164,13 +161,14 @@ def quik_matmul(
         scratch_types=scratch,
         compiler_params=hopper.COMPILER_PARAMS,
     )
+    first = [tokens] if unsplit is None else unsplit.operands()
     optional = [x_scale, x_zero, reduced, x_outliers, w_outliers, bias, residual]
-    ys = kernel(tokens, qweight, scale, *[array for array in optional if array is not None])
+    ys = kernel(*first, qweight, scale, *[array for array in optional if array is not None])
     return [y if y.shape == (rows, count) else y[:rows, :count] for y, (_, count, _) in zip(ys, members, strict=True)]
 
 
-def _kernel(problem: _Problem, *refs: Any, **scratch: Any) -> None:
-    operands = _Operands(problem, refs)
+def _kernel(problem: Problem, *refs: Any, **scratch: Any) -> None:
+    operands = Operands(problem, refs)
     group = lax.axis_index("warpgroup")
 
     @pl.when(group == COMPUTE)
@@ -184,54 +182,16 @@ def _kernel(problem: _Problem, *refs: Any, **scratch: Any) -> None:
         _multiply(problem, operands, scratch, group)
 
 
-class _Operands:
-    """The kernel's global arrays by name."""
-
-    def __init__(self, problem: _Problem, refs: tuple[Any, ...]):
-        rest = list(refs)
-        self.tokens, self.qweight, self.scale = rest[:3]
-        del rest[:3]
-        quantized, outliers = problem.bits < 16, problem.outlier_steps > 0
-        self.x_scale: Any = rest.pop(0) if quantized else None
-        self.x_zero: Any = rest.pop(0) if quantized else None
-        self.reduced: Any = rest.pop(0) if quantized else None
-        self.x_outliers: Any = rest.pop(0) if outliers else None
-        self.w_outliers: Any = rest.pop(0) if outliers else None
-        self.bias: Any = rest.pop(0) if problem.has_bias else None
-        self.residual: Any = rest.pop(0) if problem.has_residual else None
-        self.ys = rest
-
-
-class _Walk:
-    """One thread block's share of a tile: the tile's place, and the steps along K that are its own."""
-
-    def __init__(self, problem: _Problem, loop: plgpu.NDLoopInfo):
-        tiles, splits = problem.tiles, problem.tiles.splits
-        i, j = plgpu.planar_snake(loop.index[0], problem.grid, 0, tiles.strip)
-        self.first_m, self.first_n = i * tiles.m, j * COMPUTE * tiles.n
-        self.splits = splits
-        self.part: Any = lax.axis_index("part") if splits > 1 else 0
-        # Outlier steps are dealt from the other end, so that no part gets the odd step of both.
-        self._reverse: Any = splits - 1 - self.part
-        self.base = (problem.base_steps - self.part + splits - 1) // splits
-        self.outliers = (problem.outlier_steps - self._reverse + splits - 1) // splits
-        self.before = loop.local_index * (problem.base_steps + problem.outlier_steps) if splits == 1 else 0
-
-    def base_step(self, k: Any) -> Any:
-        return self.part + k * self.splits
-
-    def outlier_step(self, k: Any) -> Any:
-        return self._reverse + k * self.splits
-
-
-def _fetch(problem: _Problem, operands: _Operands, scratch: dict[str, Any]) -> None:
+def _fetch(problem: Problem, operands: Operands, scratch: dict[str, Any]) -> None:
     """The memory warpgroup: fill the ring, step after step, tile after tile."""
     tiles, full, empty = problem.tiles, scratch["full"], scratch["empty"]
     weights, weights16, tokens, tokens16 = _rings(problem, scratch)
+    if problem.unsplit:
+        stage(problem.unsplit, operands.unsplit, scratch)
 
     @plgpu.nd_loop((problem.grid[0] * problem.grid[1],), collective_axes="core")
     def _tile(loop: plgpu.NDLoopInfo) -> None:
-        walk = _Walk(problem, loop)
+        walk = Walk(problem, loop)
         rows, columns = pl.ds(walk.first_m, tiles.m), pl.ds(walk.first_n, COMPUTE * tiles.n)
 
         def acquire(step: Any) -> Any:
@@ -248,7 +208,8 @@ def _fetch(problem: _Problem, operands: _Operands, scratch: dict[str, Any]) -> N
             slot = acquire(walk.before + k)
             span = pl.ds(walk.base_step(k) * K_STEP, K_STEP)
             plgpu.copy_gmem_to_smem(operands.qweight.at[columns, span], weights.at[slot], full.at[slot])
-            plgpu.copy_gmem_to_smem(operands.tokens.at[rows, span], tokens.at[slot], full.at[slot])
+            if not problem.unsplit:
+                plgpu.copy_gmem_to_smem(operands.tokens.at[rows, span], tokens.at[slot], full.at[slot])
 
         if problem.outlier_steps:
             width = weights16.shape[-1]
@@ -258,17 +219,22 @@ def _fetch(problem: _Problem, operands: _Operands, scratch: dict[str, Any]) -> N
                 slot = acquire(walk.before + walk.base + k)
                 span = pl.ds(walk.outlier_step(k) * width, width)
                 plgpu.copy_gmem_to_smem(operands.w_outliers.at[columns, span], weights16.at[slot], full.at[slot])
-                plgpu.copy_gmem_to_smem(operands.x_outliers.at[rows, span], tokens16.at[slot, 0], full.at[slot])
+                if not problem.unsplit:
+                    plgpu.copy_gmem_to_smem(operands.x_outliers.at[rows, span], tokens16.at[slot, 0], full.at[slot])
 
 
-def _rings(problem: _Problem, scratch: dict[str, Any]) -> tuple[Any, Any, Any, Any]:
+def _rings(problem: Problem, scratch: dict[str, Any]) -> tuple[Any, Any, Any, Any]:
+    """Codes and outliers of weights and activations; those of a row that came unsplit are no ring, but a block's steps."""
+    if problem.unsplit:
+        weights, weights16 = scratch["weights"] if problem.outlier_steps else (scratch["weights"], None)
+        return weights, weights16, scratch["tokens"], scratch.get("tokens16")
     if problem.outlier_steps:
         (weights, weights16), (tokens, tokens16) = scratch["weights"], scratch["tokens"]
         return weights, weights16, tokens, tokens16
     return scratch["weights"], None, scratch["tokens"], None
 
 
-def _multiply(problem: _Problem, operands: _Operands, scratch: dict[str, Any], group: Any) -> None:
+def _multiply(problem: Problem, operands: Operands, scratch: dict[str, Any], group: Any) -> None:
     """A compute warpgroup: both products and the epilogue of its `n` rows of each tile."""
     tiles, full, empty, out = problem.tiles, scratch["full"], scratch["empty"], scratch.get("out")
     weights, weights16, tokens, tokens16 = _rings(problem, scratch)
@@ -280,10 +246,22 @@ def _multiply(problem: _Problem, operands: _Operands, scratch: dict[str, Any], g
     # The accumulator and two steps' weights must fit into a thread's registers.
     operand_registers = tiles.n * K_STEP * jnp.dtype(operand_dtype).itemsize // (4 * hopper.WARPGROUP)
     prefetches = tiles.n * tiles.m // hopper.WARPGROUP + 2 * operand_registers <= _COMPUTE_REGISTERS - 40
+    row: tuple[Any, Any] | None = None
+    if problem.unsplit:
+        part, reverse = parts_of(problem)
+        base, outliers = (problem.base_steps, tiles.splits, part), (problem.outlier_steps, tiles.splits, reverse)
+        row = split(problem.unsplit, operands.unsplit, scratch, problem.bits, group, base, outliers)
+
+    def token_codes(slot: Any, k: Any) -> Any:
+        """The activations of a thread block's base step `k`, whose weights are in `slot`."""
+        return tokens.at[k] if problem.unsplit else tokens.at[slot]
+
+    def token_outliers(slot: Any, k: Any) -> Any:
+        return tokens16.at[k] if problem.unsplit else tokens16.at[slot, 0]
 
     @plgpu.nd_loop((problem.grid[0] * problem.grid[1],), collective_axes="core")
     def _tile(loop: plgpu.NDLoopInfo) -> None:
-        walk = _Walk(problem, loop)
+        walk = Walk(problem, loop)
 
         def filled(step: Any) -> Any:
             slot = lax.rem(walk.before + step, tiles.stages)
@@ -299,7 +277,7 @@ def _multiply(problem: _Problem, operands: _Operands, scratch: dict[str, Any], g
             @pl.loop(0, count)
             def _(k: Any) -> None:
                 slot = filled(first + k)
-                plgpu.wgmma(accumulator, left(slot), right(slot).transpose((1, 0)))
+                plgpu.wgmma(accumulator, left(slot), right(slot, k).transpose((1, 0)))
                 plgpu.wgmma_wait(1)
 
                 @pl.when(k > 0)
@@ -309,7 +287,7 @@ def _multiply(problem: _Problem, operands: _Operands, scratch: dict[str, Any], g
         def base_products(accumulator: Any) -> Any:
             # Eight-bit weights are the tensor core's own: they go to it from shared memory, without passing registers.
             if weights.dtype == operand_dtype:
-                multiply_shared(accumulator, 0, walk.base, lambda slot: weights.at[slot, mine], lambda slot: tokens.at[slot])
+                multiply_shared(accumulator, 0, walk.base, lambda slot: weights.at[slot, mine], token_codes)
                 sums = accumulator[...]
                 release(walk.base - 1)
                 return sums
@@ -319,7 +297,7 @@ def _multiply(problem: _Problem, operands: _Operands, scratch: dict[str, Any], g
 
             def multiply(step: Any, left: jax.Array) -> None:
                 slot = lax.rem(walk.before + step, tiles.stages)
-                plgpu.wgmma(accumulator, left, tokens.at[slot].transpose((1, 0)))
+                plgpu.wgmma(accumulator, left, token_codes(slot, step).transpose((1, 0)))
 
             if not prefetches:
 
@@ -347,9 +325,7 @@ def _multiply(problem: _Problem, operands: _Operands, scratch: dict[str, Any], g
 
         def outlier_products(accumulator: Any) -> None:
             first = walk.base
-            multiply_shared(
-                accumulator, first, walk.outliers, lambda slot: weights16.at[slot, mine], lambda slot: tokens16.at[slot, 0]
-            )
+            multiply_shared(accumulator, first, walk.outliers, lambda slot: weights16.at[slot, mine], token_outliers)
             plgpu.wgmma_wait(0)
 
             @pl.when(walk.outliers > 0)
@@ -362,7 +338,7 @@ def _multiply(problem: _Problem, operands: _Operands, scratch: dict[str, Any], g
         residual = _residual(problem, walk, group, operands)
         sums = pl.run_scoped(base_products, plgpu.ACC(shape, sum_dtype))
         if tiles.splits == 1:
-            value = outliers_onto(_epilogue(problem, operands, walk, group, sums))
+            value = outliers_onto(_epilogue(problem, operands, walk, group, sums, row))
             _store(problem, walk, group, out, operands, value, residual)
             return
         base_sums, outlier_sums, arrived = scratch["base_sums"], scratch["outlier_sums"], scratch["arrived"]
@@ -381,7 +357,7 @@ def _multiply(problem: _Problem, operands: _Operands, scratch: dict[str, Any], g
             total = sums
             for other in range(tiles.splits - 1):
                 total = total + hopper.load(base_sums.at[other, group], plgpu.Layout.WGMMA)
-            value = outliers_onto(_epilogue(problem, operands, walk, group, total))
+            value = outliers_onto(_epilogue(problem, operands, walk, group, total, row))
             if problem.outlier_steps:
                 plgpu.barrier_wait(arrived.at[COMPUTE + group])
                 for other in range(tiles.splits - 1):
@@ -392,8 +368,10 @@ def _multiply(problem: _Problem, operands: _Operands, scratch: dict[str, Any], g
         plgpu.wait_smem_to_gmem(0)
 
 
-def _epilogue(problem: _Problem, operands: _Operands, walk: _Walk, group: Any, sums: jax.Array) -> jax.Array:
-    """The float32 tile of `y` without its outlier product."""
+def _epilogue(
+    problem: Problem, operands: Operands, walk: Walk, group: Any, sums: jax.Array, row: tuple[Any, Any] | None
+) -> jax.Array:
+    """The float32 tile of `y` without its outlier product. `row`: scale and zero of the one row that was split here."""
     tiles = problem.tiles
     shape = (tiles.n, tiles.m)
     # The last thread block's second warpgroup may lie past the last row: it reads vectors that exist, its store is clipped.
@@ -407,17 +385,22 @@ def _epilogue(problem: _Problem, operands: _Operands, walk: _Walk, group: Any, s
     def of_token(vector: jax.Array) -> jax.Array:
         return lax.broadcast_in_dim(vector, shape, (1,))
 
-    if problem.bits < 16:
+    half = np.float32(2 ** (problem.bits - 1))
+    if row is not None:
+        s, z = row
+        value = sums.astype(jnp.float32) * s * of_weight(operands.scale)
+        value = value + (z + half * s) * of_weight(operands.reduced)
+    elif problem.bits < 16:
         s = hopper.load(operands.x_scale.at[theirs], plgpu.Layout.WGMMA.reduce(0))
         z = hopper.load(operands.x_zero.at[theirs], plgpu.Layout.WGMMA.reduce(0))
         value = sums.astype(jnp.float32) * of_token(s) * of_weight(operands.scale)
-        value = value + of_token(z + np.float32(2 ** (problem.bits - 1)) * s) * of_weight(operands.reduced)
+        value = value + of_token(z + half * s) * of_weight(operands.reduced)
     else:
         value = sums * of_weight(operands.scale)
     return value if operands.bias is None else value + of_weight(operands.bias)
 
 
-def _residual(problem: _Problem, walk: _Walk, group: Any, operands: _Operands) -> Any:
+def _residual(problem: Problem, walk: Walk, group: Any, operands: Operands) -> Any:
     """A warpgroup's tile of what is added to `y`, transposed like its sums; None where there is nothing."""
     if not problem.has_residual:
         return None
@@ -425,7 +408,7 @@ def _residual(problem: _Problem, walk: _Walk, group: Any, operands: _Operands) -
     return hopper.load_transposed(operands.residual, (tiles.n, tiles.m), walk.first_m, walk.first_n + group * tiles.n)
 
 
-def _store(problem: _Problem, walk: _Walk, group: Any, out: Any, operands: _Operands, value: jax.Array, residual: Any) -> None:
+def _store(problem: Problem, walk: Walk, group: Any, out: Any, operands: Operands, value: jax.Array, residual: Any) -> None:
     """Cast and store a warpgroup's tile into the result whose rows it has; what lies past the end of a result is clipped."""
     tiles = problem.tiles
     value = value.astype(problem.out_dtype)

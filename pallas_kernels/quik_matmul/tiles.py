@@ -41,9 +41,9 @@ def default_tiles(rows: int, outputs: int, base: int, weight_bits: int, bits: in
     return shortened(tiles, weight_bits, bits)
 
 
-def shortened(tiles: MatmulTiles, weight_bits: int, bits: int, out_bytes: int = 2) -> MatmulTiles:
-    """The tiles with as deep a ring, two slots at least, as shared memory has room for."""
-    while tiles.stages > 2 and shared_memory(tiles, weight_bits, bits, out_bytes) > hopper.SHARED_MEMORY:
+def shortened(tiles: MatmulTiles, weight_bits: int, bits: int, out_bytes: int = 2, more: int = 0) -> MatmulTiles:
+    """The tiles with as deep a ring, two slots at least, as shared memory has room for beside `more` bytes."""
+    while tiles.stages > 2 and shared_memory(tiles, weight_bits, bits, out_bytes) + more > hopper.SHARED_MEMORY:
         tiles = dataclasses.replace(tiles, stages=tiles.stages - 1)
     return tiles
 

@@ -18,6 +18,7 @@ Bits: codes are those of `reference.py` for the same quantizer input; every oper
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -157,8 +158,7 @@ def split_quantize(
         thread_name="warpgroup",
         scratch_types={
             "staged": plgpu.SMEM((tiles.rows, len(inputs), staged_lines(k, dtype), unit), dtype),
-            # Two reductions for the norm, two for minimum and maximum, each with a slot per warp and row.
-            "slots": plgpu.SMEM((4 * tiles.rows * tiles.warpgroups * hopper.WARPS,), jnp.float32),
+            "slots": plgpu.SMEM((Slots.count(tiles.rows, tiles.warpgroups),), jnp.float32),
             "arrived": plgpu.Barrier(num_arrivals=tiles.rows * len(inputs) * math.ceil(k // unit / hopper.LONGEST_BOX)),
             "meet": plgpu.Barrier(num_arrivals=tiles.warpgroups),
         },
@@ -208,36 +208,15 @@ def _kernel(
         plgpu.barrier_arrive(meet)
         plgpu.barrier_wait(meet)
 
-    padded_outliers = columns.shape[0] - padded_base
-    chunk = _chunk(padded_base, padded_outliers)
-    gather = functools.partial(_gather, columns, staged, inputs[0].dtype, producer, tiles, group, chunk)
-    parts = gather(0, padded_base, base, norm)
-    if outliers is not None:
-        parts += gather(padded_base, padded_outliers, lines * unit - base, norm)
-    slot = _Slots(slots, group, tiles)
-    if isinstance(producer, RmsNorm | LayerNorm):
-        _normalize(parts, producer, lines * inputs[0].shape[2], slot, tiles, meet_all)
-
-    # What comes out of the producer is rounded to the activations' dtype, as a model that does not fuse would.
-    for part in parts:
-        part.values = [v.astype(inputs[0].dtype) for v in part.values]
-    base_parts = [part for part in parts if part.first < padded_base]
-    for i in range(tiles.rows):
-        values = [part.values[i].astype(jnp.float32) for part in base_parts]
-        slot.store(2, i, functools.reduce(jnp.minimum, values), base_parts[0].layout, "min")
-        slot.store(3, i, functools.reduce(jnp.maximum, values), base_parts[0].layout, "max")
-    meet_all()
-
-    lowest, highest = clip.lowest, clip.lowest + 2**bits - 1
+    slot = Slots(slots, group, tiles.rows, tiles.warpgroups)
+    parts = gather(columns, staged, norm, lines * unit, base, padded_base, producer, slot, meet_all)
     for i, row in enumerate(rows):
-        low = slot.read(2, i, jnp.minimum)
-        scale, zero = scale_and_zero(low, slot.read(3, i, jnp.maximum), clip)
-        inverse = hopper.reciprocal(scale)
+        quantizer = Quantizer(i, slot, clip, bits)
 
         @pl.when(group == 0)
-        def _write(row: Any = row, scale: Any = scale, zero: Any = zero) -> None:
-            scales[row] = scale
-            zeros[row] = zero
+        def _write(row: Any = row, quantizer: Quantizer = quantizer) -> None:
+            scales[row] = quantizer.scale
+            zeros[row] = quantizer.zero
 
         for part in parts:
             place = pl.ds(part.start, part.length)
@@ -245,23 +224,84 @@ def _kernel(
                 assert outliers is not None
                 outliers[row, pl.ds(part.start - padded_base, part.length)] = part.values[i]
             else:
-                steps = jnp.round((part.values[i].astype(jnp.float32) - low) * inverse)
-                level = jnp.clip(steps, np.float32(lowest), np.float32(highest)) - np.float32(lowest + 2 ** (bits - 1))
-                codes[row, place] = level.astype(jnp.int8)
+                codes[row, place] = quantizer.codes(part.values[i])
 
 
-class _Slots:
-    """Places in shared memory for four reductions over all warps of the thread block, one set per row."""
+def gather(
+    columns: Any,
+    staged: Any,
+    norm: tuple[Any, ...],
+    inputs: int,
+    base: int,
+    padded_base: int,
+    producer: Producer,
+    slot: "Slots",
+    meet_all: Callable[[], None],
+) -> list["Part"]:
+    """Gather the staged rows and run the producer on them: each warpgroup's share, rounded as a model that does not fuse would.
 
-    def __init__(self, slots: Any, group: Any, tiles: SplitTiles):
-        self._slots, self._group, self._tiles = slots, group, tiles
-        self._warps = tiles.warpgroups * hopper.WARPS
+    The base's minima and maxima are left in `slot`, where all warpgroups find them (`Quantizer`).
+
+    Args:
+        columns: int32 in global memory, tile form.
+        staged: `[rows, producer.inputs, lines, unit]` in shared memory, rows of `inputs` numbers.
+        norm: the norm's weight (and bias), in global memory.
+        meet_all: waits until all warpgroups of the thread block have come here.
+    """
+    dtype = staged.dtype
+    padded_outliers = columns.shape[0] - padded_base
+    chunk = _chunk(padded_base, padded_outliers)
+    section = functools.partial(_gather, columns, staged, dtype, producer, slot, chunk)
+    parts = section(0, padded_base, base, norm)
+    if padded_outliers:
+        parts += section(padded_base, padded_outliers, inputs - base, norm)
+    if isinstance(producer, RmsNorm | LayerNorm):
+        _normalize(parts, producer, inputs, slot, meet_all)
+
+    # What comes out of the producer is rounded to the activations' dtype, as a model that does not fuse would.
+    for part in parts:
+        part.values = [v.astype(dtype) for v in part.values]
+    base_parts = [part for part in parts if part.first < padded_base]
+    for i in range(slot.rows):
+        values = [part.values[i].astype(jnp.float32) for part in base_parts]
+        slot.store(2, i, functools.reduce(jnp.minimum, values), base_parts[0].layout, "min")
+        slot.store(3, i, functools.reduce(jnp.maximum, values), base_parts[0].layout, "max")
+    meet_all()
+    return parts
+
+
+class Quantizer:
+    """How the values of a row that `gather` has gathered become codes."""
+
+    def __init__(self, row: int, slot: "Slots", clip: LevelClip, bits: int):
+        self._low = slot.read(2, row, jnp.minimum)
+        self.scale, self.zero = scale_and_zero(self._low, slot.read(3, row, jnp.maximum), clip)
+        self._inverse = hopper.reciprocal(self.scale)
+        self._lowest, self._bits = clip.lowest, bits
+
+    def codes(self, values: jax.Array) -> jax.Array:
+        steps = jnp.round((values.astype(jnp.float32) - self._low) * self._inverse)
+        level = jnp.clip(steps, np.float32(self._lowest), np.float32(self._lowest + 2**self._bits - 1))
+        return (level - np.float32(self._lowest + 2 ** (self._bits - 1))).astype(jnp.int8)
+
+
+class Slots:
+    """Places in shared memory for four reductions over all warps of the warpgroups that split, one set per row."""
+
+    def __init__(self, slots: Any, group: Any, rows: int, warpgroups: int):
+        self._slots, self.group, self.rows, self.warpgroups = slots, group, rows, warpgroups
+        self._warps = warpgroups * hopper.WARPS
+
+    @staticmethod
+    def count(rows: int, warpgroups: int) -> int:
+        """How many there are: two reductions for a norm, two for minimum and maximum, each with a slot per warp and row."""
+        return 4 * rows * warpgroups * hopper.WARPS
 
     def _first(self, reduction: int, row: int) -> int:
-        return (reduction * self._tiles.rows + row) * self._warps
+        return (reduction * self.rows + row) * self._warps
 
     def store(self, reduction: int, row: int, values: jax.Array, layout: Any, operation: str) -> None:
-        first = self._first(reduction, row) + self._group * hopper.WARPS
+        first = self._first(reduction, row) + self.group * hopper.WARPS
         hopper.store_warp_partials(self._slots, first, values, layout, operation)
 
     def read(self, reduction: int, row: int, combine: Any) -> Any:
@@ -269,7 +309,7 @@ class _Slots:
 
 
 @dataclasses.dataclass
-class _Part:
+class Part:
     """One chunk of gathered columns: where it starts, its values per row, and which of them are not padding."""
 
     first: int  # the section's first column: 0 for base, the padded base for outliers
@@ -293,26 +333,25 @@ def _gather(
     staged: Any,
     dtype: Any,
     producer: Producer,
-    tiles: SplitTiles,
-    group: Any,
+    slot: Slots,
     shape: tuple[int, Any],
     first: int,
     width: int,
     true_width: int,
     norm: tuple[Any, ...],
-) -> list[_Part]:
+) -> list[Part]:
     """This warpgroup's chunks of one section (base or outliers), in turns with the other warpgroups."""
     length, layout = shape
     chunks = width // length
     parts = []
-    for turn in range(math.ceil(chunks / tiles.warpgroups)):
-        wanted = turn * tiles.warpgroups + group
+    for turn in range(math.ceil(chunks / slot.warpgroups)):
+        wanted = turn * slot.warpgroups + slot.group
         # A warpgroup without a chunk left repeats the last one: harmless to minimum, maximum and what is written.
         chunk = jnp.minimum(wanted, chunks - 1)
         start = first + chunk * length
         positions = hopper.load(columns.at[pl.ds(start, length)], layout)
         values = []
-        for i in range(tiles.rows):
+        for i in range(slot.rows):
             raw = [hopper.gather_row(staged.at[i, j], positions, layout, dtype) for j in range(producer.inputs)]
             if isinstance(producer, Identity):
                 values.append(raw[0])
@@ -325,7 +364,7 @@ def _gather(
             counts = jnp.where(wanted < chunks, np.float32(1), np.float32(0))
             real = jnp.where(inside, counts, np.float32(0))
             weights = [hopper.gather_row(weight, positions, layout, weight.dtype).astype(jnp.float32) for weight in norm]
-        parts.append(_Part(first, start, length, layout, values, real, weights))
+        parts.append(Part(first, start, length, layout, values, real, weights))
     return parts
 
 
@@ -333,18 +372,16 @@ def _silu(x: jax.Array) -> jax.Array:
     return x / (np.float32(1) + jnp.exp(-x))
 
 
-def _normalize(
-    parts: list[_Part], producer: RmsNorm | LayerNorm, columns: int, slot: _Slots, tiles: SplitTiles, meet_all: Any
-) -> None:
+def _normalize(parts: list[Part], producer: RmsNorm | LayerNorm, columns: int, slot: Slots, meet_all: Any) -> None:
     """Replace the parts' values by the normalized ones: every column was gathered exactly once, so sums over parts are sums."""
     share = np.float32(1 / columns)
 
     def total(reduction: int, term: Any) -> list[Any]:
-        for i in range(tiles.rows):
+        for i in range(slot.rows):
             sums = [term(part.values[i]) * part.real for part in parts]
             slot.store(reduction, i, functools.reduce(jnp.add, sums), parts[0].layout, "add")
         meet_all()
-        return [slot.read(reduction, i, jnp.add) * share for i in range(tiles.rows)]
+        return [slot.read(reduction, i, jnp.add) * share for i in range(slot.rows)]
 
     if isinstance(producer, LayerNorm):
         means = total(0, lambda v: v)

@@ -30,12 +30,12 @@ def _problems(spec: LinearSpec, key: tuple[Any, ...], function: Any, shapes: tup
         compiled = absent_gpu.compile_for("h100", function, *shapes)
     except Exception as failure:
         return [f"{type(failure).__name__}: {(str(failure).splitlines() or [''])[0][:200]}"]
-    splits = key[0] == "split"
+    splits = key[0] in ("split", "row")
     problems = compiled.complaints(exact_division=not (splits and isinstance(spec.producer, SiluMul)))
     if compiled.kernels != 1:
         problems.append(f"{compiled.kernels} kernels")
     wanted = ".s32.s8.s8" if spec.bits < 16 and key[0] != "codebook" else ".f32.bf16.bf16"
-    if not splits and not any(wanted in product for product in compiled.products):
+    if key[0] != "split" and not any(wanted in product for product in compiled.products):
         problems.append(f"no {wanted} product on the tensor cores")
     return problems
 
@@ -56,7 +56,8 @@ def main() -> int:
         for rows in arguments.rows:
             splits = [kernel_cases.split_kernel] if kernel_cases.has_split_kernel(spec, rows) else []
             codebooks = [kernel_cases.codebook_kernel] if rows <= codebook_mosaic.MOST_ROWS else []
-            makers = [kernel_cases.product_kernel, *splits, *codebooks]
+            inside = [kernel_cases.row_kernel] if kernel_cases.splits_inside(spec, rows) else []
+            makers = [kernel_cases.product_kernel, *splits, *inside, *codebooks]
             for make in makers:
                 key, function, shapes = make(spec, rows)
                 asked += 1

@@ -4,20 +4,21 @@
     python tests/kernels/execute_all.py --few       # a part of the tests' cases: for another pair of Python and JAX
 
 All of the tests' cases, products of every kind with the tiles that an H100 would be given, and one real layer: LLaMA-2-7B's
-q_proj at one row, its split behind the norm included. Prints a line per case; exits with 1 if one is wrong.
+q_proj at one row, split in its kernel behind the norm. Prints a line per case; exits with 1 if one is wrong.
 """
 
 import argparse
+import dataclasses
 import sys
 import time
 from collections.abc import Iterator
 
 import absent_gpu
 from ptx import sass
-from ptx.cases import Product, Split, product_run, wrong
+from ptx.cases import Product, Row, Split, product_run, row_run, wrong
 from ptx.codebook_cases import Codebook, codebook_run
 from ptx.codebook_cases import wrong as wrong_codebook
-from test_ptx import PRODUCTS, SPLITS
+from test_ptx import PRODUCTS, ROWS, SPLITS
 from test_ptx_codebook import CODEBOOKS
 
 from quikjax.pallas_kernels import layout
@@ -50,21 +51,22 @@ def _split(rows: int, inputs: int, outliers: int, bits: int, producer: Producer)
     return Split(rows, inputs, outliers, bits, producer, split.default_tiles(rows, inputs, producer))
 
 
-def cases(few: bool) -> Iterator[Product | Split]:
+def cases(few: bool) -> Iterator[Product | Split | Row]:
     """The cases in order."""
     if few:
         yield from PRODUCTS[::3]
         yield from SPLITS[::4]
+        yield from ROWS[::4]
         return
     yield from PRODUCTS
     yield from SPLITS
+    yield from ROWS
     for shape in _SHAPES:
         yield _product(*shape)
     yield _split(3, 4096, 256, 4, RmsNorm(1e-5))
     yield _split(1, 11008, 688, 8, SiluMul())
     # LLaMA-2-7B, q_proj.
-    yield _split(1, 4096, 256, 4, RmsNorm(1e-6))
-    yield _product(1, 4096, 4096, 256, 4, 4)
+    yield Row(dataclasses.replace(_product(1, 4096, 4096, 256, 4, 4), bias=False), RmsNorm(1e-6))
 
 
 def codebooks(few: bool) -> list[Codebook]:
@@ -96,11 +98,12 @@ def main() -> int:
     for case in cases(few):
         begun = time.monotonic()
         problems = wrong(case)
-        if isinstance(case, Product) and not few:
-            code = sass.listing(product_run(case).compiled.ptx)
+        if isinstance(case, Product | Row) and not few:
+            run = product_run(case) if isinstance(case, Product) else row_run(case)
+            code = sass.listing(run.compiled.ptx)
             problems += [f"before its wait: {text}" for text in sass.touched_too_early(code)[:3]]
         count, failures = count + 1, failures + bool(problems)
-        kind = "product" if isinstance(case, Product) else "split"
+        kind = type(case).__name__.lower()
         state = "FAILED " if problems else "right  "
         print(f"{state}{kind} {case} {time.monotonic() - begun:.1f} s" + "".join(f"; {p}" for p in problems), flush=True)
     print(f"{count} kernels executed under two timings, {failures} wrong, {(time.monotonic() - start) / 60:.1f} minutes")

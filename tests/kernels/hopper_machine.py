@@ -28,6 +28,8 @@ from jax import lax
 
 from quikjax.pallas_kernels import hopper
 from quikjax.pallas_kernels.quik_matmul import mosaic as matmul_kernel
+from quikjax.pallas_kernels.quik_matmul import problem
+from quikjax.pallas_kernels.quik_matmul import unsplit as unsplit_kernel
 from quikjax.pallas_kernels.split_quantize import mosaic as split_kernel
 
 TIMEOUT = 60.0
@@ -410,19 +412,28 @@ def _store_transposed(ref: Ref, values: jax.Array, first_row: Any, first_column:
         ref.view((pl.ds(int(first_row), m), pl.ds(int(first_column), n))).write(np.asarray(values).T, clipped=True)
 
 
+def _store_in_every_row(ref: Ref, values: jax.Array, layout: Any, start: Any, *, first: Any, apart: int, steps: int) -> None:
+    del layout
+    width = ref.shape[2]
+    for column, value in enumerate(np.asarray(values), int(start)):
+        step = column // width
+        if step < steps and step % apart == int(first):
+            ref.array[step // apart, :, column % width] = value
+
+
 @contextlib.contextmanager
 def running(patch: pytest.MonkeyPatch) -> Iterator[None]:
     """Within this context the Mosaic kernels run on this machine, eagerly."""
     with patch.context() as p:
-        for module in (split_kernel, matmul_kernel):
-            p.setattr(module, "plgpu", _PLGPU)
-            p.setattr(module, "pl", _PL)
-            p.setattr(module, "lax", _LAX)
+        for module in (split_kernel, matmul_kernel, problem, unsplit_kernel):
+            for name, shim in (("plgpu", _PLGPU), ("pl", _PL), ("lax", _LAX)):
+                p.setattr(module, name, shim, raising=False)
         p.setattr(hopper, "load", lambda ref, layout: jnp.asarray(ref.read()))
         p.setattr(hopper, "reciprocal", lambda x: np.float32(1) / x)
         p.setattr(hopper, "redefine", lambda values: values)
         p.setattr(hopper, "load_transposed", _load_transposed)
         p.setattr(hopper, "store_transposed", _store_transposed)
+        p.setattr(hopper, "store_in_every_row", _store_in_every_row)
         p.setattr(hopper, "gather_row", _gather_row)
         p.setattr(hopper, "store_warp_partials", _store_partials)
         yield

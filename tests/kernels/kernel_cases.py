@@ -86,6 +86,19 @@ def has_split_kernel(spec: LinearSpec, rows: int) -> bool:
     return spec.bits < 16 and choice.why_not_mosaic_split(choice.Problem(*wanted), H100) is None
 
 
+def splits_inside(spec: LinearSpec, rows: int) -> bool:
+    """Tell whether the layer is one kernel, whose thread blocks split its one row themselves."""
+    _, (_, packed, _, _) = layer_shapes(spec, rows)
+    return mosaic_layer.splits_inside(rows, spec.inputs, jnp.bfloat16, packed, spec.bits, spec.producer, H100)
+
+
+def row_kernel(spec: LinearSpec, rows: int) -> tuple[tuple[Any, ...], Callable[..., Any], tuple[Any, ...]]:
+    """A layer whose kernel splits its one row: a key that tells it from others, the function, the shapes of its arguments."""
+    assert splits_inside(spec, rows)
+    key = ("row", spec.outputs, spec.inputs, spec.outliers, spec.weight_bits, spec.bits, spec.bias, spec.producer)
+    return key, *layer_shapes(spec, rows)
+
+
 def split_kernel(spec: LinearSpec, rows: int) -> tuple[tuple[Any, ...], Callable[..., Any], tuple[Any, ...]]:
     """The split of a layer alone: a key that tells it from others, the function, the shapes of its arguments in tile form."""
     s = jax.ShapeDtypeStruct

@@ -49,7 +49,8 @@ CASES = [
 def test_layer_compiles_to_integer_wgmma_without_spills(spec: LinearSpec, rows: int) -> None:
     function, shapes = kernel_cases.layer_shapes(spec, rows)
     compiled = absent_gpu.compile_for("h100", function, *shapes)
-    assert compiled.kernels == (2 if kernel_cases.has_split_kernel(spec, rows) else 1), "one kernel splits, one multiplies"
+    apart = kernel_cases.has_split_kernel(spec, rows) and not kernel_cases.splits_inside(spec, rows)
+    assert compiled.kernels == (2 if apart else 1), "one kernel splits, one multiplies; of one row one kernel does both"
     assert compiled.complaints(exact_division=not isinstance(spec.producer, SiluMul)) == []
     integer = [product for product in compiled.products if product.endswith(".s32.s8.s8")]
     floating = [product for product in compiled.products if ".f32.bf16.bf16" in product]
@@ -59,16 +60,23 @@ def test_layer_compiles_to_integer_wgmma_without_spills(spec: LinearSpec, rows: 
 
 
 @pytest.mark.parametrize(
-    ("names", "rows", "residual"),
-    [(("q", "k", "k"), 8, False), (("gate", "gate"), 129, False), (("o",), 64, True), (("down",), 1, True)],
+    ("names", "rows", "residual", "kernels"),
+    [
+        (("q", "k", "k"), 8, False, 2),
+        (("gate", "gate"), 129, False, 2),
+        (("o",), 64, True, 2),
+        (("q", "k", "k"), 1, False, 1),  # one row is split in the product
+        (("o",), 1, True, 1),
+        (("down",), 1, True, 2),  # but not one of 28672 columns
+    ],
 )
-def test_joined_products_and_residuals_are_in_the_kernel(names: tuple[str, ...], rows: int, residual: bool) -> None:
+def test_joined_products_and_residuals_are_in_the_kernel(names: tuple[str, ...], rows: int, residual: bool, kernels: int) -> None:
     specs = [_spec("llama-2-70b", name) for name in names]
     compiled = absent_gpu.compile_for("h100", *_flat(kernel_cases.joined_shapes(specs, rows, residual)))
     program = hlo.Program(compiled.hlo)
-    assert compiled.kernels == 2
+    assert compiled.kernels == kernels
     # Rows that are no multiple of 8 are cut out of what the copy engine stored.
-    assert program.launched() == (2 if rows <= 64 else 2 + len(names))
+    assert program.launched() == (kernels if rows <= 64 else kernels + len(names))
     assert compiled.complaints(exact_division=names != ("down",)) == []
 
 

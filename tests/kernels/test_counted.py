@@ -1,5 +1,6 @@
 """`benchmarks/counted.py`: bytes by hand, the inner loop of a listing, the table without a compiler."""
 
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ import pytest
 from test_gpu_scripts import BENCHMARKS, module
 
 from quikjax.pallas_kernels.arg_specs import LinearSpec
+from quikjax.pallas_kernels.quik_matmul.tiles import MatmulTiles
 
 LISTING = """
 .L_x_1:
@@ -46,11 +48,23 @@ def test_bytes_of_a_layer() -> None:
     assert counted.microseconds(device, 3e6, 8e9) == pytest.approx(10.0)
 
 
+def test_a_split_in_a_product_takes_what_the_ring_does_not_hide() -> None:
+    counted = module("counted")
+    spec = LinearSpec("m", "q", 4096, 4096, 256)
+    found, device = counted.count(spec, 1), counted.Assumed("", 1e12, 1e15, 2.5, 12.0)
+    read = 4096 * 2 + 4096 * 4
+    # 32 tiles of 128 rows in 4 parts, rings of 8 slots of 128 x 64 bytes: 8.4 us of copying while the row is split.
+    slow = counted.microseconds_of_row(device, found, spec, 4096, MatmulTiles(64, 8, 8, 1, 4))
+    assert slow == pytest.approx(2.5 + (found.product_bytes + read) / 1e6 + 12.0 - 128 * 8 * 8192 / 1e6)
+    hidden = counted.microseconds_of_row(dataclasses.replace(device, split=8.0), found, spec, 4096, MatmulTiles(64, 8, 8, 1, 4))
+    assert hidden == pytest.approx(2.5 + (found.product_bytes + read) / 1e6)
+
+
 def test_the_table_without_a_compiler() -> None:
     command = [sys.executable, str(Path(BENCHMARKS) / "counted.py"), "--no-code", "--rows", "1", "16"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
     lines = [line for line in done.stdout.splitlines() if line.startswith("|")]
     totals = [line for line in lines if "linears of a block" in line]
-    # Four splits and four products: q, k and v are one, gate and up are one.
-    assert [line.split("|")[3].strip() for line in totals] == ["8"] * 4
+    # Four products (q, k and v are one, gate and up are one) and four splits; of one row only the split of LLaMA-2-70B's down.
+    assert [line.split("|")[3].strip() for line in totals] == ["4", "8", "5", "8"]
     assert len({line.count("|") for line in lines}) == 1

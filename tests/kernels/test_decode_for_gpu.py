@@ -68,11 +68,11 @@ def test_a_scan_copies_what_its_kernels_read() -> None:
 
 
 @compiles
-def test_a_block_decodes_one_row_in_eight_kernels_and_copies_no_packed_weight() -> None:
-    """Four splits and four products: q, k and v are one, gate and up another; no slice of `y`, no sum with the residual."""
+def test_a_block_decodes_one_row_in_four_kernels_and_copies_no_packed_weight() -> None:
+    """Four products, which split their row: q, k and v are one, gate and up another; no slice of `y`, no sum with a residual."""
     fields = module("gpu_model").TINY | {"num_hidden_layers": 2}
     decoding = module("counted_decode").compiled(fields)
-    assert decoding.program.kernels() == 2 * 8
+    assert decoding.program.kernels() == 2 * 4
     assert decoding.compiled.complaints(exact_division=False) == []  # the gate's SiLU divides as it likes
     # What is left is the embedding of the token.
     assert decoding.copied <= fields["hidden_size"] * 2
@@ -81,7 +81,7 @@ def test_a_block_decodes_one_row_in_eight_kernels_and_copies_no_packed_weight() 
     cache = jax.eval_shape(lambda: empty_cache(2, heads, 1, 256, size // heads, "bfloat16"))
     assert decoding.program.moved(cache.nbytes() // 2) == []
     # The rest of a block is attention; around the blocks, the token's embedding, angles, head and choice.
-    assert decoding.program.launched() <= 2 * (8 + 8) + 22
+    assert decoding.program.launched() <= 2 * (4 + 8) + 22
 
 
 def _written(cache: Any, key: jax.Array, at: jax.Array) -> Any:

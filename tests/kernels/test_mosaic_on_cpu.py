@@ -6,6 +6,7 @@ tiles per thread block, K split over a cluster, every fused producer.
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import kernel_cases
 import numpy as np
@@ -145,6 +146,46 @@ def test_product(monkeypatch: pytest.MonkeyPatch, case: tuple) -> None:
     error = np.abs(np.asarray(got, np.float64) - want)
     assert got.shape == (rows, outputs)
     assert (error <= 2**-11 * np.abs(want) + 64 * np.finfo(np.float32).eps * magnitude).all()
+
+
+ROWS = [
+    # outputs, inputs, outliers, weight bits, activation bits, producer, tiles
+    (264, 576, 36, 4, 4, api.Identity(), MatmulTiles(64, 8, 3, 1, 2)),
+    (520, 640, 0, 4, 8, api.Identity(), MatmulTiles(64, 8, 4, 1, 1)),  # more tiles than multiprocessors
+    (72, 1384, 86, 8, 8, api.SiluMul(), MatmulTiles(64, 8, 3, 1, 4)),
+    (40, 1024, 260, 8, 4, api.RmsNorm(1e-5), MatmulTiles(64, 8, 3, 1, 3)),
+]
+
+
+@pytest.mark.parametrize("case", ROWS, ids=lambda c: "-".join(str(part) for part in c[:5]))
+def test_one_row_is_split_where_it_is_multiplied(monkeypatch: pytest.MonkeyPatch, case: tuple) -> None:
+    outputs, inputs, outliers, weight_bits, bits, producer, tiles = case
+    packed = kernel_cases.weight(2, outputs, inputs, outliers, weight_bits)
+    tensors = tuple(kernel_cases.tokens(3 + i, (1, inputs)) for i in range(producer.inputs))
+    parameters = _parameters(producer, inputs)
+    device = Device("gpu", H100.kind, H100.capability, 3)
+    monkeypatch.setattr(tuned, "matmul_tiles", lambda *_: (tiles, True))
+    assert mosaic_layer.splits_inside(1, inputs, jnp.bfloat16, packed, bits, producer, device)
+    with running(monkeypatch):
+        row = mosaic_layer.unsplit(tensors, packed.columns, packed.base, bits, producer, parameters)
+        (got,) = mosaic_layer.product(row, 1, packed, [None], bits, jnp.bfloat16, device)
+    want, magnitude = _float64(producer(*tensors, *parameters), packed, None, bits)
+    error = np.abs(np.asarray(got, np.float64) - want)
+    # Behind a producer a code on the boundary of two may fall to the other side: one in a thousand, by a step of the activations.
+    step = 0.0 if producer == api.Identity() else 2e-3 * float(np.abs(want).max())
+    assert (error <= 2**-8 * np.abs(want) + 64 * np.finfo(np.float32).eps * magnitude + step).all()
+
+
+def test_what_no_thread_block_can_split() -> None:
+    def inside(rows: int, inputs: int, bits: int = 4, producer: api.Producer = PRODUCERS[0]) -> bool:
+        packed = jax.eval_shape(lambda: kernel_cases.weight(0, 128, inputs, 32))
+        return mosaic_layer.splits_inside(rows, inputs, jnp.bfloat16, packed, bits, producer, H100)
+
+    assert inside(1, 4096)
+    assert not inside(2, 4096)
+    assert not inside(1, 4096, 16), "nothing is quantized"
+    assert not inside(1, 332), "no width for the copy engine"
+    assert not inside(1, 14848, 4, api.LayerNorm(1e-5)), "more values than registers"
 
 
 def _float64(x: jnp.ndarray, packed: api.Packed, bias: jnp.ndarray | None, bits: int) -> tuple[np.ndarray, np.ndarray]:

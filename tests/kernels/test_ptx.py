@@ -6,7 +6,7 @@ Small shapes that meet every branch of the kernels; `execute_all.py` (`make gpu-
 import absent_gpu
 import numpy as np
 import pytest
-from ptx.cases import BFLOAT16, Product, Split, wrong
+from ptx.cases import BFLOAT16, Product, Row, Split, wrong
 
 from quikjax.pallas_kernels.quik_matmul.mosaic import DIRECT_ROWS
 from quikjax.pallas_kernels.quik_matmul.tiles import MatmulTiles
@@ -65,13 +65,29 @@ SPLITS = [
 ]
 
 
+# Products of one row, which their kernel splits itself.
+ROWS = [
+    Row(Product(1, 24, 640, 0, 4, 4, False, T(64, 8, 3, 1, 1)), Identity()),
+    Row(Product(1, 264, 576, 36, 4, 4, True, T(64, 8, 4, 1, 2), residual=True), Identity(), clip=(17, 1)),
+    Row(Product(1, 72, 2056, 8, 4, 4, False, T(64, 8, 4, 1, 3), also=(40, 128)), NORM),
+    Row(Product(1, 520, 1152, 64, 4, 8, True, T(64, 8, 4, 1, 1)), LAYER_NORM),  # more tiles than multiprocessors
+    Row(Product(1, 136, 1376, 86, 8, 8, False, T(64, 8, 3, 1, 4), residual=True), SILU),
+    Row(Product(1, 40, 1024, 260, 8, 4, True, T(64, 8, 3, 1, 1), F16, F16), NORM),
+]
+
+
 def test_the_cases_meet_what_matters() -> None:
     assert {(case.weight_bits, case.bits) for case in PRODUCTS} == {(w, a) for w in (4, 8) for a in (4, 8, 16)}
     assert {case.tiles.splits for case in PRODUCTS} == set(range(1, 9))
     assert {np.dtype(case.out) for case in PRODUCTS} == {BFLOAT16, np.dtype(F16), np.dtype(F32)}
     joined = [case.rows <= DIRECT_ROWS for case in PRODUCTS if case.also]
     assert set(joined) == {True, False}, "few rows are stored from registers, more by the copy engine"
-    assert {type(case.producer) for case in SPLITS} == {Identity, RmsNorm, LayerNorm, SiluMul}
+    assert (
+        {type(case.producer) for case in SPLITS}
+        == {type(case.producer) for case in ROWS}
+        == {Identity, RmsNorm, LayerNorm, SiluMul}
+    )
+    assert {case.product.tiles.splits for case in ROWS} == {1, 2, 3, 4}
 
 
 @pytest.mark.parametrize("case", PRODUCTS, ids=str)
@@ -81,4 +97,9 @@ def test_product(case: Product) -> None:
 
 @pytest.mark.parametrize("case", SPLITS, ids=str)
 def test_split(case: Split) -> None:
+    assert wrong(case) == []
+
+
+@pytest.mark.parametrize("case", ROWS, ids=str)
+def test_row(case: Row) -> None:
     assert wrong(case) == []

@@ -8,13 +8,13 @@ from collections.abc import Callable
 
 import absent_gpu
 import pytest
-from ptx.cases import Product, ProductRun, Split, SplitRun, product_run, split_run
+from ptx.cases import Product, ProductRun, Row, RowRun, Split, SplitRun, product_run, row_run, split_run
 from ptx.machine import OPPOSITE
 from ptx.parser import Fault
 
 from quikjax.pallas_kernels.quik_matmul.tiles import MatmulTiles
 from quikjax.pallas_kernels.split_quantize.mosaic import SplitTiles
-from quikjax.pallas_kernels.split_quantize.producers import RmsNorm
+from quikjax.pallas_kernels.split_quantize.producers import Identity, RmsNorm
 
 pytestmark = pytest.mark.skipif(absent_gpu.missing() is not None, reason=str(absent_gpu.missing()))
 
@@ -73,6 +73,13 @@ SPLIT: dict[str, Mutation] = {
 }
 
 
+ROW: dict[str, Mutation] = {
+    "no proxy fence behind the codes": _without(r"fence\.proxy\.async"),
+    "a warpgroup that does not wait for the other's codes": _replaced(_COPIED, "setp.eq.b32 P1, 0, 0;"),
+    "codes of another part's steps": _replaced(r"@there (st\.shared)", r"\1"),
+}
+
+
 @pytest.fixture(scope="module")
 def product() -> ProductRun:
     """Several tiles, five steps on a ring of three, outliers, a store for each warpgroup by the copy engine."""
@@ -84,8 +91,13 @@ def split() -> SplitRun:
     return split_run(Split(3, 576, 36, 8, RmsNorm(1e-5), SplitTiles(2, 2)))
 
 
-def test_the_programs_are_right_as_they_are(product: ProductRun, split: SplitRun) -> None:
-    assert all(product.error(timing) <= 1 and split.problems(timing) == [] for timing in OPPOSITE)
+@pytest.fixture(scope="module")
+def row() -> RowRun:
+    return row_run(Row(Product(1, 72, 1384, 84, 4, 4, False, MatmulTiles(64, 8, 3, 1, 2)), Identity()))
+
+
+def test_the_programs_are_right_as_they_are(product: ProductRun, split: SplitRun, row: RowRun) -> None:
+    assert all(product.error(timing) <= 1 and split.problems(timing) == [] == row.problems(timing) for timing in OPPOSITE)
 
 
 @pytest.mark.parametrize("name", PRODUCT)
@@ -103,15 +115,24 @@ def test_a_wrong_product_is_found(product: ProductRun, name: str) -> None:
 
 @pytest.mark.parametrize("name", SPLIT)
 def test_a_wrong_split_is_found(split: SplitRun, name: str) -> None:
-    ptx = SPLIT[name](split.compiled.ptx)
-    assert ptx != split.compiled.ptx
+    assert _is_found(split, SPLIT[name])
+
+
+@pytest.mark.parametrize("name", ROW)
+def test_a_wrong_row_is_found(row: RowRun, name: str) -> None:
+    assert _is_found(row, ROW[name])
+
+
+def _is_found(run: SplitRun | RowRun, mutate: Mutation) -> bool:
+    ptx = mutate(run.compiled.ptx)
+    assert ptx != run.compiled.ptx
     found = []
     for timing in OPPOSITE:
         try:
-            found.append(bool(split.problems(timing, split.compiled.with_ptx(ptx))))
+            found.append(bool(run.problems(timing, run.compiled.with_ptx(ptx))))
         except Fault:
             found.append(True)
-    assert any(found)
+    return any(found)
 
 
 def test_sums_that_arrive_unannounced_are_found() -> None:

@@ -16,7 +16,8 @@ from ptx.compiled import CompiledKernel, compile_kernel, shapes
 from ptx.machine import OPPOSITE, Timing
 from quikjax.pallas_kernels import api, layout, reference
 from quikjax.pallas_kernels.quik_matmul import mosaic as matmul
-from quikjax.pallas_kernels.quik_matmul.tiles import LONGEST_ROWS, MatmulTiles, allocated_outputs
+from quikjax.pallas_kernels.quik_matmul.tiles import COMPUTE, LONGEST_ROWS, MatmulTiles, allocated_outputs
+from quikjax.pallas_kernels.quik_matmul.unsplit import Unsplit
 from quikjax.pallas_kernels.split_quantize import mosaic as split
 from quikjax.pallas_kernels.split_quantize.mosaic import SplitTiles
 
@@ -79,10 +80,23 @@ class Split:
         return f"{self.rows}x{self.inputs}-o{self.outliers}-a{self.bits}-{name}-{tiles}-{kind}"
 
 
-class ProductRun:
-    """A product's arrays, its kernel, and what it should give."""
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One row through `quik_matmul`, which splits it itself."""
 
-    def __init__(self, case: Product, seed: int = 0):
+    product: Product
+    producer: api.Producer
+    clip: tuple[int, int] | None = None
+
+    def __str__(self) -> str:
+        clip = f"-L{self.clip[0]}l{self.clip[1]}" if self.clip else ""
+        return f"{type(self.producer).__name__}{clip}-{self.product}"
+
+
+class ProductRun:
+    """A product's arrays, its kernel, and what it should give. `given`: activations to multiply, in place of random ones."""
+
+    def __init__(self, case: Product, seed: int = 0, given: reference.Split | None = None):
         self.case = case
         rng = np.random.default_rng(seed)
         base, m = case.inputs - case.outliers, case.rows
@@ -113,6 +127,9 @@ class ProductRun:
         vectors[0, :m], vectors[1, :m] = rng.uniform(0.01, 0.1, m), rng.normal(size=m)
         kept = np.full((self.rows_there, layout.round_up(case.outliers, layout.COLUMN_TILE)), 7, case.dtype)
         kept[:m, : case.outliers] = rng.normal(size=(m, case.outliers))
+        if given is not None:
+            tokens[:m, :base], vectors[0, :m], vectors[1, :m] = given.codes, given.scale, given.zero
+            kept[:m, : case.outliers] = given.outliers
         qweight = codes.astype(ml_dtypes.int4) if case.weight_bits == 4 else codes
         named: dict[str, Any] = {"tokens": tokens, "qweight": qweight, "scale": scale}
         if quantized:
@@ -129,34 +146,37 @@ class ProductRun:
         self.want, self.magnitude = self._float64(codes, named, kept, w_outliers)
 
     def _compile(self) -> CompiledKernel:
-        case = self.case
-
         def function(*arrays: jax.Array) -> list[jax.Array]:
             named = dict(zip(self.names, arrays, strict=True))
             tokens = layout.TileSplit(*[named.get(name) for name in ("tokens", "x_scale", "x_zero", "x_outliers")])  # type: ignore[arg-type]
-            fields: dict[str, Any] = {
-                "qweight": named["qweight"],
-                "scale": named["scale"],
-                "reduced": named.get("reduced"),
-                "outliers": named.get("w_outliers"),
-                "columns": None,
-                "base": case.inputs - case.outliers,
-                "inputs": case.inputs,
-            }
-            joined = layout.Joined(**fields, outputs=len(self.real), members=case.members) if case.also else None
-            return matmul.quik_matmul(
-                tokens,
-                joined or layout.Tiled(**fields, outputs=case.outputs),
-                named.get("bias"),
-                rows=case.rows,
-                bits=case.bits,
-                out_dtype=case.out,
-                tiles=case.tiles,
-                cores=case.cores,
-                residual=named.get("residual"),
-            )
+            return self.multiply(tokens, named)
 
         return compile_kernel(function, *shapes(self.inputs))
+
+    def multiply(self, activations: layout.TileSplit | Unsplit, named: dict[str, Any]) -> list[jax.Array]:
+        """The kernel on the weight's arrays by name."""
+        case = self.case
+        fields: dict[str, Any] = {
+            "qweight": named["qweight"],
+            "scale": named["scale"],
+            "reduced": named.get("reduced"),
+            "outliers": named.get("w_outliers"),
+            "columns": None,
+            "base": case.inputs - case.outliers,
+            "inputs": case.inputs,
+        }
+        joined = layout.Joined(**fields, outputs=len(self.real), members=case.members) if case.also else None
+        return matmul.quik_matmul(
+            activations,
+            joined or layout.Tiled(**fields, outputs=case.outputs),
+            named.get("bias"),
+            rows=case.rows,
+            bits=case.bits,
+            out_dtype=case.out,
+            tiles=case.tiles,
+            cores=case.cores,
+            residual=named.get("residual"),
+        )
 
     def _float64(
         self, codes: np.ndarray, named: dict[str, Any], kept: np.ndarray, w_outliers: np.ndarray
@@ -299,15 +319,66 @@ def _reference_split(
     return reference.split_quantize(producer(*tensors, *norm), columns, base, bits, clip)
 
 
+class RowRun:
+    """A row's arrays and its kernel, and the two kernels that it stands for."""
+
+    def __init__(self, case: Row):
+        self.case, product = case, case.product
+        # Two warpgroups as well, so that a norm's sums are taken in the same order.
+        tiles = SplitTiles(1, COMPUTE)
+        self.split = split_run(
+            Split(1, product.inputs, product.outliers, product.bits, case.producer, tiles, product.dtype, case.clip)
+        )
+        self.product = ProductRun(product, given=self.split.run(OPPOSITE[0]))
+        activations = ("tokens", "x_scale", "x_zero", "x_outliers")
+        own = {
+            name: array for name, array in zip(self.product.names, self.product.inputs, strict=True) if name not in activations
+        }
+        self.names, self.weights = list(own), list(own.values())
+        self.source = [*self.split.tensors, self.split.padded, *self.split.norm]
+        self.compiled = self._compile()
+
+    def _compile(self) -> CompiledKernel:
+        case, tensors, count = self.case, len(self.split.tensors), len(self.source)
+        clip = reference.checked_level_clip(case.product.bits, case.clip)
+
+        def function(*arrays: jax.Array) -> list[jax.Array]:
+            inputs, columns, norm = arrays[:tensors], arrays[tensors], arrays[tensors + 1 : count]
+            row = Unsplit(inputs, columns, norm, self.split.base, case.producer, clip)
+            return self.product.multiply(row, dict(zip(self.names, arrays[count:], strict=True)))
+
+        return compile_kernel(function, *shapes([*self.source, *self.weights]))
+
+    def result(self, timing: Timing, compiled: CompiledKernel | None = None) -> np.ndarray:
+        """`[1, outputs]`, of joined weights side by side."""
+        members = self.case.product.members
+        arrays = [*self.source, *self.weights, *[np.full((1, n), np.nan, self.case.product.out) for n in members]]
+        count, end = len(self.source), len(arrays)
+        # As the kernel first touches them.
+        pointers = [*range(len(self.split.tensors), count)]
+        touched = ["residual", "scale", "reduced", "bias"]
+        pointers += [count + self.names.index(name) for name in touched if name in self.names]
+        pointers += range(end - len(members), end)
+        after, _ = (compiled or self.compiled).run(arrays, pointers, timing)
+        return np.concatenate(after[end - len(members) :], axis=1)
+
+    def problems(self, timing: Timing, compiled: CompiledKernel | None = None) -> list[str]:
+        """List what is not to the bit what the two kernels give, one after the other."""
+        got, want = self.result(timing, compiled), self.product.result(timing)
+        bits = f"u{got.dtype.itemsize}"
+        different = int((got.view(bits) != want.view(bits)).sum())
+        return [f"{different} of {got.size} outputs differ"] if different else []
+
+
 # JAX compiles a kernel once in a process: a second time there is no PTX to be seen.
-product_run, split_run = functools.cache(ProductRun), functools.cache(SplitRun)
+product_run, split_run, row_run = functools.cache(ProductRun), functools.cache(SplitRun), functools.cache(RowRun)
 
 
-def wrong(case: Product | Split) -> list[str]:
+def wrong(case: Product | Split | Row) -> list[str]:
     """List what a case gets wrong under each of two opposite timings; nothing if all is as it should be."""
     if isinstance(case, Product):
         product = product_run(case)
         errors = [(timing, product.error(timing)) for timing in OPPOSITE]
         return [f"{error:.3g} times the bound under {timing}" for timing, error in errors if not error <= 1]
-    tried = split_run(case)
+    tried: SplitRun | RowRun = row_run(case) if isinstance(case, Row) else split_run(case)
     return [f"{problem} under {timing}" for timing in OPPOSITE for problem in tried.problems(timing)]

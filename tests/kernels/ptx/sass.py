@@ -34,7 +34,9 @@ def listing(ptx: str) -> str:
     with tempfile.TemporaryDirectory() as folder:
         source, binary = Path(folder) / "kernel.ptx", Path(folder) / "kernel.cubin"
         # The version that the wheel's ptxas knows; JAX carries a newer one inside, and these kernels ask for nothing new.
-        source.write_text(re.sub(r"(?m)^\.version \d+\.\d+", ".version 8.8", ptx))
+        # Lines of source code refer to a section behind the kernel, which is not kept.
+        without_lines = re.sub(r"(?m)^\s*\.loc\s.*$", "", ptx)
+        source.write_text(re.sub(r"(?m)^\.version \d+\.\d+", ".version 8.8", without_lines))
         assemble = [str(_tool("ptxas")), "-arch=sm_90a", "-O3", "-o", str(binary), str(source)]
         subprocess.run(assemble, check=True, capture_output=True)
         done = subprocess.run([str(_tool("nvdisasm")), "-c", str(binary)], check=True, capture_output=True, text=True)
