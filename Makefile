@@ -10,7 +10,7 @@ CUDA := $(VENV)/gpu-compile
 WITH_CUDA := PYTHONPATH=$(CURDIR)/$(CUDA) JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1
 WITH_CUDA312 := PYTHONPATH=$(CURDIR)/$(VENV312)/gpu-compile JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1
 
-.PHONY: demo demo-encoder test test-slow test-3.12 test-3.12-all gpu-compile lint install clean
+.PHONY: demo demo-encoder test test-long test-slow test-3.12 test-3.12-all gpu-compile lint install clean
 
 $(VENV)/.python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -74,6 +74,10 @@ lint: $(VENV)/.installed-test
 # Two processes, each test file in one of them: most of the time XLA compiles, on one core.
 test: lint $(VENV)/.installed-model $(VENV)/.installed-encoder $(VENV)/.installed-gpu-compile
 	$(WITH_CUDA) $(BIN)/python -m pytest -n 2 --dist loadfile
+
+# What takes many seconds a test, apart so that `make test` stays short; CI runs both.
+test-long: $(VENV)/.installed-test $(VENV)/.installed-model $(VENV)/.installed-encoder $(VENV)/.installed-gpu-compile
+	$(WITH_CUDA) $(BIN)/python -m pytest -m "long and not slow" -n 2 --dist loadfile
 
 test-slow: $(VENV)/.installed-test $(VENV)/.installed-model
 	$(BIN)/python -m pytest -m slow --optimized --timeout 3600

@@ -11,7 +11,9 @@ both sides of that trade). The parameters that users see keep their published na
 """
 
 import dataclasses
+import os
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -146,10 +148,13 @@ def _stacked(members: list[dict[str, Any]], release: bool, widen: bool) -> Any:
         if _in_host_memory(leaves):
             dtype = jnp.float32 if wide and leaves[0].ndim > 1 and leaves[0].dtype.itemsize == 2 else leaves[0].dtype
             memory = host.empty((len(leaves), *leaves[0].shape), dtype)
-            for place, leaf in zip(memory, leaves, strict=True):
+
+            def put(place: np.ndarray, leaf: Array) -> None:
                 place[...] = np.asarray(leaf)
                 if release:
                     leaf.delete()
+
+            list(pool.map(put, memory, leaves))
             return host.adopt(memory)
         joined = jnp.stack([_widened(leaf) for leaf in leaves] if wide else leaves)
         if release:
@@ -158,7 +163,9 @@ def _stacked(members: list[dict[str, Any]], release: bool, widen: bool) -> Any:
                 leaf.delete()
         return joined
 
-    return jax.tree.map(join, *members, is_leaf=_is_packed)
+    # NumPy lets go of Python's lock while it copies.
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return jax.tree.map(join, *members, is_leaf=_is_packed)
 
 
 def _in_host_memory(leaves: tuple[Any, ...]) -> bool:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from quikjax.pallas_kernels import layout as padding
-from quikjax.pallas_kernels.codebook_matmul import layout, mosaic
+from quikjax.pallas_kernels.codebook_matmul import layout
 from quikjax.pallas_kernels.codebook_matmul.layout import CodebookTiles
 from quikjax.pallas_kernels.devices import current_device
 
@@ -51,6 +51,8 @@ def _batched(x: Any, weight: Any, bias: Any) -> jax.Array:
 
 @_batched.def_vmap
 def _rule(axis_size: int, batched: Any, x: Any, weight: Any, bias: Any) -> Any:
+    from quikjax.pallas_kernels.codebook_matmul import mosaic
+
     rows = x.shape[-2]
     if any(jax.tree.leaves(batched[1:])) or axis_size * rows > mosaic.MOST_ROWS:
         # One member after the other.
@@ -64,6 +66,8 @@ def _rule(axis_size: int, batched: Any, x: Any, weight: Any, bias: Any) -> Any:
 # Under `jit` of its own: a model has hundreds of layers in a handful of shapes, lowered once each.
 @functools.partial(jax.jit, static_argnames="cores")
 def _run(x: Float[Array, "m k"], weight: CodebookTiles, bias: Float[Array, " n"] | None, cores: int) -> Float[Array, "m n"]:
+    from quikjax.pallas_kernels.codebook_matmul import mosaic
+
     rows = x.shape[0]
     blocks, steps = weight.codes.shape[:2]
     there = padding.pad_to(x, (padding.round_up(rows, 8), steps * layout.TILE))

@@ -68,9 +68,10 @@ class GGUFSource(Source):
 
         for key in ("tokens", "merges"):
             for number, text in enumerate(self.metadata.get(f"tokenizer.ggml.{key}", ())):
-                # A byte that is not UTF-8 was read as half of a surrogate pair.
-                if not text.isascii() and any(0xD800 <= ord(letter) <= 0xDFFF for letter in text):
-                    raise QuikError(f"{self.where}: number {number} of tokenizer.ggml.{key} is not UTF-8 text")
+                try:
+                    text.encode()
+                except UnicodeEncodeError:  # a byte that is not UTF-8 was read as half of a surrogate pair
+                    raise QuikError(f"{self.where}: number {number} of tokenizer.ggml.{key} is not UTF-8 text") from None
         return rebuild_tokenizer(self.where, self.metadata)
 
     def generation_config(self) -> dict[str, Any] | None:

@@ -1,7 +1,9 @@
 """From a checkpoint's tensors to a model's parameter tree, checked against each other before the first tensor is read."""
 
+import os
 import re
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax.numpy as jnp
@@ -75,7 +77,7 @@ def _listing(names: list[str]) -> str:
 def load_params(
     source: Source, model: Transformer, names: Iterable[str] | None = None, dtype: Any = jnp.float32
 ) -> dict[str, Any]:
-    """The parameters of `model` from `source`, one tensor in memory at a time beside those already converted.
+    """The parameters of `model` from `source`: beside those already converted one tensor in memory for each core.
 
     Args:
         source: an opened checkpoint.
@@ -97,7 +99,10 @@ def load_params(
         found = _below(found, list(names))
     _check_tied(source, found, type(model))
     turned = type(model).lies_transposed
-    return nested({path: _convert(source, name, dtype, transposed=turned(path)) for path, name in found.items()})
+    # NumPy lets go of Python's lock while it reads and converts.
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        converted = pool.map(lambda path: _convert(source, found[path], dtype, transposed=turned(path)), found)
+        return nested(dict(zip(found, converted, strict=True)))
 
 
 def verify(source: Source, model: Transformer) -> None:

@@ -64,8 +64,8 @@ SHAPES = [
     # outputs, inputs, base, bits, block
     (5, 40, 36, 4, 128),  # less than a block
     (24, 128, 128, 4, 128),  # one block, no outliers
-    (24, 256, 240, 8, 128),
-    (17, 300, 290, 4, 128),  # no multiple of anything
+    pytest.param(24, 256, 240, 8, 128, marks=pytest.mark.long),
+    pytest.param(17, 300, 290, 4, 128, marks=pytest.mark.long),  # no multiple of anything
     (9, 300, 1, 4, 128),  # a single base column
     (8, 200, 180, 4, 32),  # many small blocks
 ]
@@ -94,6 +94,7 @@ def test_the_curvature_is_what_the_outliers_leave_of_the_hessian() -> None:
     np.testing.assert_allclose(curvature(U, base=50), want, rtol=1e-3, atol=1e-4 * np.abs(want).max())
 
 
+@pytest.mark.long
 @given(seed=st.integers(0, 2**32 - 1), case=st.sampled_from([(4, 5, 2), (8, 0, 2), (4, 0, 0)]))  # each is a compilation
 @settings(max_examples=25, deadline=None)
 def test_no_row_ever_gets_worse(seed: int, case: tuple[int, int, int]) -> None:

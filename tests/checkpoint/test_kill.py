@@ -89,6 +89,7 @@ def check_resumes(place: Path, kills: int, seed: int) -> None:
         assert not path.with_name(path.name + ".partial").exists()
 
 
+@pytest.mark.long
 def test_a_killed_save_leaves_a_whole_artifact_or_none(tmp_path: Path) -> None:
     check_kills(tmp_path, kills=12, seed=0)
 

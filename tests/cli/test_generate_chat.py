@@ -26,6 +26,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return {"QUIKJAX_CACHE": str(tmp_path_factory.mktemp("executables"))}
 
 
+@pytest.mark.long
 def test_prompts_of_a_file_with_samples(
     quikjax_process: Run, tiny_checkpoint: Path, tmp_path: Path, environment: dict[str, str]
 ) -> None:
@@ -118,6 +119,7 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
         executables.keep_executables(tmp_path / "file")
 
 
+@pytest.mark.long
 def test_bench_measures_what_it_names(quikjax_command: Run, tiny_checkpoint: Path) -> None:
     arguments = (
         "bench",

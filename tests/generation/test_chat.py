@@ -17,7 +17,7 @@ def generator() -> Generator:
     return Generator(tiny_model(), tokenizer=tiny_tokenizer())
 
 
-@pytest.mark.parametrize("cache", [None, "int8"])
+@pytest.mark.parametrize("cache", [None, pytest.param("int8", marks=pytest.mark.long)])
 def test_answers_are_those_of_reading_the_conversation_again(cache: str | None, generator: Generator) -> None:
     chatting = generator if cache is None else Generator(tiny_model(), tokenizer=tiny_tokenizer(), cache=cache)
     conversation = Conversation(chatting, template=TEMPLATE, system="s")

@@ -62,7 +62,9 @@ def quantized(model: CausalLM) -> CausalLM:
     return nnx.merge(nnx.split(model)[0], quantize_params(pure_params(model), Recipe(name="test", rules=rules)))
 
 
-@pytest.mark.parametrize(("packed", "dtype", "cache"), [(False, "bfloat16", None), (True, "float32", "int8")])
+@pytest.mark.parametrize(
+    ("packed", "dtype", "cache"), [pytest.param(False, "bfloat16", None, marks=pytest.mark.long), (True, "float32", "int8")]
+)
 def test_a_process_without_the_package_gives_the_tokens_of_generate(
     tmp_path: Path, packed: bool, dtype: str, cache: str | None
 ) -> None:
@@ -127,6 +129,7 @@ def test_the_runners_texts_are_those_of_generate() -> None:
     assert runner.text_behind(core, whole[:1], whole[1:]) == "é!"
 
 
+@pytest.mark.long
 def test_a_runner_says_what_is_wrong_and_prints_in_any_locale(tmp_path: Path) -> None:
     """`é` and then an end, under ASCII; and how it is called."""
     start, first, second = tiny_tokenizer()("Aé", add_special_tokens=False)["input_ids"]

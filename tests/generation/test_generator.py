@@ -83,6 +83,7 @@ def test_caches_of_every_kind_give_nearly_the_same_probabilities(kind: str) -> N
     assert kind == "float32" or typical > 1e-4
 
 
+@pytest.mark.long
 def test_the_error_of_a_cache_is_that_of_its_codes_and_of_what_follows() -> None:
     model = tiny_model()
     text = np.asarray(PROMPTS[6], np.int32)
@@ -123,6 +124,7 @@ def test_a_cpu_keeps_what_16_bits_computed_in_float32() -> None:
     np.testing.assert_array_equal(one.logprobs, other.logprobs)
 
 
+@pytest.mark.long
 def test_codes_in_whole_bytes_multiply_to_the_same_bits() -> None:
     model = packed_model(QUANTIZED)
     ids, lengths = np.asarray([PROMPTS[1]], np.int32), np.array([len(PROMPTS[1])], np.int32)
@@ -146,7 +148,10 @@ def test_int8_codes_are_within_half_a_step() -> None:
 QUANTIZED = {"weight_bits": 4, "activation_bits": 4}
 
 
-@pytest.mark.parametrize("make", [tiny_model, lambda: packed_model(QUANTIZED)], ids=["dense", "packed"])
+@pytest.mark.parametrize(
+    "make",
+    [pytest.param(tiny_model, id="dense", marks=pytest.mark.long), pytest.param(lambda: packed_model(QUANTIZED), id="packed")],
+)
 def test_deterministic_rows_have_the_bits_they_have_alone(make: Any) -> None:
     generator = Generator(make(), deterministic=True, programs=PROGRAMS)
     sampling = Sampling(temperature=1.0, top_p=0.95)

@@ -43,9 +43,18 @@ CASES = [
     (LinearSpec("bits", "w4a16", 4096, 4096, 256, 4, 16), 2048),  # the longer list has few rows of these widths
     (LinearSpec("bits", "w8a16", 4096, 4096, 256, 8, 16), 64),
 ]
+# Those that take the compilers longest.
+LONG = ("llama-2-70b-gate-64", "opt-66b-fc2-2", "falcon-7b-qkv-2048", "bits-w8a4-2048", "bits-w4a8-2048")
 
 
-@pytest.mark.parametrize(("spec", "rows"), CASES, ids=[f"{s.model}-{s.name}-{m}" for s, m in CASES])
+@pytest.mark.parametrize(
+    ("spec", "rows"),
+    [
+        pytest.param(spec, rows, id=name, marks=[pytest.mark.long] if name in LONG else [])
+        for spec, rows in CASES
+        for name in [f"{spec.model}-{spec.name}-{rows}"]
+    ],
+)
 def test_layer_compiles_to_integer_wgmma_without_spills(spec: LinearSpec, rows: int) -> None:
     function, shapes = kernel_cases.layer_shapes(spec, rows)
     compiled = absent_gpu.compile_for("h100", function, *shapes)
@@ -63,11 +72,11 @@ def test_layer_compiles_to_integer_wgmma_without_spills(spec: LinearSpec, rows: 
     ("names", "rows", "residual", "kernels"),
     [
         (("q", "k", "k"), 8, False, 2),
-        (("gate", "gate"), 129, False, 2),
-        (("o",), 64, True, 2),
+        pytest.param(("gate", "gate"), 129, False, 2, marks=pytest.mark.long),
+        pytest.param(("o",), 64, True, 2, marks=pytest.mark.long),
         (("q", "k", "k"), 1, False, 1),  # one row is split in the product
         (("o",), 1, True, 1),
-        (("down",), 1, True, 2),  # but not one of 28672 columns
+        pytest.param(("down",), 1, True, 2, marks=pytest.mark.long),  # but not one of 28672 columns
     ],
 )
 def test_joined_products_and_residuals_are_in_the_kernel(names: tuple[str, ...], rows: int, residual: bool, kernels: int) -> None:

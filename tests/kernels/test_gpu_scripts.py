@@ -231,6 +231,7 @@ def test_correctness_covers_every_number_of_rows_and_every_layer_on_request() ->
     assert {spec for spec, _ in every.values()} >= set(all_linears())
 
 
+@pytest.mark.long
 def test_a_wrong_kernel_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     checks = module("gpu_checks")
     spec, right = LinearSpec("test", "layer", 40, 192, 12), reference.float_matmul

@@ -184,6 +184,7 @@ def test_a_killed_run_goes_on_between_the_halves(place: Path, tmp_path: Path) ->
             np.testing.assert_array_equal(mine, theirs, err_msg=path)
 
 
+@pytest.mark.long
 def test_the_command_gives_the_encoder_the_prompt(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # It would set where this process keeps what it compiles.
     monkeypatch.setattr("quikjax.generation.executables.keep_executables", lambda _: None)
@@ -209,6 +210,7 @@ def test_the_command_gives_the_encoder_the_prompt(place: Path, monkeypatch: pyte
             said(other[0], place / "artifact", *other[1:])
 
 
+@pytest.mark.long
 def test_a_classifier_is_quantized_and_classifies(tmp_path: Path) -> None:
     directory = write(tmp_path / "model", random_checkpoint(CLASSES), CLASSES)
     quantize_checkpoint(directory, tmp_path / "artifact", "rtn-w8a8")

@@ -71,6 +71,7 @@ def test_a_text_is_read_once(writer: TextToText) -> None:
     np.testing.assert_array_equal(batch.advance()[0][:3], expected)
 
 
+@pytest.mark.long
 def test_a_row_does_not_depend_on_the_rows_beside_it(writer: TextToText) -> None:
     drawn = partial(writer.generate, max_new_tokens=9, sampling=Sampling(temperature=1.0, top_k=20), seed=3)
     together = drawn(TEXTS, samples=2, logprobs=True)
@@ -83,6 +84,7 @@ def test_a_row_does_not_depend_on_the_rows_beside_it(writer: TextToText) -> None
     assert np.isfinite(together.logprobs).all()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["bfloat16", "int8"])
 def test_smaller_caches_are_near(writer: TextToText, model: BartForConditionalGeneration, kind: str) -> None:
     small = TextToText(model, cache=kind, programs=PROGRAMS)

@@ -36,7 +36,13 @@ def test_every_parameter_of_a_block_that_multiplies_is_in_exactly_one_group(name
         assert sorted(grouped) == sorted(matrices)
 
 
-@pytest.mark.parametrize("name", ["llama-2-70b", "opt-125m", "opt-350m", "gpt2", "falcon-7b", "falcon-40b", "falcon-rw-1b"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("llama-2-70b", "opt-125m", "gpt2", "falcon-40b"),
+        *(pytest.param(name, marks=pytest.mark.long) for name in ("opt-350m", "falcon-7b", "falcon-rw-1b")),
+    ],
+)
 def test_layers_of_a_group_read_what_the_block_was_given_for_it(name: str) -> None:
     model = abstract_model(VARIANTS[name])
     block = model.blocks["0"]

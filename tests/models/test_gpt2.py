@@ -124,6 +124,7 @@ def place(weights: Weights, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
+@pytest.mark.long
 def test_quik_4b_gives_eight_bits_to_the_layer_with_the_wide_input(place: Path) -> None:
     model, _ = quikjax.restore(place / "artifact")
     packed = {path: leaf for path, leaf in dotted(pure_params(model)).items() if is_packed(leaf)}
@@ -151,6 +152,7 @@ def test_the_quantized_model_is_near_the_original_and_says_where_it_is_not(place
     assert np.isfinite(evaluate(quantized, ids, original).perplexity)
 
 
+@pytest.mark.long
 def test_generation_with_a_cache_is_the_plain_forward_pass(place: Path) -> None:
     """Greedy, on the float model: the quantized one's activations depend on nothing else, but round differently by row count."""
     model, tokenizer = quikjax.load(place / "model")

@@ -87,6 +87,7 @@ def test_a_run_goes_on_with_another_budget(
     assert contents(tmp_path / "a") == contents(undisturbed)
 
 
+@pytest.mark.long
 def test_a_run_killed_while_its_activations_are_on_disk_goes_on(
     tiny_checkpoint: Path, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -126,6 +127,7 @@ quantize_checkpoint({str(tiny_checkpoint)!r}, out, "quik-4b", windows, activatio
     assert contents(tmp_path / "a") == contents(undisturbed)
 
 
+@pytest.mark.long
 def test_a_bfloat16_run_goes_on(tiny_checkpoint: Path, tmp_path: Path) -> None:
     """NumPy's files do not know bfloat16."""
     quantize_checkpoint(tiny_checkpoint, tmp_path / "b", "quik-4b", windows, dtype=jnp.bfloat16, activation_bytes=MUCH)

@@ -220,6 +220,7 @@ def test_a_checkpoint_becomes_an_artifact_and_back(tiny_checkpoint: Path, tmp_pa
         np.testing.assert_array_equal(leaf, dotted(again)[path])
 
 
+@pytest.mark.long
 def test_a_mixed_recipe_calibrates_and_keeps_both_formats() -> None:
     model = tiny_model(**ONE_BLOCK, num_key_value_heads=4)
     recipe = Recipe(

@@ -108,6 +108,7 @@ def test_keeping_nothing_between_passes_changes_no_numbers(monkeypatch: pytest.M
             np.testing.assert_allclose(leaf.scale, other.scale, rtol=1e-5)
 
 
+@pytest.mark.long
 def test_what_the_paper_claims_on_a_model_with_outliers() -> None:
     """4-bit activations without outliers destroy the logits; with 1/16 of the columns they come back; 8 bits are close."""
     model = tiny_model()

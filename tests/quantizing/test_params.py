@@ -46,6 +46,7 @@ RULES = Recipe(
 )
 
 
+@pytest.mark.long
 def test_a_linen_tree_is_quantized_and_runs_through_linear() -> None:
     rng = np.random.default_rng(0)
     x = outlying(rng, 512, 32, (3, 17))

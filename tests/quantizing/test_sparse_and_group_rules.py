@@ -31,7 +31,7 @@ STATIC = find_recipe("gptq-w4a16-g128-static")
 KINDS = {"quik-4b-sparse-mlp": {QuikWeight, SparseWeight}, "gptq-w4a16-g128-static": {GroupWeight}}
 
 
-@pytest.mark.parametrize("recipe", [SPARSE, STATIC], ids=lambda recipe: recipe.name)
+@pytest.mark.parametrize("recipe", [SPARSE, pytest.param(STATIC, marks=pytest.mark.long)], ids=lambda recipe: recipe.name)
 def test_from_a_published_directory_to_disk_and_back(recipe: Recipe, tiny_checkpoint: Path, tmp_path: Path) -> None:
     ids = np.random.default_rng(0).integers(0, 256, (2, 64)).astype(np.int32)
     out = tmp_path / "packed"

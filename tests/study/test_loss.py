@@ -34,6 +34,7 @@ def slow_kl(model: CausalLM) -> np.ndarray:
     return (np.exp(theirs) * (theirs - mine)).sum(-1)
 
 
+@pytest.mark.long
 def test_everything_and_positions_are_the_definition(four_bits: tuple[CausalLM, LossStudy]) -> None:
     model, found = four_bits
     kl = slow_kl(model)

@@ -88,7 +88,9 @@ def quantize(model: CausalLM, match: str = "", activation_bits: int = 8) -> Any:
     )
 
 
-@pytest.mark.parametrize("name", ["llama-2-70b", "opt-350m", "gpt2", "falcon-7b"])
+@pytest.mark.parametrize(
+    "name", ["llama-2-70b", *(pytest.param(name, marks=pytest.mark.long) for name in ("opt-350m", "gpt2")), "falcon-7b"]
+)
 def test_every_family_computes_what_it_computes(name: str) -> None:
     model = build(name)
     dense = apart(model, pure_params(model))
@@ -104,6 +106,7 @@ def test_every_family_computes_what_it_computes(name: str) -> None:
     assert float(jnp.sqrt(jnp.mean((found - expected) ** 2) / jnp.mean(expected**2))) < 0.01
 
 
+@pytest.mark.long
 def test_unequal_blocks_are_runs_and_gradients_those_of_the_plain_model() -> None:
     model = build("llama-2-70b", layers=3)
     # Not rounded: between two programs an activation on the boundary of two codes may fall to either side.

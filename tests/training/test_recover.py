@@ -131,6 +131,7 @@ def test_a_damaged_state_is_not_gone_on_with(place: Path) -> None:
         recover(*arguments, original=place / "model")
 
 
+@pytest.mark.long
 def test_a_loss_that_is_not_finite_ends_it(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wild = SETTINGS.model_copy(update={"sigma_rate": 1e4})
     with pytest.raises(QuikError, match="nothing before it was better than the beginning; train at lower rates"):
@@ -209,6 +210,7 @@ def test_what_cannot_be_recovered_is_said_at_once(place: Path, tmp_path: Path) -
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("codes", [True])
 def test_codes_may_move_too(place: Path, codes: bool) -> None:
     settings = SETTINGS.model_copy(update={"codes": codes, "code_rate": 0.1, "steps": 4})

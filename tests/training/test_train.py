@@ -115,6 +115,7 @@ def test_a_loss_that_is_not_finite_ends_it(place: Place, student: Trained, monke
     assert not (place.directory / "wild").exists()
 
 
+@pytest.mark.long
 def test_pruned_weights_are_zero_in_what_runs_and_blocks_go(place: Place) -> None:
     at = place.directory
     write_encoder(at / "deep", "bert-classifier", num_hidden_layers=2, id2label={"0": "less", "1": "more"})
