@@ -18,7 +18,7 @@ from quikjax.weights.formats import PackedWeight, Weight
 from quikjax.weights.groups import GroupWeight
 from quikjax.weights.quik import QuikWeight
 from quikjax.weights.sparse import SparseWeight
-from quikjax.weights.tiled import TiledMember, TiledWeight, packed
+from quikjax.weights.tiled import TiledMember, TiledWeight, own_biases, packed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -234,7 +234,7 @@ def _quik(
     results = api.linears(
         tuple(tensor.reshape(*batch, first.inputs) for tensor in x.inputs),
         [packed(weight) for i in order if not isinstance(weight := weights[i], TiledMember)],
-        [None if (bias := biases[i]) is None else bias.reshape(-1) for i in order],
+        own_biases([weights[i] for i in order], [biases[i] for i in order]),
         first.activation_bits,
         producer=x.producer,
         parameters=tuple(parameter.reshape(-1) for parameter in x.parameters),

@@ -9,12 +9,14 @@ together are joined (`join_groups`): the first one's weight has the tiles of all
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, overload
 
 import jax
+import jax.numpy as jnp
 
 from quikjax.pallas_kernels import api
+from quikjax.pallas_kernels.layout import pad_to
 from quikjax.weights.codebook_tiles import put_codebooks_on_device
 from quikjax.weights.quik import QuikWeight
 from quikjax.weights.sparse import SparseWeight
@@ -146,12 +148,14 @@ def put_on_device(params: Any, device: api.Device | None = None) -> Any:
     that lies on one device becomes a `TiledWeight`, and where Triton's kernels run (`choice.py`) every one of 4 bits. Call it
     once, where a model begins to run, and let go of the tree it was given: both together take the memory of two models. A tree
     that went through it already, or that is sharded over several devices, comes back as it is. Save it before.
+
+    Biases beside a `TiledWeight` become float32, as Hopper's kernels read them: converting one would be a kernel for each token.
     """
     device = device or api.current_device()
     params = _expanded(params)
     if device.hopper:
         params = put_codebooks_on_device(params, device)
-        return _mapped(params, lambda weight: tile(weight) if _on_one_device(weight) else weight)
+        return _with_wide_biases(_mapped(params, lambda weight: tile(weight) if _on_one_device(weight) else weight))
     if not any(isinstance(leaf, QuikWeight) and _by_triton(leaf, device) for leaf in jax.tree.leaves(params, is_leaf=_is_kernel)):
         return params
     return _mapped(params, lambda weight: _halved(weight) if _by_triton(weight, device) else weight)
@@ -174,18 +178,23 @@ def join_groups(params: dict[str, Any], groups: Iterable[tuple[str, ...]]) -> di
     """A tree whose layers of a group, all in tile form and of one format, are multiplied by one kernel.
 
     `groups` name layers that read one tensor and are given to `linears` together, by their path in `params` (`mlp.gate_proj`).
+    Their biases, if all have one, lie one after the other in the first layer's, as the rows of their tiles do (`own_biases`).
     Groups whose layers differ in format, or that no kernel runs, stay as they are.
     """
     for layers in groups:
-        weights = [_weight_at(params, layer) for layer in layers]
+        weights = [_node_at(params, layer)["weight"] for layer in layers]
         if len(weights) > 1 and all(isinstance(w, TiledWeight) and isinstance(w.tiles, api.Tiled) for w in weights):
             formats = {
                 (w.group, w.activation_bits, w.in_shape, w.base, w.level_clip, w.tiles.qweight.dtype, w.tiles.outliers.dtype)
                 for w in weights
             }
             if len(formats) == 1 and weights[0].group is not None and all(w.outputs % 8 == 0 for w in weights):
+                biases = [_node_at(params, layer).get("bias") for layer in layers]
                 for number, layer in enumerate(layers):
-                    params = _with_weight(params, layer.split("."), _joined(weights, number))
+                    params = _with(params, layer.split("."), weight=_joined(weights, number))
+                if all(bias is not None for bias in biases):
+                    padded = [pad_to(b.astype("float32"), w.tiles.scale.shape) for b, w in zip(biases, weights, strict=True)]
+                    params = _with(params, layers[0].split("."), bias=_CONCATENATE(padded))
     return params
 
 
@@ -200,16 +209,38 @@ def _joined(weights: list[TiledWeight], number: int) -> TiledWeight | TiledMembe
 # One program for all groups, or weights, of a shape.
 _JOIN = jax.jit(api.join)
 _HALVE = jax.jit(api.halve)
+_CONCATENATE = jax.jit(jnp.concatenate)
 
 
-def _weight_at(params: dict[str, Any], layer: str) -> Any:
-    return functools.reduce(lambda node, name: node[name], layer.split("."), params)["weight"]
+def own_biases(weights: Sequence[Any], biases: Sequence[Any]) -> list[Any]:
+    """Each layer's bias, `[N]`: those of a joined group's layers, which follow each other, out of the first one's."""
+    found = [None if bias is None else bias.reshape(-1) for bias in biases]
+    for number, weight in enumerate(weights):
+        bias = found[number]
+        joined = weight.tiles if isinstance(weight, TiledWeight) and isinstance(weight.tiles, api.Joined) else None
+        if joined is not None and bias is not None and bias.size != weight.outputs:
+            own = [bias[first : first + count] for first, count, _ in joined.places]
+            found[number : number + len(own)] = own
+    return found
 
 
-def _with_weight(params: dict[str, Any], path: list[str], weight: Any) -> dict[str, Any]:
+def _node_at(params: dict[str, Any], layer: str) -> dict[str, Any]:
+    return functools.reduce(lambda node, name: node[name], layer.split("."), params)
+
+
+def _with(params: dict[str, Any], path: list[str], **leaves: Any) -> dict[str, Any]:
     if not path:
-        return {**params, "weight": weight}
-    return {**params, path[0]: _with_weight(params[path[0]], path[1:], weight)}
+        return {**params, **leaves}
+    return {**params, path[0]: _with(params[path[0]], path[1:], **leaves)}
+
+
+def _with_wide_biases(params: Any) -> Any:
+    if not isinstance(params, dict):
+        return params
+    found = {name: _with_wide_biases(node) for name, node in params.items()}
+    if isinstance(found.get("weight"), TiledWeight) and found.get("bias") is not None:
+        found["bias"] = found["bias"].astype("float32")
+    return found
 
 
 def _expanded(params: Any) -> Any:

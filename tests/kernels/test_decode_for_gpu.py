@@ -84,6 +84,21 @@ def test_a_block_decodes_one_row_in_four_kernels_and_copies_no_packed_weight() -
     assert decoding.program.launched() <= 2 * (4 + 8) + 22
 
 
+@compiles
+def test_biases_cost_no_kernel() -> None:
+    """Those of q, k and v lie as their tiles do, all in float32: a block of OPT launches its layers and attention alone."""
+    small = {"hidden_size": 128, "num_attention_heads": 2, "ffn_dim": 256}
+    programs = [
+        module("counted_decode")
+        .compiled(module("gpu_model").TINY_BLOCKS["opt-66b"] | small | {"num_hidden_layers": depth})
+        .program
+        for depth in (1, 2)
+    ]
+    kernels, launched = (after - before for before, after in zip(*[(p.kernels(), p.launched()) for p in programs], strict=True))
+    assert kernels == 4
+    assert launched <= 4 + 8
+
+
 def _written(cache: Any, key: jax.Array, at: jax.Array) -> Any:
     return LayerCache(cache, jnp.int32(1)).write(key, key + 1, at).stacked
 

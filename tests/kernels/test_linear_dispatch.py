@@ -62,6 +62,24 @@ def test_a_group_is_split_once_and_equals_its_members_alone() -> None:
     assert splits([dataclasses.replace(weight, group=None) for weight in weights]) == 4
 
 
+def test_biases_of_layers_that_were_joined_lie_as_their_tiles_do() -> None:
+    biases = {name: kernel_cases.tokens(n, (16 * (n + 1),)) for n, name in enumerate("abc")}
+    params = {
+        name: {"weight": packed_weight(n, 16 * (n + 1), 192, 12, group="g"), "bias": biases[name]} for n, name in enumerate("abc")
+    }
+    placed = join_groups(put_on_device(params, H100), [("a", "b", "c")])
+    assert join_groups(placed, [("a", "b", "c")]) is placed
+    assert [(placed[name]["bias"].dtype, placed[name]["bias"].shape) for name in "ab"] == [
+        ("float32", (3 * 128,)),
+        ("float32", (32,)),
+    ]
+    x = kernel_cases.tokens(1, (2, 192))
+    want = linears(x, [params[name]["weight"] for name in "bca"], [biases[name] for name in "bca"])
+    got = linears(x, [placed[name]["weight"] for name in "bca"], [placed[name]["bias"] for name in "bca"])
+    for one, expected in zip(got, want, strict=True):
+        np.testing.assert_array_equal(np.asarray(one), np.asarray(expected))
+
+
 @pytest.mark.parametrize("producer", [api.RmsNorm(1e-5), api.LayerNorm(1e-5), api.SiluMul()], ids=lambda p: type(p).__name__)
 def test_a_tensor_that_layers_make_themselves(producer: api.Producer) -> None:
     weights: list[Any] = [packed_weight(1, 40, 192, 12, group="g"), packed_weight(2, 24, 192, 30), jnp.ones((8, 192))]
