@@ -189,7 +189,7 @@ def join_groups(params: dict[str, Any], groups: Iterable[tuple[str, ...]]) -> di
                 for w in weights
             }
             if len(formats) == 1 and weights[0].group is not None and all(w.outputs % 8 == 0 for w in weights):
-                biases = [_node_at(params, layer).get("bias") for layer in layers]
+                biases: list[Any] = [_node_at(params, layer).get("bias") for layer in layers]
                 for number, layer in enumerate(layers):
                     params = _with(params, layer.split("."), weight=_joined(weights, number))
                 if all(bias is not None for bias in biases):

@@ -64,7 +64,7 @@ def test_a_group_is_split_once_and_equals_its_members_alone() -> None:
 
 def test_biases_of_layers_that_were_joined_lie_as_their_tiles_do() -> None:
     biases = {name: kernel_cases.tokens(n, (16 * (n + 1),)) for n, name in enumerate("abc")}
-    params = {
+    params: dict[str, dict[str, Any]] = {
         name: {"weight": packed_weight(n, 16 * (n + 1), 192, 12, group="g"), "bias": biases[name]} for n, name in enumerate("abc")
     }
     placed = join_groups(put_on_device(params, H100), [("a", "b", "c")])
