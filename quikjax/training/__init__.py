@@ -1,1 +1,1 @@
-"""Training of what is quantized: straight-through quantizers, distillation from the original, the resumable loop."""
+"""Training of what is quantized: distillation from the original, pruning, the resumable loop."""

@@ -12,10 +12,10 @@ from jaxtyping import Array, Float32, Int8
 from quikjax.algorithms import pruning
 from quikjax.models.base import Block, Transformer
 from quikjax.training.blocks import Skeleton, Tree
-from quikjax.training.latent import Latent
 from quikjax.training.moving import Moving
 from quikjax.training.train_settings import TrainSettings
 from quikjax.weights.formats import dequantize, is_packed
+from quikjax.weights.latent import Latent
 
 # part -> path -> int8 mask, stacked where the part's blocks are.
 Masks = dict[str, dict[str, Any]]

@@ -15,7 +15,7 @@ import numpy as np
 
 from quikjax.algorithms.numerics import all_finite, reduced_rows
 from quikjax.errors import QuikError
-from quikjax.training.fake_quant import FakeQuantWeight, as_stored, codes_in_order, rounded_codes
+from quikjax.weights.fake_quant import FakeQuantWeight, as_stored, codes_in_order, rounded_codes
 from quikjax.weights.quik import QuikWeight, as_matrix
 
 # path -> kind -> float32 array.

@@ -35,7 +35,7 @@ from quikjax.models.registry import dotted, nested
 from quikjax.quantizing.checkpoint import refuse_existing
 from quikjax.quantizing.model import quantize_model
 from quikjax.quantizing.recipe import Recipe, find_recipe
-from quikjax.training import blocks, distill, latent, loop, masks
+from quikjax.training import blocks, distill, loop, masks
 from quikjax.training.accuracy import measured
 from quikjax.training.blocks import Skeleton, Tree
 from quikjax.training.examples import (
@@ -54,6 +54,7 @@ from quikjax.training.state import Store
 from quikjax.training.student import Beginning, as_classifier, beginning, with_blocks
 from quikjax.training.train_settings import TrainSettings, optimizer
 from quikjax.version import __version__
+from quikjax.weights import latent
 
 # Examples that calibrate a recipe that wants statistics, in batches of one length.
 _CALIBRATION = 64

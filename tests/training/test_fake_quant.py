@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quikjax.pallas_kernels import reference
-from quikjax.training.fake_quant import (
+from quikjax.training.moving import start, student
+from quikjax.weights.fake_quant import (
     FakeQuantWeight,
     as_stored,
     codes_in_order,
@@ -19,7 +20,6 @@ from quikjax.training.fake_quant import (
     rounded_codes,
     straight_through,
 )
-from quikjax.training.moving import start, student
 from quikjax.weights.linear import linear, linears
 from quikjax.weights.quik import QuikWeight
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from quikjax.pallas_kernels.reference import quantize_activations
-from quikjax.training.fake_quant import product, straight_through
+from quikjax.weights.fake_quant import product, straight_through
 from quikjax.weights.linear import Trained
 
 

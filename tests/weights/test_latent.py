@@ -10,7 +10,7 @@ import pytest
 from quikjax.errors import QuikError
 from quikjax.quantizing.params import quantize_params
 from quikjax.quantizing.recipe import Recipe, find_recipe
-from quikjax.training import latent
+from quikjax.weights import latent
 from quikjax.weights.formats import dequantize
 from quikjax.weights.linear import linear
 

@@ -25,13 +25,14 @@ from quikjax.algorithms import codebooks
 from quikjax.algorithms.groups import spread
 from quikjax.algorithms.numerics import all_finite, reduced_rows
 from quikjax.errors import QuikError
-from quikjax.training.fake_groups import FakeGroupWeight
-from quikjax.training.fake_quant import FakeQuantWeight, as_stored, codes_in_order, rounded_between
-from quikjax.training.moving import Moving
+from quikjax.weights.fake_groups import FakeGroupWeight
+from quikjax.weights.fake_quant import FakeQuantWeight, as_stored, codes_in_order, rounded_between
 from quikjax.weights.formats import is_packed
 from quikjax.weights.groups import GroupWeight
 from quikjax.weights.quik import QuikWeight
 
+# What moves: path -> kind -> float32 array.
+Moving = dict[str, dict[str, Any]]
 KINDS = ("value", "sigma")
 
 # How far from its code a latent number begins, at most.
