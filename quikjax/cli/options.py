@@ -27,13 +27,17 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on std
 RecipeName = Annotated[
     str,
     typer.Option(
-        help="quik-4b, quik-4b+, quik-8b, w4a8, rtn-w4a4, gptq-w4a16 (-g128: in groups), quik-4b-sparse; codebooks of weights: "
-        "int3 to int8, float3 to float8, dynamic4, quantile4, nf4, fp4; fp; or a .json file."
+        help="quik-4b, quik-4b+, quik-8b, w4a8, rtn-w4a4, gptq-w4a16 (-g128: in groups), quik-4b-sparse, zeroquant-w4a8 (-lkd: "
+        "distilled); codebooks of weights: int3 to int8, float3 to float8, dynamic4, quantile4, nf4, fp4; fp; or a .json file."
     ),
 ]
 Outliers = Annotated[str | None, typer.Option(help="Columns in FP16: a count, or a fraction such as 0.0625 or 1/16.")]
 BlockSize = Annotated[
-    str | None, typer.Option(help="Of a codebook recipe: weights that share one absmax, or tensor; left out, 64.")
+    str | None,
+    typer.Option(
+        help="Of a codebook recipe: weights that share one absmax, or tensor; left out, 64. Of one in groups: inputs that share "
+        "a scale; left out, 128."
+    ),
 ]
 Proxy = Annotated[
     str | None,
@@ -51,6 +55,7 @@ def choose_recipe(name: str, outliers: str | None, block: str | None, proxy: str
     Raises:
         QuikError: there is no such recipe, or an option is none of its.
     """
+    from quikjax.quantizing.group_rule import GroupRule
     from quikjax.quantizing.recipe import find_recipe
 
     chosen = find_recipe(name)
@@ -58,7 +63,11 @@ def choose_recipe(name: str, outliers: str | None, block: str | None, proxy: str
         chosen = chosen.with_outliers(parse_outliers(outliers))
     fields: dict[str, Any] = {}
     if block is not None:
-        fields["block"] = parse_block(block)
+        size = parse_block(block)
+        if isinstance(size, int) and any(isinstance(rule, GroupRule) for rule in chosen.rules):
+            chosen = chosen.with_group_size(size)
+        else:
+            fields["block"] = size
     if proxy is not None:
         fields["proxy"] = float(parse_outliers(proxy, "--proxy"))
     if method is not None:

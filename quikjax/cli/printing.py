@@ -14,6 +14,7 @@ from quikjax.files import finite
 from quikjax.reports.tables import markdown_table as table
 
 if TYPE_CHECKING:
+    from quikjax.quantizing.distillation import DistillationStep
     from quikjax.quantizing.params import LayerResult
 
 __all__ = [
@@ -100,6 +101,13 @@ class ProgressLines:
                 f"{layer.path.removesuffix('.weight'):<44} {width:<10} {layer.outliers:>8} {layer.relative_error:>10.4f} "
                 f"{decibels(layer.snr_db, layer.relative_error):>8} {seconds:>6.1f} s{damping}"
             )
+
+    def distilling(self, step: "DistillationStep") -> None:
+        now = time.perf_counter()
+        if step.step and (step.step == step.steps or now - self._said > 30):
+            self._said = now
+            ended = f", {step.best:.4f} is kept" if step.step == step.steps else ""
+            say(f"  {step.block}: {step.loss:.4f} of its error after {step.step} of {step.steps} steps of distillation{ended}")
 
     def block(self, name: str, done: int, total: int, seconds_left: float) -> None:
         # Blocks of a second or less would only scroll.

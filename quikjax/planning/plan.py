@@ -288,7 +288,10 @@ def make_plan(
     gptq = any(layer.method == "gptq" for layer in rows.layers)
     budget = memory.default_activation_bytes() if activation_bytes is None else activation_bytes
     descent = any(rule.sweeps for rule in recipe.rules)
-    quantizing = memory.quantizing(footprint, tokens, seqlen, gptq=gptq, descent=descent, activation_budget=budget)
+    distills = recipe.distillation is not None
+    quantizing = memory.quantizing(
+        footprint, tokens, seqlen, gptq=gptq, descent=descent, distills=distills, activation_budget=budget
+    )
     if problem := memory.budget_problem(quantizing.activations, budget):
         problems.append(problem)
     made = Plan(
@@ -331,6 +334,11 @@ def _notes(recipe: Recipe, model: Transformer) -> tuple[str, ...]:
     notes = [f"no proxy outliers for {gap}" for gap in gaps(model)] if wants_proxies(recipe.rules) else []
     if any(isinstance(rule, Rule) and rule.sparsity is not None for rule in recipe.rules):
         notes.append(EXPANDED)
+    if (distillation := recipe.distillation) is not None:
+        notes.append(
+            f"each block learns from its original in {distillation.steps} steps of {distillation.batch} calibration "
+            f"sequence{'s' if distillation.batch > 1 else ''}: most of the time of quantizing"
+        )
     return tuple(notes)
 
 

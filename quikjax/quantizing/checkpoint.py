@@ -35,6 +35,7 @@ from quikjax.models.registry import abstract_model, dotted, nested, pure_params
 from quikjax.models.tokens import checked_tokens
 from quikjax.quantizing import memory
 from quikjax.quantizing.activation_store import ActivationStore, Batch
+from quikjax.quantizing.distillation import DistillationStep
 from quikjax.quantizing.layer_log import LayerLog
 from quikjax.quantizing.model import embed_batches, quantize_blocks
 from quikjax.quantizing.params import LayerResult, abstract_weight
@@ -52,6 +53,9 @@ class Progress(Protocol):
     def layer(self, layer: LayerResult, seconds: float) -> None:
         """A layer is quantized; seconds since the one before it (calibration of its group included)."""
 
+    def distilling(self, step: DistillationStep) -> None:
+        """A block is being distilled, where the recipe says so."""
+
     def block(self, name: str, done: int, total: int, seconds_left: float) -> None:
         """A block is on disk."""
 
@@ -67,6 +71,7 @@ class QuantizedCheckpoint(NamedTuple):
 class NoProgress:
     def start(self, blocks: int, finished: int) -> None: ...
     def layer(self, layer: LayerResult, seconds: float) -> None: ...
+    def distilling(self, step: DistillationStep) -> None: ...
     def block(self, name: str, done: int, total: int, seconds_left: float) -> None: ...
 
 
@@ -247,9 +252,14 @@ def _convert_blocks(
         log.layer(layer, seconds)
         progress.layer(layer, seconds)
 
+    def step(step: DistillationStep) -> None:
+        if step.step == step.steps:
+            log.distilled(step, clock.lap())
+        progress.distilling(step)
+
     clock = _Clock()
     began = time.perf_counter()
-    blocks = quantize_blocks(abstract, load, recipe, hidden, store=store, on_layer=note, skip=tuple(done))
+    blocks = quantize_blocks(abstract, load, recipe, hidden, store=store, on_layer=note, on_step=step, skip=tuple(done))
     del params, hidden
     for block in blocks:
         # What the next block needs is in the store already: it must be safe before this one counts as finished.

@@ -4,6 +4,7 @@ One JSON object per line:
 
 {"run": "2026-01-31T12:00:00+00:00", "finished_blocks": 2, "blocks": 32}    a run begins, or goes on after so many blocks
 {"path": "model.layers.2.self_attn.q_proj.weight", "bytes": 8454144, "seconds": 1.8, ...}    a layer is quantized
+{"distilled": "model.layers.2", "steps": 100, "loss": 0.62, "seconds": 41.0}    a block's error is so much of that before
 
 It lies in the artifact, OUT/log.jsonl (until that is whole, OUT.partial/log.jsonl), but the manifest does not list it: what that
 lists has no times in it, so that the same inputs give the same bytes.
@@ -18,6 +19,7 @@ from typing import Any
 
 from quikjax.errors import resumable
 from quikjax.files import finite
+from quikjax.quantizing.distillation import DistillationStep
 from quikjax.quantizing.params import LayerResult
 
 
@@ -48,6 +50,10 @@ class LayerLog:
         """A layer is quantized: its report, `bytes` of the packed weight, and seconds as `Progress.layer` counts them."""
         size = round(layer.bits_per_weight * layer.outputs * layer.inputs / 8)
         self._append({**layer.as_json(), "bytes": size, "seconds": round(seconds, 3)})
+
+    def distilled(self, step: DistillationStep, seconds: float) -> None:
+        """A block is distilled: its steps, its least error over that before the first, seconds since its last layer."""
+        self._append({"distilled": step.block, "steps": step.steps, "loss": step.best, "seconds": round(seconds, 3)})
 
     def _append(self, record: dict[str, Any]) -> None:
         with self._disk_errors(), open(self.path, "a", encoding="utf-8", newline="\n") as file:

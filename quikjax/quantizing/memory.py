@@ -160,6 +160,7 @@ def quantizing(
     *,
     gptq: bool,
     descent: bool = False,
+    distills: bool = False,
     activation_budget: int | None = None,
 ) -> Quantizing:
     """Peak memory of block-by-block quantization with `samples` sequences of `seqlen` tokens (0: without data).
@@ -175,6 +176,10 @@ def quantizing(
           4 (2 K^2) + temporaries(1, seqlen)     observing one sequence: the Hessian and what is added to it
           4 (3 N K)                              rounding to nearest, in place of the first two
 
+        and, of a block that is distilled, over all its groups,
+          4 (8 P) + 4 seqlen (3 sum N + 4 sum K) in float32: the original, values, the best of them, those of the next step,
+                                                 gradient, two moments, what values are rounded to; one sequence on its way back
+
     or, before the first block, the embeddings (`rest`). In host memory, with `A = activation_bytes` of `samples seqlen` tokens:
 
         activations = A                          while that is within the budget (`None`: whatever it is)
@@ -189,6 +194,9 @@ def quantizing(
             steps.append(4 * k * k + 8 * n * k)
         observing = 4 * 2 * k * k + temporaries(footprint, 1, seqlen) if tokens else 0
         work = max(work, 4 * max(steps), observing)
+    if distills:
+        widths = sum(3 * sum(group.outputs) + 4 * group.inputs for group in footprint.groups)
+        work = max(work, 4 * (8 * footprint.block_parameters + seqlen * widths))
     inputs = [group.inputs for group in footprint.quantized]
     whole = activation_bytes(footprint.config.state_size, inputs, tokens, d)
     held = whole if activation_budget is None else held_activations(whole, samples, activation_budget)

@@ -8,7 +8,7 @@ ones dequantized), so one compiled function per kind of block serves the whole m
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,8 @@ from quikjax.models.registry import dotted, nested, pure_params
 from quikjax.models.tokens import checked_tokens, checked_transformer
 from quikjax.quantizing.activation_store import Activations, Batch, read
 from quikjax.quantizing.codebook_rule import wants_proxies
-from quikjax.quantizing.params import LayerResult, OnLayer, quantize_block
+from quikjax.quantizing.distillation import Distillation, OnStep, distil_block
+from quikjax.quantizing.params import LayerResult, OnLayer, after_distillation, quantize_block
 from quikjax.quantizing.proxies import block_proxies, written_layers
 from quikjax.quantizing.recipe import Recipe, find_recipe
 from quikjax.quantizing.statistics import LayerStats, empty_stats, observe
@@ -54,6 +55,7 @@ def quantize_model(
     batches: Iterable[Any],
     *,
     on_layer: OnLayer | None = None,
+    on_step: OnStep | None = None,
 ) -> dict[str, Any]:
     """Quantize a model that is in memory, sequentially: each block's statistics come through the quantized ones before it.
 
@@ -61,14 +63,15 @@ def quantize_model(
         model: any of our models, dense.
         recipe: what to do, or a recipe's name; one that needs no data ignores `batches`.
         batches: calibration tokens, whole numbers `[batch, length]` each, without padding.
-        on_layer: called with each layer's `LayerResult` as it is done.
+        on_layer: called with each layer's `LayerResult` as it is done, before its block is distilled where the recipe says so.
+        on_step: called as a block is distilled.
 
     Returns:
         The parameters as nested dictionaries with packed weights, for `nnx.merge(nnx.split(model)[0], ...)`.
 
     Raises:
         QuikError: there is nothing to calibrate on, `batches` are not what `embed_batches` takes, or weights or activations are
-            not finite.
+            not finite, or do not stay finite in distillation.
     """
     recipe, model = find_recipe(recipe), checked_transformer(model)
     params = dotted(pure_params(model))
@@ -78,7 +81,7 @@ def quantize_model(
 
     result = {path: leaf for path, leaf in params.items() if model.block_of(path) is None}
     hidden: list[Batch] = list(embed_batches(model, batches)) if recipe.needs_data() else []
-    blocks = quantize_blocks(model, load, recipe, hidden, on_layer=on_layer)
+    blocks = quantize_blocks(model, load, recipe, hidden, on_layer=on_layer, on_step=on_step)
     del hidden
     for block in blocks:
         result.update({f"{block.name}.{path}": leaf for path, leaf in block.params.items()})
@@ -136,6 +139,7 @@ def quantize_blocks(
     *,
     store: Activations | None = None,
     on_layer: OnLayer | None = None,
+    on_step: OnStep | None = None,
     skip: Sequence[str] = (),
 ) -> Iterator[QuantizedBlock]:
     """Quantize block after block, holding one at a time. The generator's caller stores each before asking for the next.
@@ -182,8 +186,46 @@ def quantize_blocks(
             yield QuantizedBlock(name, quantized, results)
             continue
         blockdef = nnx.split(block)[0]
-        quantized, hidden = _quantize_block_in_order(blockdef, block, params, recipe, hidden, name, width, proxies, store, note)
-        yield QuantizedBlock(name, quantized, results)
+        done = _quantize_block_in_order(blockdef, block, params, recipe, hidden, name, width, proxies, store, note)
+        if recipe.distillation is not None and done.samples:
+            done, results = _distil(blockdef, params, done, hidden, recipe.distillation, name, results, on_step)
+        hidden = store.put(name, _forward_all(blockdef, nested(done.dense), hidden, done.kept))
+        packed = done.packed
+        del done  # with the tensors it keeps
+        yield QuantizedBlock(name, packed, results)
+
+
+class _Done(NamedTuple):
+    """A block whose layers are quantized: its parameters, the same dequantized, what groups read in each batch, and some rows of
+    what each layer read."""
+
+    packed: BlockParams
+    dense: BlockParams
+    kept: Sequence[Kept]
+    samples: dict[str, Array]
+
+
+def _distil(
+    blockdef: nnx.GraphDef[Block],
+    params: BlockParams,
+    done: _Done,
+    hidden: Sequence[Batch],
+    settings: Distillation,
+    name: str,
+    results: list[LayerResult],
+    on_step: OnStep | None,
+) -> tuple[_Done, list[LayerResult]]:
+    """The block after distillation from `params`, which it was quantized from, and its layers' results measured again."""
+    found = distil_block(blockdef, params, done.packed, hidden, settings, name=name, on_step=on_step)
+    dense = {
+        path: dequantize(leaf).astype(params[path].dtype) if is_packed(leaf) else leaf for path, leaf in found.params.items()
+    }
+    again = []
+    for result in results:
+        path = result.path.removeprefix(name + ".")
+        again.append(after_distillation(result, found.params[path], params[path], done.samples[path], found.loss))
+    # What groups read came through weights that have moved.
+    return _Done(found.params, dense, [{} for _ in hidden], done.samples), again
 
 
 def _quantize_block_in_order(
@@ -197,9 +239,10 @@ def _quantize_block_in_order(
     proxies: Mapping[str, Array] | None,
     store: Activations,
     on_layer: OnLayer,
-) -> tuple[BlockParams, list[Batch]]:
-    """One block, group after group: packed parameters, and what leaves the block with quantized weights."""
+) -> _Done:
+    """Quantize one block, group after group."""
     dense, packed, prefix = dict(params), dict(params), name + "."
+    samples: dict[str, Array] = {}
     kept: list[Kept] = [{} for _ in hidden]
     for group, layers in block.groups.items():
         paths = [f"{layer}.weight" for layer in layers]
@@ -219,7 +262,8 @@ def _quantize_block_in_order(
         for path in paths:
             if is_packed(packed[path]):
                 dense[path] = dequantize(packed[path]).astype(params[path].dtype)
-    return packed, store.put(name, _forward_all(blockdef, nested(dense), hidden, kept))
+                samples[path] = stats.sample[: int(stats.filled)]
+    return _Done(packed, dense, kept, samples)
 
 
 def _observe_all(

@@ -42,7 +42,8 @@ class LayerResult:
 
     `relative_error` is `||y - y_hat|| / ||y||` of the layer's output on sampled calibration rows, weights and activations
     quantized (without statistics: of the weights alone); `snr_db` the same in decibels. `damping` is what GPTQ took, `None` for
-    RTN. `level_clip`: that of 4-bit activations, `None` without one. `format` names the packed format in a word.
+    RTN. `level_clip`: that of 4-bit activations, `None` without one. `format` names the packed format in a word. `distilled`: of
+    a block that was distilled, the mean squared error of its output over that before; errors are then of the trained weights.
     """
 
     path: str
@@ -58,12 +59,14 @@ class LayerResult:
     damping: float | None
     bits_per_weight: float
     level_clip: tuple[int, int] | None = None
+    distilled: float | None = None
 
     def as_json(self) -> dict[str, Any]:
-        """A JSON object; an infinite `snr_db` (an exact layer) becomes `None`, a `level_clip` that there is not is left out."""
+        """A JSON object; an infinite `snr_db` (an exact layer) becomes `None`, what there may not be and is not is left out."""
         fields = dataclasses.asdict(self)
-        if self.level_clip is None:
-            del fields["level_clip"]
+        for name in ("level_clip", "distilled"):
+            if fields[name] is None:
+                del fields[name]
         fields["snr_db"] = None if np.isinf(self.snr_db) else self.snr_db
         return fields
 
@@ -94,9 +97,14 @@ def quantize_params(
     Raises:
         QuikError: a recipe with rules matches nothing; statistics are missing, of another width or not finite; a weight is not
             finite, or an outlier overflows its dtype; a kernel's input axes cannot be known; proxy outliers are wanted and
-            `proxies` left out.
+            `proxies` left out; the recipe distils.
     """
     recipe = find_recipe(recipe)
+    if recipe.distillation is not None:
+        raise QuikError(
+            f'recipe "{recipe.name}" distils block after block, and parameters alone have no blocks; use quantize_model or '
+            "quantize_checkpoint, or a recipe without distillation"
+        )
     if proxies is None and wants_proxies(recipe.rules):
         raise QuikError(f'recipe "{recipe.name}" has proxy outliers; give proxies, or quantize the model with quantize_model')
     leaves, structure = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_packed)
@@ -180,6 +188,17 @@ def abstract_weight(rule: AnyRule, shape: tuple[int, ...], base: int) -> PackedW
         group=None,
     )
     return weight
+
+
+def after_distillation(
+    result: LayerResult, weight: PackedWeight, kernel: Float[Array, "n k"], sample: Float32[Array, "rows k"], loss: float
+) -> LayerResult:
+    """The result of a layer whose block was distilled to the share `loss` of its error, measured again on the same sample.
+
+    A layer may be further from its original alone: it also makes up for what the others of its block lose.
+    """
+    error = float(_layer_error(weight, as_matrix(kernel, weight.in_axes).astype(jnp.float32), sample))
+    return dataclasses.replace(result, relative_error=error, snr_db=signal_to_noise(error), distilled=loss)
 
 
 def dotted_path(path: tuple[Any, ...]) -> str:

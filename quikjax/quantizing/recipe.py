@@ -1,4 +1,4 @@
-"""Recipes: which layers are quantized, to how many bits, with how many outliers, by which method.
+"""Recipes: which layers are quantized, to how many bits, with how many outliers, by which method, and what is learned after it.
 
 A recipe is an ordered list of rules; the first whose pattern is found in a parameter's path applies, and a parameter that no
 rule matches stays as it is. Recipes are data: they serialize to JSON and travel with an artifact.
@@ -6,16 +6,27 @@ rule matches stays as it is. Recipes are data: they serialize to JSON and travel
 
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from quikjax.algorithms.codebooks import DataType
 from quikjax.errors import QuikError, did_you_mean
 from quikjax.files import described, read_text, user_path
 from quikjax.pallas_kernels.reference import checked_level_clip
 from quikjax.quantizing.codebook_rule import CodebookRule
+from quikjax.quantizing.distillation import Distillation
 from quikjax.quantizing.group_rule import GroupRule
 from quikjax.quantizing.layer_rule import LayerRule
 from quikjax.quantizing.outliers import Order, Score, count_outliers
@@ -121,14 +132,39 @@ class Recipe(BaseModel):
         ],
         ...,
     ]
+    distillation: Distillation | None = None
+    """Train each block, once its layers are quantized, to give what the original block gives (ZeroQuant)."""
+
+    @model_validator(mode="after")
+    def _what_is_distilled_can_be_trained(self) -> "Recipe":
+        if self.distillation is None:
+            return self
+        if not self.rules:
+            raise ValueError("distillation is of quantized layers, and there are no rules to quantize any")
+        for rule in self.rules:
+            if isinstance(rule, CodebookRule):
+                raise ValueError("distillation is of layers in QUIK format and in groups; codebooks cannot be trained")
+            if isinstance(rule, Rule) and rule.sparsity is not None:
+                raise ValueError("distillation is of dense layers; the pattern of sparse ones would be lost")
+            if isinstance(rule, GroupRule) and rule.order == "hessian" and not rule.static_groups:
+                raise ValueError('distillation is not of groups of reordered columns; take order "stored" or static_groups')
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_not_there(self, serialize: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+        # A recipe without distillation reads in JSON as it did before there was any.
+        fields = serialize(self)
+        if self.distillation is None:
+            del fields["distillation"]
+        return fields
 
     def rule_for(self, path: str) -> AnyRule | None:
         """The first rule whose pattern is found in `path`, or `None`: the parameter stays as it is."""
         return next((rule for rule in self.rules if re.search(rule.match, path)), None)
 
     def needs_data(self) -> bool:
-        """Tell whether any rule wants statistics of activations."""
-        return any(rule.needs_data() for rule in self.rules)
+        """Tell whether any rule wants statistics of activations, or blocks learn from what they read."""
+        return self.distillation is not None or any(rule.needs_data() for rule in self.rules)
 
     def with_outliers(self, outliers: int | float) -> "Recipe":
         """The same recipe with another number (int) or fraction (float) of outliers in every rule.
@@ -144,6 +180,20 @@ class Recipe(BaseModel):
             rules = [Rule(**{**rule.model_dump(), "outliers": outliers}) for rule in self.rules]
         except ValidationError:
             raise QuikError(f"outliers must be a count or a fraction between 0 and 1, not {outliers}") from None
+        return self.model_copy(update={"rules": tuple(rules)})
+
+    def with_group_size(self, size: int) -> "Recipe":
+        """The same recipe of weights in groups with groups of another size.
+
+        Raises:
+            QuikError: not all of its rules are of groups, or GPTQ does not find such groups.
+        """
+        if not self.rules or not all(isinstance(rule, GroupRule) for rule in self.rules):
+            raise QuikError(f'recipe "{self.name}" has no weights in groups; --block belongs to codebooks and to groups')
+        try:
+            rules = [GroupRule(**{**rule.model_dump(), "group_size": size}) for rule in self.rules]
+        except ValidationError as error:
+            raise QuikError(f"groups cannot be of {size}: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from None
         return self.model_copy(update={"rules": tuple(rules)})
 
     def with_codebook(self, **fields: Any) -> "Recipe":
@@ -241,7 +291,8 @@ def _groups(name: str, attention: GroupRule, mlp: GroupRule) -> Recipe:
 
 
 def _group_recipes() -> tuple[Recipe, ...]:
-    """GPTQ's options (Frantar et al., and its authors' code), rounding to nearest beside them, and ZeroQuant's scheme."""
+    """GPTQ's options (Frantar et al., and its authors' code), rounding to nearest beside them, and ZeroQuant's scheme, also with
+    its layer-by-layer distillation."""
 
     def uniform(name: str, **fields: Any) -> Recipe:
         rule = GroupRule(match="", group_size=128, **fields)
@@ -249,13 +300,17 @@ def _group_recipes() -> tuple[Recipe, ...]:
 
     nearest: dict[str, Any] = {"group_size": 128, "symmetric": True, "method": "rtn", "activation_bits": 8}
     eight, four = GroupRule(match="", bits=8, **nearest), GroupRule(match="", bits=4, **nearest)
+    zeroquant = (
+        _groups("zeroquant-w8a8", eight, eight),
+        _groups("zeroquant-w4a8", eight, four),  # the paper's W4/8A8: 4 bits in the MLP only
+    )
     return (
         uniform("rtn-w4a16-g128", method="rtn"),
         uniform("gptq-w4a16-g128"),
         uniform("gptq-w4a16-g128-actorder", order="hessian"),
         uniform("gptq-w4a16-g128-static", order="hessian", static_groups=True),
-        _groups("zeroquant-w8a8", eight, eight),
-        _groups("zeroquant-w4a8", eight, four),  # the paper's W4/8A8: 4 bits in the MLP only
+        *zeroquant,
+        *(Recipe(name=f"{plain.name}-lkd", rules=plain.rules, distillation=Distillation()) for plain in zeroquant),
     )
 
 

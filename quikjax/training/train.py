@@ -123,6 +123,11 @@ def train(
     started = time.perf_counter()
     settings, progress = settings or TrainSettings(), progress or NoProgress()
     recipe = find_recipe(recipe)
+    if recipe.distillation is not None:
+        raise QuikError(
+            f'recipe "{recipe.name}" distils blocks while it quantizes them; here the whole student is trained, so take a recipe '
+            "without distillation"
+        )
     target = real_path(out)
     refuse_existing(target, force=force)
     if tokenizer is None:

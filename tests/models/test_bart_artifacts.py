@@ -28,7 +28,7 @@ from quikjax.models.bart import BartConfig, BartForConditionalGeneration
 from quikjax.models.registry import abstract_model, dotted, pure_params
 from quikjax.planning.plan import make_plan
 from quikjax.quantizing.calibration import calibration_tokens
-from quikjax.quantizing.checkpoint import quantize_checkpoint
+from quikjax.quantizing.checkpoint import NoProgress, quantize_checkpoint
 from quikjax.reports.artifact import read_report
 from quikjax.testing import END, forward, tiny_tokenizer
 from quikjax.weights.formats import is_packed
@@ -162,7 +162,7 @@ def test_a_killed_run_goes_on_between_the_halves(place: Path, tmp_path: Path) ->
     class Killed(Exception):
         pass
 
-    class Progress:
+    class Progress(NoProgress):
         def start(self, blocks: int, finished: int) -> None:
             self.before = finished
 

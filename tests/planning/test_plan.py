@@ -177,6 +177,9 @@ def test_memory_of_quantizing_by_hand() -> None:
     sweeping, plain = (Recipe(name="x", rules=(Rule(match="_proj", sweeps=n),)) for n in (1, 0))
     works = [make_plan(tiny_config(), recipe, memory_bytes=GB, seqlen=4).quantizing.work for recipe in (sweeping, plain)]
     assert works[0] > works[1]
+    # Distillation holds a block eight times in float32, and one sequence on its way back through all its layers.
+    taught = memory.quantizing(SMALL, 3, 20, gptq=False, distills=True)
+    assert taught.work == 4 * (8 * 34_000 + 20 * (3 * (128 + 64 + 224 + 64) + 4 * (64 + 64 + 64 + 112)))
     # What is kept stops at a gigabyte: of 5 million tokens gate and up read 0.64 GB, and down_proj 1.12 more.
     many = memory.quantizing(SMALL, 1000, 5000, gptq=True)
     assert many.host == 2 * 5_000_000 * 64 * 2 + 5_000_000 * 64 * 2

@@ -13,7 +13,7 @@ import pytest
 
 from quikjax.errors import QuikError
 from quikjax.quantizing.activation_store import ActivationStore, OnDisk, read
-from quikjax.quantizing.checkpoint import quantize_checkpoint
+from quikjax.quantizing.checkpoint import NoProgress, quantize_checkpoint
 from quikjax.quantizing.params import LayerResult
 
 # Of 4 sequences of 32 tokens: 221 kB of activations in all, 55 of one sequence.
@@ -34,7 +34,7 @@ class Stop(Exception):
     """A run ends here."""
 
 
-class Watch:
+class Watch(NoProgress):
     """See which files of activations there are when a layer is done, and stop after some layers."""
 
     def __init__(self, work: Path, layers: int = 1000) -> None:

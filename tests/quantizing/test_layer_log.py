@@ -9,7 +9,7 @@ import pytest
 
 from quikjax.checkpoint import Reader
 from quikjax.errors import QuikError
-from quikjax.quantizing.checkpoint import quantize_checkpoint
+from quikjax.quantizing.checkpoint import NoProgress, quantize_checkpoint
 from quikjax.quantizing.layer_log import LayerLog
 from quikjax.quantizing.params import LayerResult
 from quikjax.quantizing.recipe import Recipe, Rule
@@ -28,7 +28,7 @@ def records(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-class AfterTwo:
+class AfterTwo(NoProgress):
     """When two blocks are done, do something."""
 
     def __init__(self, action: Any) -> None:

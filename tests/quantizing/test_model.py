@@ -22,7 +22,7 @@ from quikjax.evaluation import evaluate, reference
 from quikjax.models.base import CausalLM
 from quikjax.models.registry import dotted, pure_params
 from quikjax.quantizing import model as pipeline
-from quikjax.quantizing.checkpoint import quantize_checkpoint
+from quikjax.quantizing.checkpoint import NoProgress, quantize_checkpoint
 from quikjax.quantizing.model import calibrate, quantize_model
 from quikjax.quantizing.params import LayerResult, quantize_params
 from quikjax.quantizing.recipe import RECIPES, Recipe
@@ -206,7 +206,7 @@ def test_a_run_with_other_inputs_does_not_go_on(tiny_checkpoint: Path, tmp_path:
     class Stop(Exception):
         pass
 
-    class AfterOne:
+    class AfterOne(NoProgress):
         def start(self, blocks: int, finished: int) -> None:
             self.finished = finished
 
@@ -283,7 +283,7 @@ quantize_checkpoint({str(tiny_checkpoint)!r}, {str(tmp_path / "a")!r}, "quik-4b"
     assert not (tmp_path / "a").exists()
     reports: list[str] = []
 
-    class Note:
+    class Note(NoProgress):
         def start(self, blocks: int, finished: int) -> None:
             assert (blocks, finished) == (3, 2)
 

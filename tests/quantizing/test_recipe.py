@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
+from quikjax.cli.options import choose_recipe
 from quikjax.errors import QuikError
 from quikjax.quantizing.recipe import RECIPES, Recipe, Rule, find_recipe
 
@@ -150,3 +151,15 @@ def test_which_recipes_need_data() -> None:
     assert {name for name, recipe in RECIPES.items() if not recipe.needs_data()} == {"fp", *nearest, *CODEBOOKS}
     assert RECIPES["rtn-w4a4"].with_outliers(0.25).needs_data()
     assert [rule.model_dump()["outliers"] for rule in RECIPES["quik-4b"].with_outliers(0.25).rules] == [0.25] * 4
+
+
+def test_groups_of_another_size() -> None:
+    sized = RECIPES["gptq-w4a16-g128"].with_group_size(64)
+    assert {rule.model_dump()["group_size"] for rule in sized.rules} == {64}
+    assert choose_recipe("gptq-w4a16-g128", None, "64", None, None) == sized
+    with pytest.raises(QuikError, match="groups cannot be of 24: GPTQ finds groups of a multiple of 16"):
+        RECIPES["gptq-w4a16-g128"].with_group_size(24)
+    with pytest.raises(QuikError, match='"quik-4b" has no weights in groups; --block belongs to codebooks and to groups'):
+        RECIPES["quik-4b"].with_group_size(64)
+    with pytest.raises(QuikError, match="has no codebooks"):
+        choose_recipe("gptq-w4a16-g128", None, "tensor", None, None)

@@ -155,6 +155,8 @@ def test_mistakes_are_said_before_any_work(place: Place, tmp_path: Path) -> None
     model, tokenizer = load(at / "teacher")
     with pytest.raises(QuikError, match=r"classifier has 2 classes, the data 3 \(equal, less, more\)"):
         train(model, tokenizer, three, at / "x", SETTINGS, validation=at / "held.tsv")
+    with pytest.raises(QuikError, match="distils blocks while it quantizes them; here the whole student is trained"):
+        place.train("x", recipe="zeroquant-w8a8-lkd")
     with pytest.raises(QuikError, match="the teacher has no classes, the student 2; give a teacher trained for this task"):
         place.train("x", teacher=load(at / "model")[0])
     write_encoder(tmp_path / "turned", "bert-classifier", id2label={"0": "more", "1": "less"})
