@@ -10,7 +10,7 @@ from quikjax.cli.options import Artifact, Json, check_artifact, check_models, pa
 from quikjax.cli.printing import megabytes, print_json, say, show
 from quikjax.errors import QuikError, did_you_mean
 
-FORMATS = ("safetensors-dequantized", "jax-export")
+FORMATS = ("safetensors-dequantized", "awq", "jax-export")
 
 
 def export(
@@ -19,11 +19,14 @@ def export(
     format: Annotated[
         str,
         typer.Option(
-            help="safetensors-dequantized: a Hugging Face directory, weights dequantized. jax-export: compiled generation with "
-            "its parameters and a run.py, for a process without quikjax."
+            help="safetensors-dequantized: a Hugging Face directory, weights dequantized. awq: the same with 4-bit weights in "
+            "groups packed as AWQ's readers (vLLM, transformers) want them. jax-export: compiled generation with its parameters "
+            "and a run.py, for a process without quikjax."
         ),
     ],
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; left out, the artifact's own.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16 or float16; left out, the artifact's own, with awq float16.")
+    ] = None,
     length: Annotated[int | None, typer.Option(help="jax-export: tokens that prompts are padded to; left out, 128.")] = None,
     context: Annotated[
         int | None,
@@ -36,13 +39,13 @@ def export(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Write a model in a format that others read. Dequantized, one transformer block is in memory at a time."""
+    """Write a model in a format that others read. Of a directory, one transformer block is in memory at a time."""
     if format not in FORMATS:
         raise QuikError(f'there is no format "{format}" to export to; {did_you_mean(format, FORMATS)}')
     if format == "jax-export":
         check_models(artifact)
         if dtype is not None:
-            raise QuikError("--dtype is of safetensors-dequantized; exported programs compute in what the artifact is in")
+            raise QuikError("--dtype is of directories; exported programs compute in what the artifact is in")
         _programs(artifact, out, length, context, 1 if batch is None else batch, kv_cache, platform or ["cpu"], as_json)
         return
     check_artifact(artifact)
@@ -53,12 +56,13 @@ def export(
     if dtype is not None:
         parse_dtype(dtype)
 
+    from quikjax.checkpoint.export.awq import export_awq
     from quikjax.checkpoint.export.dequantized import export_safetensors
 
     def progress(done: int, total: int) -> None:
         say(f"  part {done} of {total} written")
 
-    done = export_safetensors(artifact, out, dtype=dtype, progress=progress)
+    done = (export_awq if format == "awq" else export_safetensors)(artifact, out, dtype=dtype, progress=progress)
     if as_json:
         print_json({"out": str(out), "files": list(done.files), "bytes": done.bytes, "dtype": done.dtype})
     else:
