@@ -42,7 +42,8 @@ _ONE_IN = 8
 class Distillation(BaseModel):
     """Settings of the distillation of each block. Unknown fields are refused.
 
-    The authors' example for BERT takes 100 steps of 32 short texts at a rate of 5e-6.
+    The authors' example for BERT takes 100 steps of 32 short texts at a rate of 5e-6, which suits 8 bits; weights of 4 bits have
+    further to go (benchmarks/notes-accuracy.md).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -51,9 +52,9 @@ class Distillation(BaseModel):
     """Of the optimizer, for each block."""
     batch: int = Field(1, ge=1, strict=True)
     """Calibration batches a step, which are sequences where a checkpoint is quantized. More cost time, and no memory."""
-    rate: float = Field(2e-5, gt=0, allow_inf_nan=False)
+    rate: float = Field(1e-4, gt=0, allow_inf_nan=False)
     """The largest change of a weight, bias or norm in a step."""
-    step_size_rate: float = Field(2e-4, ge=0, allow_inf_nan=False)
+    step_size_rate: float = Field(1e-3, ge=0, allow_inf_nan=False)
     """The same of the logarithms of step sizes."""
     seed: int = Field(0, ge=0, strict=True)
     """Of the order in which sequences are seen."""

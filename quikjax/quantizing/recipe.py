@@ -304,13 +304,14 @@ def _group_recipes() -> tuple[Recipe, ...]:
         _groups("zeroquant-w8a8", eight, eight),
         _groups("zeroquant-w4a8", eight, four),  # the paper's W4/8A8: 4 bits in the MLP only
     )
+    taught = {"zeroquant-w8a8": Distillation(rate=5e-6, step_size_rate=5e-5), "zeroquant-w4a8": Distillation()}
     return (
         uniform("rtn-w4a16-g128", method="rtn"),
         uniform("gptq-w4a16-g128"),
         uniform("gptq-w4a16-g128-actorder", order="hessian"),
         uniform("gptq-w4a16-g128-static", order="hessian", static_groups=True),
         *zeroquant,
-        *(Recipe(name=f"{plain.name}-lkd", rules=plain.rules, distillation=Distillation()) for plain in zeroquant),
+        *(Recipe(name=f"{plain.name}-lkd", rules=plain.rules, distillation=taught[plain.name]) for plain in zeroquant),
     )
 
 
