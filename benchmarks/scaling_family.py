@@ -16,6 +16,7 @@ import math
 import os
 import sys
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,9 +29,8 @@ from flax import nnx
 from jaxtyping import Array, Float32, Int32
 
 from quikjax.evaluation import evaluate, windows
-from quikjax.models.base import CausalLM, count_parameters
+from quikjax.models.base import CausalLM, Transformer, count_parameters
 from quikjax.models.registry import abstract_model, dotted, nested, pure_params
-from quikjax.models.tokens import checked_model
 from quikjax.testing import END, tiny_config, tiny_tokenizer
 
 # Millions of parameters: width, MLP width, blocks, heads, peak learning rate.
@@ -42,6 +42,7 @@ SIZES: dict[str, tuple[int, int, int, int, float]] = {
     "8": (288, 768, 8, 8, 1.5e-3),
 }
 WARMUP = 50
+FIGURES = "figures.json"
 
 
 def configuration(size: str) -> dict[str, Any]:
@@ -57,58 +58,83 @@ def configuration(size: str) -> dict[str, Any]:
     )
 
 
-def initial(model: CausalLM, seed: int) -> dict[str, Any]:
-    """Normal weights of deviation 0.02, those that write to the residual smaller by its depth; norms 1."""
+# The last layer of attention or of the MLP in LLaMA, OPT and BERT: its result is added to the residual.
+_WRITES = ("o_proj.weight", "down_proj.weight", "out_proj.weight", "fc2.weight", "output.dense.weight")
+
+
+def initial(model: Transformer, seed: int) -> dict[str, Any]:
+    """Normal weights of deviation 0.02, those that write to the residual smaller by its depth; norms 1, biases 0."""
     params, key = {}, jax.random.key(seed)
     depth = (2 * model.config.layers) ** -0.5
     for path, leaf in sorted(dotted(pure_params(model)).items()):
         key, own = jax.random.split(key)
-        deviation = 0.02 * (depth if path.endswith(("o_proj.weight", "down_proj.weight")) else 1)
-        params[path] = jnp.ones(leaf.shape) if len(leaf.shape) == 1 else deviation * jax.random.normal(own, leaf.shape)
+        deviation = 0.02 * (depth if path.endswith(_WRITES) else 1)
+        if len(leaf.shape) == 1:
+            params[path] = jnp.zeros(leaf.shape) if path.endswith("bias") else jnp.ones(leaf.shape)
+        else:
+            params[path] = deviation * jax.random.normal(own, leaf.shape)
     return nested(params)
 
 
-def train(size: str, tokens: Int32[np.ndarray, " bytes"], args: argparse.Namespace) -> tuple[CausalLM, dict[str, Any]]:
-    """A trained model, and its figures."""
-    model = checked_model(abstract_model(configuration(size)))
+def drawn(tokens: Int32[np.ndarray, " bytes"], index: int, args: argparse.Namespace) -> Int32[np.ndarray, "batch _"]:
+    """The windows of step `index`, each of one token more than `args.length`."""
+    starts = np.random.default_rng((args.seed, index)).integers(0, len(tokens) - args.length - 1, args.batch)
+    return np.stack([tokens[start : start + args.length + 1] for start in starts])
+
+
+def successor_loss(model: CausalLM, ids: Int32[Array, "batch _"]) -> Float32[Array, ""]:
+    """Mean cross-entropy of every token but the first, given those before it."""
+    return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(model(ids[:, :-1]), ids[:, 1:]))
+
+
+def train(
+    name: str,
+    model: Transformer,
+    peak: float,
+    draw: Callable[[int], tuple[np.ndarray, ...]],
+    loss: Callable[..., Float32[Array, ""]],
+    args: argparse.Namespace,
+) -> tuple[Transformer, dict[str, Any]]:
+    """A trained model, and its figures.
+
+    Args:
+        name: of the model, and of the file of an unfinished training in `args.out`.
+        model: abstract.
+        peak: the highest learning rate.
+        draw: gives the arrays of a step by its number.
+        loss: of a model on such arrays.
+    """
     graphdef = nnx.split(model)[0]
     params = initial(model, args.seed)
-    schedule = optax.warmup_cosine_decay_schedule(0.0, SIZES[size][4], WARMUP, max(args.steps, WARMUP + 1), SIZES[size][4] / 20)
+    schedule = optax.warmup_cosine_decay_schedule(0.0, peak, WARMUP, max(args.steps, WARMUP + 1), peak / 20)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.95, weight_decay=0.1, mask=_matrices))
     state = optimizer.init(params)
 
     @partial(jax.jit, donate_argnums=(0, 1))
-    def step(params: Any, state: Any, ids: Int32[Array, "batch length"]) -> tuple[Any, Any, Float32[Array, ""]]:
-        def loss(params: Any) -> Float32[Array, ""]:
-            logits = nnx.merge(graphdef, params)(ids[:, :-1])
-            return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, ids[:, 1:]))
-
-        value, gradient = jax.value_and_grad(loss)(params)
+    def step(params: Any, state: Any, *arrays: Array) -> tuple[Any, Any, Float32[Array, ""]]:
+        value, gradient = jax.value_and_grad(lambda params: loss(nnx.merge(graphdef, params), *arrays))(params)
         updates, state_after = optimizer.update(gradient, state, params)
         return optax.apply_updates(params, updates), state_after, value
 
-    part = args.out / f"{size}m.part.npz"
+    part = args.out / f"{name}.part.npz"
     losses: list[float] = []
     first, spent = 0, 0.0
     if part.exists():
         params, state, losses, spent = _resumed(part, (params, state), args)
         first = len(losses)
-        print(f"{size}m goes on after step {first}", file=sys.stderr, flush=True)
+        print(f"{name} goes on after step {first}", file=sys.stderr, flush=True)
     began = time.perf_counter() - spent
     for index in range(first, args.steps):
-        starts = np.random.default_rng((args.seed, index)).integers(0, len(tokens) - args.length - 1, args.batch)
-        ids = np.stack([tokens[start : start + args.length + 1] for start in starts])
-        params, state, value = step(params, state, jnp.asarray(ids))
+        params, state, value = step(params, state, *(jnp.asarray(array) for array in draw(index)))
         losses.append(float(value))
         if (index + 1) % 50 == 0:
             mean, seconds = math.fsum(losses[-50:]) / 50, time.perf_counter() - began
-            print(f"{size}m step {index + 1} loss {mean:.4f} {seconds:.0f} s", file=sys.stderr, flush=True)
+            print(f"{name} step {index + 1} loss {mean:.4f} {seconds:.0f} s", file=sys.stderr, flush=True)
         if time.perf_counter() - args.started > 60 * args.minutes and index + 1 < args.steps:
             _keep(part, (params, state), losses, time.perf_counter() - began, args)
-            print(f"{size}m: {index + 1} of {args.steps} steps; give the same command again", file=sys.stderr)
+            print(f"{name}: {index + 1} of {args.steps} steps; give the same command again", file=sys.stderr)
             sys.exit(3)
     figures = {
-        "size": size,
         "parameters": count_parameters(params),
         "tokens": args.steps * args.batch * args.length,
         "train_loss": math.fsum(losses[-50:]) / len(losses[-50:]),
@@ -151,35 +177,48 @@ def as_tokens(text: str) -> Int32[np.ndarray, " bytes"]:
     return np.asarray(tiny_tokenizer()(text.replace(END, ""), verbose=False)["input_ids"], np.int32)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def publish(directory: Path, config: dict[str, Any], model: Transformer, tokenizer: Any, figures: dict[str, Any]) -> None:
+    """Write a model as Hugging Face publishes one, its figures beside it and last: where they are, it is whole."""
+    from safetensors.numpy import save_file
+
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "config.json").write_text(json.dumps(config, indent=2))
+    save_file({path: np.asarray(leaf) for path, leaf in dotted(pure_params(model)).items()}, directory / "model.safetensors")
+    tokenizer.save_pretrained(str(directory))
+    (directory / FIGURES).write_text(json.dumps(figures))
+
+
+def options(description: str | None) -> argparse.ArgumentParser:
+    """The options of a training."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", type=Path, required=True, help="UTF-8 text to train on")
-    parser.add_argument("--held-out", type=Path, required=True, help="UTF-8 text to report perplexity on")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--minutes", type=float, default=math.inf, help="leave an unfinished model after so many")
-    args = parser.parse_args(namespace=argparse.Namespace(started=time.perf_counter()))
-    from safetensors.numpy import save_file
+    return parser
 
+
+def main() -> None:
+    parser = options(__doc__)
+    parser.add_argument("--held-out", type=Path, required=True, help="UTF-8 text to report perplexity on")
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
+    args = parser.parse_args(namespace=argparse.Namespace(started=time.perf_counter()))
     tokens, held_out = (as_tokens(path.read_text(encoding="utf-8")) for path in (args.text, args.held_out))
     ids = windows(held_out, args.length, 20)
     for size in args.sizes:
         directory = args.out / f"{size}m"
-        if (directory / "figures.json").exists():
-            print((directory / "figures.json").read_text(), flush=True)
-            continue
-        model, figures = train(size, tokens, args)
-        figures["held_out_perplexity"] = evaluate(model, ids).perplexity
-        directory.mkdir(parents=True, exist_ok=True)
-        (directory / "config.json").write_text(json.dumps(configuration(size), indent=2))
-        save_file({path: np.asarray(leaf) for path, leaf in dotted(pure_params(model)).items()}, directory / "model.safetensors")
-        tiny_tokenizer().save_pretrained(str(directory))
-        (directory / "figures.json").write_text(json.dumps(figures))  # last: the model is whole
-        print(json.dumps(figures), flush=True)
+        if not (directory / FIGURES).exists():
+            config = configuration(size)
+            abstract = abstract_model(config)
+            model, figures = train(
+                f"{size}m", abstract, SIZES[size][4], lambda index: (drawn(tokens, index, args),), successor_loss, args
+            )
+            figures = {"size": size, **figures, "held_out_perplexity": evaluate(model, ids).perplexity}
+            publish(directory, config, model, tiny_tokenizer(), figures)
+        print((directory / FIGURES).read_text(), flush=True)
 
 
 if __name__ == "__main__":

@@ -167,22 +167,47 @@ def calibration_windows(tokens: Int32[np.ndarray, " tokens"], samples: int, leng
     return tokens[: samples * length].reshape(samples, length)
 
 
+class Framed(NamedTuple):
+    """A text as tokens, and the tokens that a tokenizer puts around one ([CLS] and [SEP])."""
+
+    inner: Int32[np.ndarray, " tokens"]
+    before: tuple[int, ...]
+    behind: tuple[int, ...]
+
+    def room(self, length: int) -> int:
+        """How many tokens of the text fit a window of `length`.
+
+        Raises:
+            QuikError: none.
+        """
+        room = length - len(self.before) - len(self.behind)
+        if length > 0 and room < 1:
+            around = len(self.before) + len(self.behind)
+            raise QuikError(f"a window of {length} tokens has no room for a text beside the {around} around it")
+        return room
+
+    def around(self, rows: Int32[np.ndarray, "samples room"]) -> Int32[np.ndarray, "samples length"]:
+        """Pieces of the text, each with what belongs around it."""
+        frame = [np.tile(np.asarray(tokens, np.int32), (len(rows), 1)) for tokens in (self.before, self.behind)]
+        return np.concatenate([frame[0], rows, frame[1]], axis=1)
+
+
+def framed(tokenizer: Any, text: str) -> Framed:
+    """A text as tokens, apart from what its tokenizer puts around it."""
+    inner = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    around = tokenizer(text, verbose=False)["input_ids"]
+    at = next((at for at in range(len(around)) if around[at : at + len(inner)] == inner), 0)
+    return Framed(np.asarray(inner, np.int32), tuple(around[:at]), tuple(around[at + len(inner) :]))
+
+
 def framed_windows(tokenizer: Any, text: str, samples: int, length: int) -> Int32[np.ndarray, "samples length"]:
     """The first `samples` windows of a text, each with what the tokenizer puts around one, `length` tokens in all.
 
     Raises:
         QuikError: the text is too short, `length` leaves no room for a token of it, or a number is not positive.
     """
-    inner = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    around = tokenizer(text, verbose=False)["input_ids"]
-    at = next((at for at in range(len(around)) if around[at : at + len(inner)] == inner), 0)
-    before, behind = around[:at], around[at + len(inner) :]
-    room = length - len(before) - len(behind)
-    if length > 0 and room < 1:
-        raise QuikError(f"a window of {length} tokens has no room for a text beside the {len(before) + len(behind)} around it")
-    cut = calibration_windows(np.asarray(inner, np.int32), samples, room)
-    frame = [np.tile(np.asarray(tokens, np.int32), (samples, 1)) for tokens in (before, behind)]
-    return np.concatenate([frame[0], cut, frame[1]], axis=1)
+    found = framed(tokenizer, text)
+    return found.around(calibration_windows(found.inner, samples, found.room(length)))
 
 
 def tokens_fingerprint(tokens: Int32[np.ndarray, "..."]) -> str:

@@ -14,6 +14,7 @@ from quikjax.cli import (
     embed,
     evaluate,
     export,
+    failure,
     generate,
     plan,
     quantize,
@@ -88,4 +89,5 @@ app.command("report")(report.report)
 app.command("export")(export.export)
 app.command("demo")(demo.demo)
 study.app.command("scaling")(scaling.scaling)
+study.app.command("failure")(failure.failure)
 app.add_typer(study.app, name="study")

@@ -19,7 +19,7 @@ app = typer.Typer(no_args_is_help=True)
 
 @app.callback()
 def studies() -> None:
-    """Ablations and scaling laws: table, plot and JSON. A killed study goes on where it stopped."""
+    """Ablations, scaling laws, failure analysis: table, plot and JSON. A killed study goes on where it stopped."""
 
 
 Out = Annotated[Path, typer.Option(help="Directory for rows, table, plot and JSON; a run that was killed goes on in it.")]

@@ -12,8 +12,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Float64, Int32
 
-from quikjax.evaluation.forward import by_chunks
-from quikjax.models.base import CausalLM
+from quikjax.evaluation.forward import by_chunks, token_logits
+from quikjax.models.base import Transformer
 
 PERCENTILES = (90.0, 95.0, 99.0, 99.9)
 
@@ -31,23 +31,23 @@ class TokenDistances(NamedTuple):
 
 @partial(jax.jit, static_argnums=(0, 3))
 def token_distances(
-    graphdef: nnx.GraphDef[CausalLM],
+    graphdef: nnx.GraphDef[Transformer],
     params: Mapping[str, Any],
     hidden: Float[Array, "tokens hidden"],
-    other_graphdef: nnx.GraphDef[CausalLM],
+    other_graphdef: nnx.GraphDef[Transformer],
     other_params: Mapping[str, Any],
     other_hidden: Float[Array, "tokens other"],
     targets: Int32[Array, " tokens"],
 ) -> TokenDistances:
-    """Hold the successors that a model and the original predict against each other and against the right ones.
+    """Hold the tokens that a model and the original predict against each other and against the right ones.
 
     Both sets of logits exist for a chunk of tokens at a time only.
     """
     model, other = nnx.merge(graphdef, params), nnx.merge(other_graphdef, other_params)
 
     def chunk(hidden: Array, other_hidden: Array, targets: Array) -> TokenDistances:
-        mine = jax.nn.log_softmax(model.head(hidden[None])[0])
-        theirs = jax.nn.log_softmax(other.head(other_hidden[None])[0])
+        mine = jax.nn.log_softmax(token_logits(model, hidden))
+        theirs = jax.nn.log_softmax(token_logits(other, other_hidden))
         right = jnp.take_along_axis(mine, targets[:, None], axis=1)[:, 0]
         original = jnp.take_along_axis(theirs, targets[:, None], axis=1)[:, 0]
         return TokenDistances(

@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int, Int32
+from jaxtyping import Array, Float, Float32, Int, Int32
 
 from quikjax.errors import QuikError
-from quikjax.models.base import Block, CausalLM, Positions, default_positions
+from quikjax.models.base import Block, CausalLM, Positions, Transformer, default_positions
+from quikjax.models.encoder import Encoder
 from quikjax.models.registry import pure_params
 from quikjax.models.tokens import checked_tokens
 from quikjax.weights.tiled import put_on_device
@@ -20,7 +21,7 @@ from quikjax.weights.tiled import put_on_device
 CHUNK = 512
 
 
-def checked_windows(model: CausalLM, ids: Any) -> Int32[np.ndarray, "count length"]:
+def checked_windows(model: Transformer, ids: Any) -> Int32[np.ndarray, "count length"]:
     """Windows of tokens as an array, compared with what a model can read.
 
     Raises:
@@ -40,7 +41,7 @@ def on_device(model: CausalLM) -> CausalLM:
     return model if placed is params else nnx.merge(nnx.split(model)[0], placed)
 
 
-def hidden_states(model: CausalLM, ids: Int[np.ndarray, "batch length"]) -> Float[Array, "batch length hidden"]:
+def hidden_states(model: Transformer, ids: Int[np.ndarray, "batch length"]) -> Float[Array, "batch length hidden"]:
     """The hidden states that leave the last block. Blocks share one compilation, where the whole model would take a minute."""
     tokens = jnp.asarray(ids)
     hidden = model.embed(tokens, default_positions(tokens))
@@ -48,6 +49,17 @@ def hidden_states(model: CausalLM, ids: Int[np.ndarray, "batch length"]) -> Floa
         blockdef, params = nnx.split(block)
         hidden = _through_block(blockdef, nnx.to_pure_dict(params), hidden)
     return jax.block_until_ready(hidden)
+
+
+def token_logits(model: Transformer, hidden: Float[Array, "tokens hidden"]) -> Float32[Array, "tokens vocab"]:
+    """Logits over the vocabulary from hidden states that left the last block, each token by itself: of its successor, or, of a
+    masked language model, of the token that stands there. Under `jit`.
+    """
+    if isinstance(model, Encoder):
+        found: Array = model.head(hidden[None], jnp.zeros((1, len(hidden)), jnp.int32))[0]
+        return found
+    assert isinstance(model, CausalLM)
+    return model.head(hidden[None])[0]
 
 
 @partial(jax.jit, static_argnums=0)

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Float32, Int, Int32
 
 from quikjax.errors import QuikError
 from quikjax.evaluation.distance import Distance, TokenDistances, exponential, standard_error, summarize, token_distances
-from quikjax.evaluation.forward import by_chunks, checked_windows, hidden_states, on_device
+from quikjax.evaluation.forward import by_chunks, checked_windows, hidden_states, on_device, token_logits
 from quikjax.evaluation.positions import PositionRow, by_position
 from quikjax.files import described
 from quikjax.models.base import CausalLM, Transformer
@@ -245,16 +245,18 @@ def _counted(count: int, length: int, stride: int) -> np.ndarray:
 
 @partial(jax.jit, static_argnums=0)
 def token_losses(
-    graphdef: nnx.GraphDef[CausalLM],
+    graphdef: nnx.GraphDef[Transformer],
     params: Mapping[str, Any],
     hidden: Float[Array, "tokens hidden"],
     targets: Int32[Array, " tokens"],
 ) -> Float32[Array, " tokens"]:
-    """Cross-entropy of each target, predicted from the hidden state that left the last block before it."""
+    """Cross-entropy of each target, predicted from the hidden state that left the last block at the token before it (of a masked
+    language model, at its own place).
+    """
     model = nnx.merge(graphdef, params)
 
     def chunk(hidden: Array, targets: Array) -> Array:
-        logits = model.head(hidden[None])[0]
+        logits = token_logits(model, hidden)
         return jax.nn.logsumexp(logits, axis=1) - jnp.take_along_axis(logits, targets[:, None], axis=1)[:, 0]
 
     losses: Array = by_chunks(chunk, hidden, targets)

@@ -1,8 +1,9 @@
 """Studies and their results: rows, a table, a plot and one JSON object, in a directory of its own.
 
 DIR/rows.jsonl   one line per finished cell, written as it is finished (`grid`)
-DIR/table.md     the table
+DIR/table.md     the table, and the further ones of studies that have them
 DIR/plot.svg     the plot, where the study has one
+DIR/NAME.svg     further plots, where it has them
 DIR/study.json   all of it, with the command of every cell
 """
 
@@ -22,13 +23,30 @@ from quikjax.study.grid import Cell, Progress, Row, finished_cells, run_grid
 ROWS, TABLE, PLOT, RESULT = "rows.jsonl", "table.md", "plot.svg", "study.json"
 
 
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """A table below a study's own, with a sentence of what it shows."""
+
+    title: str
+    head: Sequence[str]
+    lines: Sequence[Sequence[str]]
+
+    def markdown(self) -> str:
+        """The sentence and the table."""
+        return f"{self.title}\n\n{markdown_table(self.head, self.lines)}"
+
+    def as_json(self) -> dict[str, Any]:
+        """A JSON object."""
+        return {"title": self.title, "head": list(self.head), "table": [list(line) for line in self.lines]}
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Study:
     """A study, ready to run.
 
     `title` is one sentence above its table. `inputs` and `compute` are those of `run_grid`. `table` gives a head and rows of text
     from the finished rows, `chart` a chart or `None`; `notes` are sentences below the table: what to compare it with, and why it
-    may differ.
+    may differ. `further` gives tables that stand below them, and `charts` more charts, by the names of their files.
     """
 
     name: str
@@ -39,6 +57,8 @@ class Study:
     table: Callable[[Sequence[Row]], tuple[Sequence[str], Sequence[Sequence[str]]]]
     chart: Callable[[Sequence[Row]], LineChart | None] = lambda _rows: None
     notes: Sequence[str] = ()
+    further: Callable[[Sequence[Row]], Sequence[Table]] = lambda _rows: ()
+    charts: Callable[[Sequence[Row]], Mapping[str, LineChart]] = lambda _rows: {}
 
     def finished(self, directory: str | os.PathLike[str]) -> list[bool]:
         """Which cells an earlier run in `directory` has finished."""
@@ -53,12 +73,22 @@ class Study:
         target = user_path(directory)
         rows = run_grid(self.cells, self.compute, target / ROWS, inputs=self.inputs, progress=progress)
         head, lines = self.table(rows)
-        result = StudyResult(self.name, self.title, tuple(head), tuple(map(tuple, lines)), tuple(self.notes), self.inputs, rows)
+        result = StudyResult(
+            self.name,
+            self.title,
+            tuple(head),
+            tuple(map(tuple, lines)),
+            tuple(self.notes),
+            self.inputs,
+            rows,
+            tuple(self.further(rows)),
+        )
         chart = self.chart(rows)
+        charts = {f"{name}.svg": drawn for name, drawn in self.charts(rows).items()} | ({} if chart is None else {PLOT: chart})
         with resumable(f"cannot write {target}"):
             atomic.write_text(target / TABLE, result.markdown())
-            if chart is not None:
-                atomic.write_text(target / PLOT, line_chart(chart, standalone=True))
+            for name, drawn in charts.items():
+                atomic.write_text(target / name, line_chart(drawn, standalone=True))
             atomic.write_text(target / RESULT, json.dumps(result.as_json(), allow_nan=False, indent=1) + "\n")
         return result
 
@@ -74,11 +104,12 @@ class StudyResult:
     notes: tuple[str, ...]
     inputs: Mapping[str, Any]
     rows: Sequence[Row]
+    further: tuple[Table, ...] = ()
 
     def markdown(self) -> str:
-        """Title, table and notes."""
-        table = markdown_table(self.head, self.lines)
-        return "\n".join([self.title, "", table, *(f"\n{note}" for note in self.notes)]) + "\n"
+        """Title, table and notes, and the further tables."""
+        below = [*self.notes, *(table.markdown() for table in self.further)]
+        return "\n".join([self.title, "", markdown_table(self.head, self.lines), *(f"\n{part}" for part in below)]) + "\n"
 
     def as_json(self) -> dict[str, Any]:
         """A JSON object."""
@@ -89,6 +120,7 @@ class StudyResult:
             "head": list(self.head),
             "table": [list(line) for line in self.lines],
             "notes": list(self.notes),
+            "further": [table.as_json() for table in self.further],
             "rows": [row.as_json() for row in self.rows],
         }
 

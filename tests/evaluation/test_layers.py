@@ -12,7 +12,8 @@ from flax import nnx
 
 from quikjax.algorithms.rtn import rtn
 from quikjax.errors import QuikError
-from quikjax.evaluation.layers import errors_by_depth, rounded_activations
+from quikjax.evaluation.layers import errors_by_depth
+from quikjax.evaluation.rounding import rounded_activations
 from quikjax.models.base import CausalLM, Positions, default_positions
 from quikjax.models.registry import dotted, nested, pure_params
 from quikjax.pallas_kernels import reference
