@@ -48,6 +48,11 @@ def relative(right: Any, other: Any) -> float:
     return float(np.linalg.norm(right - other) / np.linalg.norm(right))
 
 
+def by_token(right: Any, other: Any) -> np.ndarray:
+    right, other = np.asarray(right, np.float64), np.asarray(other, np.float64)
+    return np.linalg.norm(right - other, axis=-1) / np.linalg.norm(right, axis=-1)
+
+
 @partial(jax.jit, static_argnums=0)
 def run(blockdef: Any, params: Any, hidden: Any) -> tuple[Any, dict[str, Any]]:
     reads: dict[str, Any] = {}
@@ -65,8 +70,8 @@ def test_errors_are_their_definitions(pair: tuple[CausalLM, CausalLM]) -> None:
         for members in next(iter(original.blocks.values())).groups.values()
         for layer in members
     ]
-    tokens = jnp.asarray(IDS)
-    teacher = free = original.embed(tokens, default_positions(tokens))
+    ids = jnp.asarray(IDS)
+    teacher = free = original.embed(ids, default_positions(ids))
     rows = {layer.path: layer for layer in found.layers}
     for key, block in original.blocks.items():
         forced, _ = run(*nnx.split(quantized.blocks[key]), teacher)
@@ -75,6 +80,9 @@ def test_errors_are_their_definitions(pair: tuple[CausalLM, CausalLM]) -> None:
         row = found.blocks[int(key)]
         assert row.hidden_forced == pytest.approx(relative(teacher, forced), rel=1e-3)
         assert row.hidden_free == pytest.approx(relative(teacher, free), rel=1e-3)
+        tokens = found.tokens[int(key)]
+        np.testing.assert_allclose(tokens.forced, by_token(teacher, forced), rtol=1e-2)  # a code at a boundary
+        np.testing.assert_allclose(tokens.free, by_token(teacher, free), rtol=1e-2)
         for index, (group, members) in enumerate(block.groups.items()):
             read = found.ranges[4 * int(key) + index]
             assert read.layers == tuple(f"model.layers.{key}.{layer}.weight" for layer in members)
@@ -84,9 +92,13 @@ def test_errors_are_their_definitions(pair: tuple[CausalLM, CausalLM]) -> None:
                 W, weight, errors = dense[path], packed[path], rows[path]
                 y = reads[group] @ W.T
                 assert errors.weights == pytest.approx(relative(W, dequantize(weight)), rel=1e-3)
+                of_tokens = by_token(reads[group], rounded_activations(reads[group], weight))
+                assert errors.rounding_by_token == pytest.approx(of_tokens.mean(), rel=1e-3)
                 assert errors.inputs == pytest.approx(relative(reads[group], own_reads[group]), rel=1e-3, abs=1e-6)
                 assert errors.output_forced == pytest.approx(relative(y, linear(reads[group], weight)), rel=1e-3)
                 assert errors.output_free == pytest.approx(relative(y, linear(own_reads[group], weight)), rel=1e-3)
+    for ends, hidden in zip(found.ends, (teacher, free), strict=True):
+        np.testing.assert_allclose(np.concatenate(ends), hidden, rtol=1e-3, atol=1e-3)
     assert found.blocks[0].hidden_free == pytest.approx(found.blocks[0].hidden_forced, rel=1e-5)
     assert found.blocks[-1].hidden_free > found.blocks[-1].hidden_forced
 
