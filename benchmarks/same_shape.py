@@ -2,8 +2,8 @@
 
     python benchmarks/same_shape.py --text train.txt --out same
 
-writes, as Hugging Face directories (they are made, not committed), models of 4 blocks of width 128 (MLP 512, 4 heads, GELU,
-learned positions, biases) and one byte tokenizer:
+writes, as Hugging Face directories (they are made, not committed), models of 4 blocks of `--width` 128 (an MLP four times as
+wide, 4 heads, GELU, learned positions, biases) and one byte tokenizer:
 
     decoder-pre     causal, norms before attention and MLP (OPT)              predicts every next byte
     decoder-post    causal, norms behind the sums (OPT as its 350m)           predicts every next byte
@@ -30,37 +30,33 @@ from quikjax.testing import tiny_tokenizer
 
 MASK = "<|mask|>"
 SHARE = 0.15  # of the bytes, as BERT's
-PEAK = 2e-3
+PEAK = 3e-3  # of the learning rate
 
-_SHAPE: dict[str, Any] = {
-    "vocab_size": 258,
-    "hidden_size": 128,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 512,
-    "bos_token_id": 256,
-    "eos_token_id": 256,
-}
-_OPT: dict[str, Any] = {
-    **_SHAPE,
-    "model_type": "opt",
-    "architectures": ["OPTForCausalLM"],
-    "activation_function": "gelu",
-    "ffn_dim": 512,
-    "word_embed_proj_dim": 128,
-}
-MODELS: dict[str, dict[str, Any]] = {
-    "decoder-pre": {**_OPT, "do_layer_norm_before": True},
-    "decoder-post": {**_OPT, "do_layer_norm_before": False},
-    "encoder-post": {
-        **_SHAPE,
-        "model_type": "bert",
-        "architectures": ["BertForMaskedLM"],
-        "hidden_act": "gelu",
-        "intermediate_size": 512,
-        "type_vocab_size": 1,
-    },
-}
+MODELS = ("decoder-pre", "decoder-post", "encoder-post")
+
+
+def configuration(name: str, width: int) -> dict[str, Any]:
+    """The `config.json` of one of `MODELS`."""
+    shape = {
+        "vocab_size": 258,
+        "hidden_size": width,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 512,
+        "bos_token_id": 256,
+        "eos_token_id": 256,
+    }
+    if name == "encoder-post":
+        bert = {"model_type": "bert", "architectures": ["BertForMaskedLM"], "hidden_act": "gelu", "type_vocab_size": 1}
+        return {**shape, **bert, "intermediate_size": 4 * width}
+    opt = {"model_type": "opt", "architectures": ["OPTForCausalLM"], "activation_function": "gelu"}
+    return {
+        **shape,
+        **opt,
+        "ffn_dim": 4 * width,
+        "word_embed_proj_dim": width,
+        "do_layer_norm_before": name == "decoder-pre",
+    }
 
 
 def tokenizer() -> Any:
@@ -91,18 +87,20 @@ def main() -> None:
     parser = options(__doc__)
     parser.set_defaults(steps=600, batch=4)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--width", type=int, default=128)
     args = parser.parse_args(namespace=argparse.Namespace(started=time.perf_counter()))
     tokens, bytes_ = as_tokens(args.text.read_text(encoding="utf-8")), tokenizer()
     mask = bytes_.mask_token_id
     for name in args.models:
         directory = args.out / name
         if not (directory / FIGURES).exists():
-            model = abstract_model(MODELS[name])
+            config = configuration(name, args.width)
+            model = abstract_model(config)
             if isinstance(model, Encoder):
                 trained, figures = train(name, model, PEAK, lambda index: masked(tokens, index, mask, args), masked_loss, args)
             else:
                 trained, figures = train(name, model, PEAK, lambda index: (drawn(tokens, index, args),), successor_loss, args)
-            publish(directory, MODELS[name], trained, bytes_, {"model": name, **figures})
+            publish(directory, config, trained, bytes_, {"model": name, **figures})
         print(json.dumps(json.loads((directory / FIGURES).read_text())), flush=True)
 
 
