@@ -1,10 +1,10 @@
 """The two halves of a quantized layer apart: rounded weights with exact activations, exact weights with rounded activations.
 
-In the mathematics of one layer, with `W^` the dequantized weights and `x^` the activations as the layer rounds them,
+With `W_q` the dequantized weights of a layer and `x_q` what it reads, as it rounds it, the layer gives
 
-    both          x^ W^^T
-    weights       x  W^^T
-    activations   x^ W^T
+    both          x_q W_q^T
+    weights       x W_q^T
+    activations   x_q W^T
 
 so that what each of them breaks can be seen by itself (arXiv 2301.12017; the failure of decoders at 4 bits).
 """

@@ -145,7 +145,8 @@ def test_figures_are_their_definitions(subjects: list[Subject], finished: Path, 
     places = [list(range(1, WINDOW))] * COUNT if subject.asked is None else subject.asked.tolist()
     back = 1 if subject.asked is None else 0
     theirs, mine = log_probabilities(original, right[-1]), log_probabilities(model, free[-1])
-    losses, kls = ([], []), []
+    losses: tuple[list[tuple[int, float]], ...] = ([], [])
+    kls: list[tuple[int, float]] = []
     for window, asked in enumerate(places):
         for place in asked:
             p, q = theirs[window, place - back], mine[window, place - back]
