@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float32, Int32
-from scaling_family import FIGURES, as_tokens, drawn, options, publish, successor_loss, train
+from scaling_family import FIGURES, as_tokens, drawn, initial, options, publish, successor_loss, train
 
 from quikjax.models.encoder import Encoder
 from quikjax.models.registry import abstract_model
@@ -31,8 +31,8 @@ from quikjax.testing import tiny_tokenizer
 MASK = "<|mask|>"
 SHARE = 0.15  # of the bytes, as BERT's
 
-# Peaks of the learning rate. Norms behind the sums bear less: at 3e-3 that decoder learns how often each byte occurs, no more.
-MODELS = {"decoder-pre": 3e-3, "decoder-post": 1e-3, "encoder-post": 1e-3}
+PEAK = 1.5e-3  # of the learning rate
+MODELS = ("decoder-pre", "decoder-post", "encoder-post")
 
 
 def configuration(name: str, width: int) -> dict[str, Any]:
@@ -96,13 +96,16 @@ def main() -> None:
         if not (directory / FIGURES).exists():
             config = configuration(name, args.width)
             model = abstract_model(config)
+            # Wide enough that the first steps do not make all embeddings alike: from weights of 0.02 models whose norms stand
+            # behind the sums learn how often each byte occurs, and no more for hundreds of steps.
+            params = initial(model, args.seed, args.width**-0.5)
             if isinstance(model, Encoder):
                 trained, figures = train(
-                    name, model, MODELS[name], lambda index: masked(tokens, index, mask, args), masked_loss, args
+                    name, model, params, PEAK, lambda index: masked(tokens, index, mask, args), masked_loss, args
                 )
             else:
                 trained, figures = train(
-                    name, model, MODELS[name], lambda index: (drawn(tokens, index, args),), successor_loss, args
+                    name, model, params, PEAK, lambda index: (drawn(tokens, index, args),), successor_loss, args
                 )
             publish(directory, config, trained, bytes_, {"model": name, **figures})
         print(json.dumps(json.loads((directory / FIGURES).read_text())), flush=True)

@@ -62,13 +62,13 @@ def configuration(size: str) -> dict[str, Any]:
 _WRITES = ("o_proj.weight", "down_proj.weight", "out_proj.weight", "fc2.weight", "output.dense.weight")
 
 
-def initial(model: Transformer, seed: int) -> dict[str, Any]:
-    """Normal weights of deviation 0.02, those that write to the residual smaller by its depth; norms 1, biases 0."""
+def initial(model: Transformer, seed: int, spread: float = 0.02) -> dict[str, Any]:
+    """Normal weights of deviation `spread`, those that write to the residual smaller by its depth; norms 1, biases 0."""
     params, key = {}, jax.random.key(seed)
     depth = (2 * model.config.layers) ** -0.5
     for path, leaf in sorted(dotted(pure_params(model)).items()):
         key, own = jax.random.split(key)
-        deviation = 0.02 * (depth if path.endswith(_WRITES) else 1)
+        deviation = spread * (depth if path.endswith(_WRITES) else 1)
         if len(leaf.shape) == 1:
             params[path] = jnp.zeros(leaf.shape) if path.endswith("bias") else jnp.ones(leaf.shape)
         else:
@@ -90,6 +90,7 @@ def successor_loss(model: CausalLM, ids: Int32[Array, "batch _"]) -> Float32[Arr
 def train(
     name: str,
     model: Transformer,
+    params: dict[str, Any],
     peak: float,
     draw: Callable[[int], tuple[np.ndarray, ...]],
     loss: Callable[..., Float32[Array, ""]],
@@ -100,12 +101,12 @@ def train(
     Args:
         name: of the model, and of the file of an unfinished training in `args.out`.
         model: abstract.
+        params: to begin with.
         peak: the highest learning rate.
         draw: gives the arrays of a step by its number.
         loss: of a model on such arrays.
     """
     graphdef = nnx.split(model)[0]
-    params = initial(model, args.seed)
     schedule = optax.warmup_cosine_decay_schedule(0.0, peak, WARMUP, max(args.steps, WARMUP + 1), peak / 20)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.95, weight_decay=0.1, mask=_matrices))
     state = optimizer.init(params)
@@ -213,9 +214,8 @@ def main() -> None:
         if not (directory / FIGURES).exists():
             config = configuration(size)
             abstract = abstract_model(config)
-            model, figures = train(
-                f"{size}m", abstract, SIZES[size][4], lambda index: (drawn(tokens, index, args),), successor_loss, args
-            )
+            begin, peak = initial(abstract, args.seed), SIZES[size][4]
+            model, figures = train(f"{size}m", abstract, begin, peak, lambda at: (drawn(tokens, at, args),), successor_loss, args)
             figures = {"size": size, **figures, "held_out_perplexity": evaluate(model, ids).perplexity}
             publish(directory, config, model, tiny_tokenizer(), figures)
         print((directory / FIGURES).read_text(), flush=True)
