@@ -56,7 +56,7 @@ LONGEST = 2048
 
 @dataclasses.dataclass(frozen=True)
 class Calibration:
-    """What a recipe that wants data is calibrated on."""
+    """Text and lengths to calibrate on, for a recipe that wants data."""
 
     text: Text
     samples: int
