@@ -48,6 +48,7 @@ MISTAKES = (
     ("export nothing --out made --format jax-export", 'there is no model "nothing"'),
     ("export . --out made --format onnx", 'there is no format "onnx"'),
     ("study nothing", "No such command"),
+    ("study failure nowhere", 'there is no model "nowhere"'),
 )
 RUN = """
 import contextlib, io, sys
