@@ -162,7 +162,11 @@ def lower(gpu: str, function: Callable[..., Any], *arguments: Any, donate: tuple
     """Lower for an absent GPU; `arguments` are pytrees of anything with `shape` and `dtype`."""
     sharding = on(gpu)
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), arguments)
-    return jax.jit(function, donate_argnums=donate).lower(*shapes)
+    _, name, cores, *_ = GPUS[gpu]
+    device = jax.sharding.AbstractDevice(name, cores, "gpu")
+    # From JAX 0.11 on kernels are lowered for the mesh's device, in place of the process's.
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device)):
+        return jax.jit(function, donate_argnums=donate).lower(*shapes)
 
 
 def compile_lowered(lowered: Any) -> Compiled:
