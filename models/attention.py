@@ -42,9 +42,8 @@ def attend(
     Without a cache the keys are this call's; with one they are written into its slots first, from `positions.write_at` on.
     Positions must grow along a row wherever they are not padding. A row that sees no key (padding) gets finite numbers of no
     meaning. `slopes` adds ALiBi's `slope * key_position` to the scores before they are scaled, rounded to bfloat16 as Falcon
-    was trained with it. `rope` rotates queries and keys first. `observe` is shown "query" and "key" as the scores are made of them.
-
-    On a GPU a kernel takes what it can (`gpu_attention`); what is written here is the definition.
+    was trained with it. `rope` rotates queries and keys first. `observe` is shown "query" and "key" as the scores are made of
+    them. On a GPU a kernel takes what it can (`gpu_attention`); the definition is what stands here.
     """
     if isinstance(cache, LayerCache) and observe is None:
         found = gpu_attention.over_cache(query, key, value, positions, cache, scale, slopes, rope)
@@ -59,9 +58,7 @@ def attend(
         # Where order does not matter, all tokens stand at 0, and see each other.
         places = positions.queries if causal else jnp.minimum(positions.queries, 0)
         definition = partial(_over_prompt, scale=scale, causal=causal)
-        mixed = gpu_attention.over_prompt(
-            query, key, value, places, slopes, scale=scale, causal=causal, definition=definition
-        )
+        mixed = gpu_attention.over_prompt(query, key, value, places, slopes, scale=scale, causal=causal, definition=definition)
         if mixed is None:
             mixed = definition(query, key, value, places, slopes)
         return checkpoint_name(mixed, KEPT), KeyValues(key, value)

@@ -1,15 +1,13 @@
-"""Attention by the GPU kernels of `pallas_kernels.flash_attention`, where they take a call; elsewhere `None`, and the caller's definition
-runs (`models.attention`).
+"""Attention by the GPU kernels of `pallas_kernels.flash_attention` where they take a call; elsewhere `None`, for the definition.
 
-They do not take: a cache of one block (`KeyValues`), whose slots are in any order; cross-attention, whose keys lie under a mask of their
-own; and what `choice.why_not` refuses.
+They do not take a cache of one block (`KeyValues`), whose slots are in any order, cross-attention, whose keys lie under a mask of
+their own, and what `choice.why_not` refuses. The definition is in `models.attention`, and runs there.
 """
 
 from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 from quikjax.models.base import Positions

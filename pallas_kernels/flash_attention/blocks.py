@@ -1,5 +1,6 @@
-"""Steps that the kernels share: tiles of memory with their edges, and softmax taken a block of keys at a time (arXiv 1805.02867)."""
+"""Steps that the kernels share: tiles of memory with their edges, and softmax over blocks of keys (arXiv 1805.02867)."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -18,8 +19,8 @@ LOG2_E = float(np.log2(np.e))
 class Sums(NamedTuple):
     """What a tile of queries knows of the keys seen so far.
 
-    `mixed` float32 `[rows, head]` are values weighted by `2^(score - top)`, `total` `[rows]` the sums of the weights, `top` `[rows]`
-    the highest scores.
+    `mixed` float32 `[rows, head]` are values weighted by `2^(score - top)`, `total` `[rows]` the sums of the weights, and `top`
+    `[rows]` the highest scores.
     """
 
     mixed: Any
@@ -85,7 +86,9 @@ def walk(
     def take(index: Any, sums: Sums) -> Sums:
         at = counted(keys, first + index * keys)
         key, value, key_scale, value_scale, visible = block(at)
-        products = sum(product(q, k.astype(dtype), transposed=True) for q, k in zip(query, key, strict=True))
+        products = functools.reduce(
+            jnp.add, [product(q, k.astype(dtype), transposed=True) for q, k in zip(query, key, strict=True)]
+        )
         if key_scale is not None:
             products = products * key_scale[None, :]
         scores = jnp.where(visible, score(products, at), LOWEST)

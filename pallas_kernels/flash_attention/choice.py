@@ -22,7 +22,7 @@ _FEWEST_SLOTS = 256
 class AttentionProblem:
     """One call of attention by what is static: `length` queries in each of `batch` texts, over `slots` keys.
 
-    `heads` of `head` numbers share `kv_heads` keys; `dtype` is the queries', `kind` that of keys and values (int8 codes included).
+    `heads` of `head` numbers share `kv_heads` keys; `dtype` is the queries', `kind` that of keys and values (int8: codes).
     `cached`: keys lie in a cache of all blocks, where a slot is a position. `alone`: a text's numbers may not depend on how many
     other texts or free slots there are.
     """
@@ -52,7 +52,7 @@ class AttentionProblem:
 
 @dataclasses.dataclass(frozen=True)
 class Tiles:
-    """Queries (heads that share a key, times tokens) and keys that a program has at a time, and programs that share a text's keys.
+    """Queries (heads that share a key, times tokens) and keys of a program at a time, and programs that split a text's keys.
 
     `warps` and `stages` (keys being copied while others are multiplied) go to the compiler.
     """
@@ -88,12 +88,20 @@ def tiles(problem: AttentionProblem, device: Device) -> Tiles:
     rows = problem.group * problem.length
     # A tensor core takes 16 rows at least.
     tile = next((size for size in (16, 32) if rows <= size), 16 if wide else 64)
+    if not problem.cached or (problem.alone and problem.length > 1 and not wide):
+        # A text's numbers do not depend on how long the longest of several new texts is.
+        tile = 64
+    warps = 4
+    if tile == 64 and not device.hopper and problem.head > 64:
+        # Without Hopper's products, which read keys from shared memory, more would spill.
+        keys, warps = 32, 8 if problem.head > 128 else 4
     if not problem.cached:
-        return Tiles(64, keys, warps=4)
+        return Tiles(tile, keys, warps=warps)
     if problem.alone:
-        # Nor on how long the longest of several new texts is.
-        return Tiles(tile if problem.length == 1 or wide else 64, keys, _FIXED_SPLITS)
+        return Tiles(tile, keys, _FIXED_SPLITS, warps)
     programs, splits = problem.batch * problem.kv_heads * -(-rows // tile), 1
-    while 2 * splits * programs <= (device.cores or 132) and problem.slots >= 2 * splits * _FEWEST_SLOTS and splits < _MOST_SPLITS:
+    while (
+        2 * splits * programs <= (device.cores or 132) and problem.slots >= 2 * splits * _FEWEST_SLOTS and splits < _MOST_SPLITS
+    ):
         splits *= 2
-    return Tiles(tile, keys, splits)
+    return Tiles(tile, keys, splits, warps)

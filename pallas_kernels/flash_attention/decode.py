@@ -1,11 +1,11 @@
 """Attention over the keys of a cache of all blocks, `[layers, kv_heads, batch, slots, head]`, where the slot is the position.
 
-A program has a tile of queries (a token's heads that share a key lie side by side) and walks over the keys in front of them: all,
-or its part of them, and then a second kernel puts the parts together. It reads the cache of all blocks at a layer's number: a kernel
-that took one layer's keys would have XLA copy them out for every token.
+A program has a tile of queries (a token's heads that share a key lie side by side) and walks over the keys in front of them:
+over all, or over its part, and then a second kernel puts the parts together. It reads the cache of all blocks at a layer's number:
+for a kernel that took one layer's keys XLA would copy them out for every token.
 
-For one new token in each text the kernel also rotates queries and the key (RoPE), and writes key and value into the cache in place.
-Only the first part of a text does so, and it has the new key in registers; the others read what lies before it.
+For one new token in each text the kernel also rotates queries and the key (RoPE) and writes key and value into the cache, in
+place. Only the first part of a text does so, and has the new key in registers; the others read what lies before it.
 """
 
 import functools
@@ -65,8 +65,8 @@ def decode(
         tiles: from `choice.tiles`.
         slopes: ALiBi: `slope * position` of the key joins the scores before they are scaled.
         turns: cosines and sines (times the amplitude) by which queries and the token's key are rotated.
-        token: written into slot `positions` of each text and seen by the queries; `length` is 1, and keys are no codes. Without, the
-            cache holds all keys already.
+        token: written into slot `positions` of each text and seen by the queries; `length` is 1, and keys are no codes. Without,
+            the cache holds all keys already.
         interpret: run on a CPU, for tests.
     """
     batch, length, heads, head = query.shape

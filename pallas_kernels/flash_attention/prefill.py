@@ -33,9 +33,9 @@ def prefill(
 ) -> Float[Array, "batch length heads head"]:
     """Softmax attention over the keys at positions in `[0, own position]`; zeros where there is none.
 
-    `positions` are below 0 for padding, on either side; with `causal` they grow along a row elsewhere, and keys behind a query's place
-    in the row are not looked at. `slopes` adds ALiBi's `slope * position` of the key to the scores before they are scaled. `interpret`
-    runs on a CPU, for tests.
+    `positions` are below 0 for padding, on either side; with `causal` they grow along a row elsewhere, and keys behind a query's
+    place in the row are not looked at. `slopes` adds ALiBi's `slope * position` of the key to the scores before they are scaled.
+    `interpret` runs on a CPU, for tests.
     """
     batch, length, heads, head = query.shape
     kv_heads = key.shape[2]

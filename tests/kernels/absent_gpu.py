@@ -146,7 +146,7 @@ def _captured() -> Iterator[list[str]]:
 
 
 @contextlib.contextmanager
-def _compiled_here() -> Iterator[None]:
+def compiled_here() -> Iterator[None]:
     """No executables from disk: one for a device that is not there cannot be loaded, and its PTX would not be printed."""
     kept = jax.config.values["jax_enable_compilation_cache"]
     jax.config.update("jax_enable_compilation_cache", False)
@@ -171,7 +171,7 @@ def lower(gpu: str, function: Callable[..., Any], *arguments: Any, donate: tuple
 
 def compile_lowered(lowered: Any) -> Compiled:
     """All the way to machine code."""
-    with _captured() as text, _compiled_here():
+    with _captured() as text, compiled_here():
         compiled = lowered.compile()
     return Compiled(text[0], compiled.as_text())
 
