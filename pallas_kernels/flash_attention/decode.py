@@ -1,8 +1,8 @@
 """Attention over the keys of a cache of all blocks, `[layers, kv_heads, batch, slots, head]`, where the slot is the position.
 
 A program has a tile of queries (a token's heads that share a key lie side by side) and walks over the keys in front of them:
-over all, or over its part, and then a second kernel puts the parts together. It reads the cache of all blocks at a layer's number:
-for a kernel that took one layer's keys XLA would copy them out for every token.
+over all, or over its part, and then a second kernel puts the parts together. It reads the cache of all blocks at a layer's
+number: for a kernel that took one layer's keys XLA would copy them out for every token.
 
 For one new token in each text the kernel also rotates queries and the key (RoPE) and writes key and value into the cache, in
 place. Only the first part of a text does so, and has the new key in registers; the others read what lies before it.

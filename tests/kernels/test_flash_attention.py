@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import export
 
 from quikjax.models.attention import attend
 from quikjax.models.base import Positions
@@ -39,7 +40,7 @@ def _equal(found: Any, expected: Any) -> None:
 
 @pytest.fixture
 def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A context in which models choose as on an H100, and attention kernels run on this CPU, in tiles of 16. It lists the called."""
+    """A context in which models choose as on an H100, and attention kernels run on this CPU, in tiles of 16; those called."""
     called: list[str] = []
 
     def watched(name: str, kernel: Any) -> Any:
@@ -198,6 +199,27 @@ def test_a_batch_under_vmap_is_the_definition(on_a_gpu: Any) -> None:
     want = jax.jit(jax.vmap(run))(*tokens)
     with on_a_gpu():
         _equal(jax.jit(jax.vmap(run))(*tokens), want)
+
+
+def test_attention_with_kernels_is_exported_for_a_gpu_that_is_not_here() -> None:
+    """A step and a prompt; for both platforms at once, the definition."""
+    cache = _filled("bfloat16", 1, 32)
+    q = _numbers(0, 1, 1, 2, HEAD, dtype=jnp.bfloat16)
+
+    def both(cache: StackedCache, q: jax.Array, at: jax.Array) -> Any:
+        step = attend(q, q, q, Positions(at[:, None], write_at=at), LayerCache(cache, jnp.int32(0)), scale=SCALE)[0]
+        return attend(step, q, q, Positions(at[:, None]), None, scale=SCALE)[0]
+
+    arguments = (cache, q, jnp.array([3], jnp.int32))
+    leaves, tree = jax.tree.flatten(arguments)
+    program = jax.jit(lambda *leaves: both(*jax.tree.unflatten(tree, leaves)))
+    kernel = "__gpu$xla.gpu.triton"
+    mesh = jax.sharding.AbstractMesh((), (), abstract_device=jax.sharding.AbstractDevice(H100.kind, H100.cores, "gpu"))
+    with tracing_for(H100), jax.sharding.use_abstract_mesh(mesh):
+        allowed = [export.DisabledSafetyCheck.custom_call(kernel)]
+        exported = export.export(program, platforms=["cuda"], disabled_checks=allowed)(*leaves)
+    assert exported.mlir_module().count(f"@{kernel}(") == 2
+    assert kernel not in export.export(program, platforms=["cpu", "cuda"])(*leaves).mlir_module()
 
 
 def _problem(**changed: Any) -> AttentionProblem:
