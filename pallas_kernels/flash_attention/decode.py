@@ -26,12 +26,15 @@ from quikjax.pallas_kernels.flash_attention.choice import Tiles
 
 
 class Cached(NamedTuple):
-    """Keys and values of all blocks; of int8 codes, a scale for each vector."""
+    """Keys and values of all blocks; of int8 codes, float32 scales `[layers, kv_heads, batch, slots]`, one for each vector.
 
-    keys: Array
-    values: Array
-    key_scale: Float32[Array, "layers kv_heads batch slots"] | None = None
-    value_scale: Float32[Array, "layers kv_heads batch slots"] | None = None
+    Or their shapes, so unchecked.
+    """
+
+    keys: Any
+    values: Any
+    key_scale: Any = None
+    value_scale: Any = None
 
 
 class Token(NamedTuple):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import glob
+import importlib.util
 import os
 import re
 import subprocess
@@ -150,9 +151,10 @@ def assemble(case: Case, gpu: str) -> Assembled:
 
 
 def _report(file: Path, gpu: str) -> str:
-    import nvidia  # a folder of packages, installed with the compiler
-
-    (assembler,) = (path for folder in nvidia.__path__ for path in glob.glob(os.path.join(folder, "*", "bin", "ptxas")))
+    spec = importlib.util.find_spec("nvidia")  # a folder of packages, installed with the compiler
+    assert spec is not None
+    folders = spec.submodule_search_locations or []
+    (assembler,) = (path for folder in folders for path in glob.glob(os.path.join(folder, "*", "bin", "ptxas")))
     done = subprocess.run(
         [assembler, "-v", f"-arch={_ASSEMBLED[gpu]}", str(file), "-o", os.devnull], capture_output=True, text=True, check=True
     )
