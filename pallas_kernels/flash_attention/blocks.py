@@ -17,7 +17,7 @@ LOG2_E = float(np.log2(np.e))
 
 
 class Sums(NamedTuple):
-    """What a tile of queries knows of the keys seen so far.
+    """Softmax of a tile of queries over the keys seen so far.
 
     `mixed` float32 `[rows, head]` are values weighted by `2^(score - top)`, `total` `[rows]` the sums of the weights, and `top`
     `[rows]` the highest scores.
