@@ -39,7 +39,7 @@ def over_cache(
     slopes: Float[Array, " heads"] | None,
     rope: Rope | None,
 ) -> tuple[Queries, LayerCache] | None:
-    """Attention of new tokens over a cache of all blocks, and the cache with them in it; `rope` rotates queries and keys first."""
+    """Attention of new tokens over a cache of all blocks, and the cache with them; `rope` rotates queries and keys first."""
     whole = cache.stacked
     tiles = _tiles(query, key.shape[2], whole.slots, whole.keys.dtype, True, cache.key_block > 0)
     if tiles is None:
