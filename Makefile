@@ -84,13 +84,15 @@ test-slow: $(VENV)/.installed-test $(VENV)/.installed-model
 
 gpu-compile: $(VENV)/.installed-gpu-compile
 	$(WITH_CUDA) $(BIN)/python tests/kernels/compile_all.py
+	$(WITH_CUDA) $(BIN)/python tests/kernels/compile_attention.py
 	$(WITH_CUDA) $(BIN)/python tests/kernels/execute_all.py
 	$(WITH_CUDA) $(BIN)/python -m pytest -m slow tests/kernels/test_gpu_scripts.py
 
 # Some minutes: a part of the executed kernels, Triton's interpreter, export for a GPU.
 test-3.12: $(VENV312)/.installed
 	$(WITH_CUDA312) $(VENV312)/bin/python tests/kernels/execute_all.py --few
-	$(WITH_CUDA312) $(VENV312)/bin/python -m pytest tests/kernels/test_triton.py tests/kernels/test_devices.py
+	$(WITH_CUDA312) $(VENV312)/bin/python -m pytest tests/kernels/test_triton.py tests/kernels/test_devices.py \
+		tests/kernels/test_flash_attention.py
 
 # The whole fast suite under Python 3.12 and JAX 0.11.2.
 test-3.12-all: $(VENV312)/.installed

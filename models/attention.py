@@ -9,8 +9,10 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int32
 
+from quikjax.models import gpu_attention
 from quikjax.models.base import Observe, Positions
 from quikjax.models.cache import BlockCache, KeyValues, LayerCache
+from quikjax.models.rope import Rope, rotate
 from quikjax.weights.linear import KEPT
 
 # Queries are taken this many at a time when all keys come from the same call: keys behind a chunk are never multiplied.
@@ -29,6 +31,7 @@ def attend(
     *,
     scale: float,
     slopes: Float[Array, " heads"] | None = None,
+    rope: Rope | None = None,
     causal: bool = True,
     observe: Observe | None = None,
 ) -> tuple[Float[Array, "batch length heads head"], BlockCache]:
@@ -39,29 +42,26 @@ def attend(
     Without a cache the keys are this call's; with one they are written into its slots first, from `positions.write_at` on.
     Positions must grow along a row wherever they are not padding. A row that sees no key (padding) gets finite numbers of no
     meaning. `slopes` adds ALiBi's `slope * key_position` to the scores before they are scaled, rounded to bfloat16 as Falcon
-    was trained with it. `observe` is shown "query" and "key" as the scores are made of them.
+    was trained with it. `rope` rotates queries and keys first. `observe` is shown "query" and "key" as the scores are made of
+    them. On a GPU a kernel takes what it can (`gpu_attention`); the definition is what stands here.
     """
+    if isinstance(cache, LayerCache) and observe is None:
+        found = gpu_attention.over_cache(query, key, value, positions, cache, scale, slopes, rope)
+        if found is not None:
+            return found
+    if rope is not None:
+        query, key = rotate(query, positions.queries, rope), rotate(key, positions.queries, rope)
     if observe is not None:
         query, key = observe("query", query), observe("key", key)
     length = query.shape[1]
     if cache is None:
-        fresh = KeyValues(key, value)
-        keys, values = fresh.by_head()
         # Where order does not matter, all tokens stand at 0, and see each other.
         places = positions.queries if causal else jnp.minimum(positions.queries, 0)
-        parts = [
-            _softmax_attention(
-                query[:, start : start + _CHUNK],
-                keys[:, :, : start + _CHUNK if causal else None],
-                values[:, :, : start + _CHUNK if causal else None],
-                places[:, start : start + _CHUNK],
-                places[:, : start + _CHUNK if causal else None],
-                scale,
-                slopes,
-            )
-            for start in range(0, length, _CHUNK)
-        ]
-        return checkpoint_name(jnp.concatenate(parts, axis=1), KEPT), fresh
+        definition = partial(_over_prompt, scale=scale, causal=causal)
+        mixed = gpu_attention.over_prompt(query, key, value, places, slopes, scale=scale, causal=causal, definition=definition)
+        if mixed is None:
+            mixed = definition(query, key, value, places, slopes)
+        return checkpoint_name(mixed, KEPT), KeyValues(key, value)
     assert causal
     assert positions.write_at is not None
     written = cache.write(key, value, positions.write_at)
@@ -75,6 +75,33 @@ def attend(
         key_positions = positions.keys
     keys, values = written.by_head()
     return _softmax_attention(query, keys, values, positions.queries, key_positions, scale, slopes), written
+
+
+def _over_prompt(
+    query: Float[Array, "batch length heads head"],
+    key: Float[Array, "batch length kv_heads head"],
+    value: Float[Array, "batch length kv_heads head"],
+    places: Int32[Array, "batch length"],
+    slopes: Float[Array, " heads"] | None,
+    *,
+    scale: float,
+    causal: bool,
+) -> Float[Array, "batch length heads head"]:
+    """Attention of tokens at `places` over the keys of the same call."""
+    keys, values = KeyValues(key, value).by_head()
+    parts = [
+        _softmax_attention(
+            query[:, start : start + _CHUNK],
+            keys[:, :, : start + _CHUNK if causal else None],
+            values[:, :, : start + _CHUNK if causal else None],
+            places[:, start : start + _CHUNK],
+            places[:, : start + _CHUNK if causal else None],
+            scale,
+            slopes,
+        )
+        for start in range(0, query.shape[1], _CHUNK)
+    ]
+    return jnp.concatenate(parts, axis=1)
 
 
 def attend_across(

@@ -254,6 +254,10 @@ class LayerCache:
         )
         return dataclasses.replace(self, stacked=stacked)
 
+    def holding(self, keys: Array, values: Array) -> "LayerCache":
+        """This cache with the keys and values of all blocks that something else has written into it."""
+        return dataclasses.replace(self, stacked=dataclasses.replace(self.stacked, keys=keys, values=values))
+
     def by_head(
         self, start: Any = 0, count: int | None = None
     ) -> tuple[Float[Array, "kv_heads batch count head"], Float[Array, "kv_heads batch count head"]]:

@@ -35,7 +35,7 @@ from quikjax.models.base import (
 )
 from quikjax.models.cache import BlockCache
 from quikjax.models.published import Fields
-from quikjax.models.rope import Rope, published_rope, rotate
+from quikjax.models.rope import Rope, published_rope
 
 FIRST_TYPES = ("RefinedWeb", "RefinedWebModel")
 _FIRST_NAMES = {"n_layer": "num_hidden_layers", "n_head": "num_attention_heads", "n_head_kv": "num_kv_heads"}
@@ -156,12 +156,18 @@ class FalconAttention(nnx.Module):
         groups = fused.reshape(batch, length, config.kv_heads, -1, config.head_size)
         query = groups[..., :-2, :].reshape(batch, length, config.heads, config.head_size)
         key, value = groups[..., -2, :], groups[..., -1, :]
-        slopes = None
-        if config.rope is None:
-            slopes = jnp.asarray(alibi_slopes(config.heads))
-        else:
-            query, key = rotate(query, positions.queries, config.rope), rotate(key, positions.queries, config.rope)
-        mixed, written = attend(query, key, value, positions, cache, scale=config.head_size**-0.5, slopes=slopes, observe=observe)
+        slopes = jnp.asarray(alibi_slopes(config.heads)) if config.rope is None else None
+        mixed, written = attend(
+            query,
+            key,
+            value,
+            positions,
+            cache,
+            scale=config.head_size**-0.5,
+            slopes=slopes,
+            rope=config.rope,
+            observe=observe,
+        )
         return mixed.reshape(batch, length, -1), written
 
 

@@ -27,7 +27,7 @@ from quikjax.models.base import (
 )
 from quikjax.models.cache import BlockCache
 from quikjax.models.published import Fields
-from quikjax.models.rope import Rope, published_rope, rotate
+from quikjax.models.rope import Rope, published_rope
 from quikjax.pallas_kernels import api
 from quikjax.weights.linear import Produced
 
@@ -152,8 +152,9 @@ class LlamaBlock(Block):
             y.reshape(*y.shape[:-1], -1, config.head_size)
             for y in project(x, attention.q_proj, attention.k_proj, attention.v_proj)
         )
-        query, key = rotate(query, positions.queries, config.rope), rotate(key, positions.queries, config.rope)
-        mixed, written = attend(query, key, value, positions, cache, scale=config.head_size**-0.5, observe=observe)
+        mixed, written = attend(
+            query, key, value, positions, cache, scale=config.head_size**-0.5, rope=config.rope, observe=observe
+        )
         x = see("attention_output", mixed.reshape(*hidden.shape[:-1], -1))
         hidden = attention.o_proj(x, onto=hidden)
 

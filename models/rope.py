@@ -132,13 +132,20 @@ def _apart(*tables: Float32[Array, "batch length half"]) -> tuple[Float32[Array,
     return tuple(jnp.matmul(table, one, precision=jax.lax.Precision.HIGHEST) for table in tables)
 
 
+def turns(
+    positions: Int32[Array, "batch length"], rope: Rope, size: int
+) -> tuple[Float32[Array, "batch length half"], Float32[Array, "batch length half"]]:
+    """Cosines and sines, times the amplitude, by which the pairs of a head of `size` are rotated at each position."""
+    angles = rope.angles(positions, size)
+    return jnp.cos(angles) * rope.amplitude, jnp.sin(angles) * rope.amplitude
+
+
 def rotate(
     x: Float[Array, "batch length heads head"], positions: Int32[Array, "batch length"], rope: Rope
 ) -> Float[Array, "batch length heads head"]:
     """Rotate each pair `(x[i], x[i + head/2])` by its angle, computed in float32, in the dtype of `x`."""
     half = x.shape[-1] // 2
-    angles = rope.angles(positions, x.shape[-1])
-    cos, sin = (turned(angles) * rope.amplitude for turned in (jnp.cos, jnp.sin))
+    cos, sin = turns(positions, rope, x.shape[-1])
     if positions.shape[1] >= _MANY:
         cos, sin = jax.lax.platform_dependent(cos, sin, cpu=_apart, default=lambda *tables: tables)
     cos, sin = cos[:, :, None], sin[:, :, None]

@@ -48,7 +48,8 @@ def tracing_for(device: Device) -> contextlib.AbstractContextManager[None]:
 
         h100 = jax.sharding.AbstractDevice(H100.kind, H100.cores, "gpu")
         mesh = jax.sharding.AbstractMesh((), (), abstract_device=h100)
-        allowed = [jax.export.DisabledSafetyCheck.custom_call("mosaic_gpu_v2")]
+        kernels = ("mosaic_gpu_v2", "__gpu$xla.gpu.triton")
+        allowed = [jax.export.DisabledSafetyCheck.custom_call(kernel) for kernel in kernels]
         with tracing_for(H100), jax.sharding.use_abstract_mesh(mesh):
             exported = jax.export.export(jax.jit(model), platforms=["cuda"], disabled_checks=allowed)(*arguments)
 

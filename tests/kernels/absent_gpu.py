@@ -146,7 +146,7 @@ def _captured() -> Iterator[list[str]]:
 
 
 @contextlib.contextmanager
-def _compiled_here() -> Iterator[None]:
+def compiled_here() -> Iterator[None]:
     """No executables from disk: one for a device that is not there cannot be loaded, and its PTX would not be printed."""
     kept = jax.config.values["jax_enable_compilation_cache"]
     jax.config.update("jax_enable_compilation_cache", False)
@@ -162,12 +162,16 @@ def lower(gpu: str, function: Callable[..., Any], *arguments: Any, donate: tuple
     """Lower for an absent GPU; `arguments` are pytrees of anything with `shape` and `dtype`."""
     sharding = on(gpu)
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), arguments)
-    return jax.jit(function, donate_argnums=donate).lower(*shapes)
+    _, name, cores, *_ = GPUS[gpu]
+    device = jax.sharding.AbstractDevice(name, cores, "gpu")
+    # From JAX 0.11 on kernels are lowered for the mesh's device, in place of the process's.
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device)):
+        return jax.jit(function, donate_argnums=donate).lower(*shapes)
 
 
 def compile_lowered(lowered: Any) -> Compiled:
     """All the way to machine code."""
-    with _captured() as text, _compiled_here():
+    with _captured() as text, compiled_here():
         compiled = lowered.compile()
     return Compiled(text[0], compiled.as_text())
 
