@@ -64,6 +64,7 @@ def test_outliers_beyond_the_columns(tiny_checkpoint: Path, tmp_path: Path) -> N
         quantize(str(tiny_checkpoint), tmp_path / "a", outliers="1000")
 
 
+@pytest.mark.long
 def test_windows_of_recover(artifact: Path, tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, original = tmp_path / "out", str(tiny_checkpoint)
     for context, length in ((None, 256), (40, 40)):

@@ -152,6 +152,7 @@ def test_bench_measures_what_it_names(quikjax_command: Run, tiny_checkpoint: Pat
     assert rows[1]["bytes_per_step"] == 4 * (blocks + 257 * 64 + 64)
 
 
+@pytest.mark.long
 def test_bench_needs_no_tokenizer_and_no_long_context(quikjax_command: Run, tiny_checkpoint: Path, tmp_path: Path) -> None:
     bare = tmp_path / "bare"
     bare.mkdir()

@@ -91,6 +91,7 @@ def test_a_process_without_the_package_gives_the_tokens_of_generate(
     assert ("bfloat16" in dtypes) == (dtype == "bfloat16")
 
 
+@pytest.mark.long
 def test_the_command_and_its_runner(tmp_path: Path, tiny_checkpoint: Path, quikjax_command: Any) -> None:
     out = tmp_path / "out"
     done = quikjax_command(

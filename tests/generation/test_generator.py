@@ -111,6 +111,7 @@ def test_programs_know_the_memory_they_take() -> None:
     assert 0 < programs.largest < x.nbytes
 
 
+@pytest.mark.long
 def test_a_cpu_keeps_what_16_bits_computed_in_float32() -> None:
     narrow = nnx.merge(
         nnx.split(tiny_model())[0], jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), pure_params(tiny_model()))
@@ -242,6 +243,7 @@ def test_a_penalty_follows_the_whole_text(generator: Generator) -> None:
     assert len(set(text)) == len(set(PROMPTS[0])) + 60
 
 
+@pytest.mark.long
 def test_blocks_that_differ_form_runs_of_their_own() -> None:
     model = tiny_model(num_hidden_layers=5)
     rules = (

@@ -212,6 +212,7 @@ def test_vmap_over_weights_takes_them_one_by_one() -> None:
     np.testing.assert_allclose(np.asarray(got), np.asarray(want), rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.long
 def test_sharded_over_outputs_and_over_inputs() -> None:
     """Four virtual devices in a process of their own: the same integers, and results equal up to the order of float32 sums."""
     program = textwrap.dedent(

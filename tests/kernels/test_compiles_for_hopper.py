@@ -44,7 +44,16 @@ CASES = [
     (LinearSpec("bits", "w8a16", 4096, 4096, 256, 8, 16), 64),
 ]
 # Those that take the compilers longest.
-LONG = ("llama-2-70b-gate-64", "opt-66b-fc2-2", "falcon-7b-qkv-2048", "bits-w8a4-2048", "bits-w4a8-2048")
+LONG = (
+    "outliers-one-8",
+    "odd-1376 inputs-17",
+    "odd-264 outputs-2048",
+    "llama-2-70b-gate-64",
+    "opt-66b-fc2-2",
+    "falcon-7b-qkv-2048",
+    "bits-w8a4-2048",
+    "bits-w4a8-2048",
+)
 
 
 @pytest.mark.parametrize(
@@ -94,7 +103,7 @@ def _flat(made: tuple[Callable[..., Any], tuple[Any, ...]]) -> tuple[Any, ...]:
     return function, *shapes
 
 
-@pytest.mark.parametrize(("bits", "rows"), [(4, 8), (16, 8), (4, 2048)])
+@pytest.mark.parametrize(("bits", "rows"), [(4, 8), (16, 8), pytest.param(4, 2048, marks=pytest.mark.long)])
 def test_float16_compiles(bits: int, rows: int) -> None:
     function, shapes = kernel_cases.layer_shapes(LinearSpec("bits", "f16", 1024, 1024, 64, 4, bits), rows, jnp.float16)
     compiled = absent_gpu.compile_for("h100", function, *shapes)

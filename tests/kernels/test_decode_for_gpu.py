@@ -87,6 +87,7 @@ def test_a_block_decodes_one_row_in_five_kernels_and_copies_no_packed_weight() -
     assert decoding.program.launched() <= 2 * (4 + 1) + 15
 
 
+@pytest.mark.long
 @compiles
 def test_biases_cost_no_kernel() -> None:
     """Those of q, k and v lie as their tiles do, all in float32: a block of OPT launches its layers, attention and ReLU."""

@@ -130,6 +130,7 @@ def test_further_tokens_and_the_cache_are_those_of_the_definition(
     assert changed[1].any(axis=0).sum() <= 3 * length
 
 
+@pytest.mark.long
 def test_a_text_alone_gives_the_bits_it_gives_among_others(on_a_gpu: Any) -> None:
     """Longer texts beside it, a larger cache, and what earlier texts left behind its end, change no bit."""
     q, k, v = (_numbers(i, 3, 1, n, HEAD, dtype=jnp.bfloat16) for i, n in enumerate((4, KV_HEADS, KV_HEADS)))
@@ -190,6 +191,7 @@ def test_prompts_are_read_as_by_the_definition(
     _equal(gradients, want_gradients)
 
 
+@pytest.mark.long
 def test_a_batch_under_vmap_is_the_definition(on_a_gpu: Any) -> None:
     tokens = [_numbers(i, 2, 1, 9, n, HEAD, dtype=jnp.bfloat16) for i, n in enumerate((4, 2, 2))]
     where = Positions(jnp.arange(9, dtype=jnp.int32)[None])

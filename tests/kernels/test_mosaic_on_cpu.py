@@ -69,6 +69,7 @@ def test_split(
     np.testing.assert_allclose(np.asarray(got.scale), np.asarray(want.scale), rtol=2**-7)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("producer", "inputs"),
     [(api.Identity(), 332), (api.RmsNorm(1e-5), 332), (api.RmsNorm(1e-5), 14336)],

@@ -100,6 +100,9 @@ def test_split(case: Split) -> None:
     assert wrong(case) == []
 
 
-@pytest.mark.parametrize("case", ROWS, ids=str)
+# Every other one in the fast tests.
+@pytest.mark.parametrize(
+    "case", [case if i % 2 else pytest.param(case, marks=pytest.mark.long) for i, case in enumerate(ROWS)], ids=str
+)
 def test_row(case: Row) -> None:
     assert wrong(case) == []

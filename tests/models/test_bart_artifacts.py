@@ -140,6 +140,7 @@ def test_both_sides_are_quantized_and_planned(place: Path) -> None:
     assert not make_plan(FIELDS, "int4", memory_bytes=1 << 30).problems
 
 
+@pytest.mark.long
 def test_the_quantized_model_is_near_the_original_and_exports_as_what_it_computes(place: Path, tmp_path: Path) -> None:
     original, _ = quikjax.load(place / "model")
     quantized, _ = quikjax.restore(place / "artifact")
@@ -158,6 +159,7 @@ def test_the_quantized_model_is_near_the_original_and_exports_as_what_it_compute
         np.testing.assert_array_equal(dotted(pure_params(again))[path], leaf)
 
 
+@pytest.mark.long
 def test_a_killed_run_goes_on_between_the_halves(place: Path, tmp_path: Path) -> None:
     class Killed(Exception):
         pass

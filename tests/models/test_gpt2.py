@@ -140,6 +140,7 @@ def test_quik_4b_gives_eight_bits_to_the_layer_with_the_wide_input(place: Path) 
     assert sum(row.count for row in read_report(place / "artifact").layers) == 8
 
 
+@pytest.mark.long
 def test_the_quantized_model_is_near_the_original_and_says_where_it_is_not(place: Path) -> None:
     original, _ = quikjax.load(place / "model")
     quantized, _ = quikjax.restore(place / "artifact")

@@ -118,6 +118,7 @@ def test_loss_gradient_and_adams_steps_are_those_of_the_equations() -> None:
             np.testing.assert_allclose(moving[PATH][kind], mine[kind], atol=0.02 * rate)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", RULES)
 def test_what_is_returned_is_the_best_that_was_found_on_batches_kept_apart(kind: str) -> None:
     packed = packed_layer(kind)

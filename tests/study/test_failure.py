@@ -129,6 +129,7 @@ def relative(right: Any, other: Any) -> float:
     return float(np.linalg.norm(right - other) / np.linalg.norm(right))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("index", [0, 1], ids=["decoder", "encoder"])
 @pytest.mark.parametrize("part", ["both", "weights", "activations"])
 def test_figures_are_their_definitions(subjects: list[Subject], finished: Path, index: int, part: str) -> None:
@@ -193,6 +194,7 @@ def test_figures_are_their_definitions(subjects: list[Subject], finished: Path, 
         assert (layer["rounding_by_token"] > 0.01) == (part != "weights")
 
 
+@pytest.mark.long
 def test_models_are_told_apart_by_what_they_are(subjects: list[Subject], finished: Path) -> None:
     found = results(finished)
     traits = {name: [found[name, "both"][trait] for trait in ("family", "norms", "mask")] for name in ("decoder", "encoder")}
@@ -209,6 +211,7 @@ def test_models_are_told_apart_by_what_they_are(subjects: list[Subject], finishe
     np.testing.assert_array_equal(encoder.asked, masked_places(COUNT, 1, WINDOW - 1))
 
 
+@pytest.mark.long
 def test_tables_and_charts(finished: Path) -> None:
     whole = json.loads((finished / "study.json").read_text())
     assert [line[:2] for line in whole["table"]] == [
@@ -238,6 +241,7 @@ class Stops(NoProgress):
             raise KeyboardInterrupt
 
 
+@pytest.mark.long
 def test_a_study_that_was_stopped_leaves_the_rows_of_one_that_was_not(
     models: list[str], subjects: list[Subject], finished: Path, tmp_path: Path, quikjax_command: Any
 ) -> None:
@@ -262,6 +266,7 @@ def test_a_study_that_was_stopped_leaves_the_rows_of_one_that_was_not(
         assert {**mine, "command": ""} == {**theirs, "command": ""}
 
 
+@pytest.mark.long
 def test_an_artifact_of_the_model_in_place_of_a_recipe(
     models: list[str], finished: Path, tmp_path: Path, quikjax_command: Any
 ) -> None:

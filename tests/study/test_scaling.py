@@ -60,6 +60,7 @@ def family(models: list[str]) -> Family:
     return open_family(models, TEXT, window=64, count=3)
 
 
+@pytest.mark.long
 def test_bits_are_those_of_the_file_and_perplexity_that_of_the_artifact(
     family: Family, models: list[str], tmp_path: Path
 ) -> None:

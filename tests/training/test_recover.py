@@ -250,6 +250,7 @@ def test_the_estimate_counts_what_is_there(place: Path) -> None:
     assert found.as_json()["total"] == found.total > found.teacher
 
 
+@pytest.mark.long
 def test_the_command_says_what_it_does(place: Path, done: Recovered, quikjax_command: Run, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_bytes(bytes(np.random.default_rng(0).integers(97, 123, 16 * 32).astype(np.uint8)))

@@ -181,6 +181,7 @@ def test_mistakes_are_said_before_any_work(place: Place, tmp_path: Path) -> None
     assert not (at / "x").exists()
 
 
+@pytest.mark.long
 def test_the_commands(place: Place, quikjax_command: Run, tmp_path: Path) -> None:
     at = place.directory
     measured = quikjax_command("accuracy", at / "teacher", "--data", at / "held.tsv")
