@@ -167,6 +167,7 @@ def test_named_backend_and_explanation() -> None:
     assert explain(odd, 2, jnp.bfloat16, device=H100).backend == "mosaic"
 
 
+@pytest.mark.long
 def test_a_model_as_a_hopper_gpu_runs_it_gives_the_same_bits() -> None:
     """In tile form, and its blocks unrolled; here XLA multiplies in either form."""
     model = tiny_model(num_hidden_layers=2)

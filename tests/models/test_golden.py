@@ -130,7 +130,7 @@ def test_greedy_tokens_with_a_cache(case: Case) -> None:
     assert tokens.tolist() == case.golden["tokens"].tolist()
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.long)])
 @pytest.mark.parametrize(
     "case",
     [name if name in HALF_VARIANTS else pytest.param(name, marks=pytest.mark.slow) for name in VARIANTS],

@@ -180,6 +180,7 @@ def test_weights_that_are_not_finite_are_refused() -> None:
         )
 
 
+@pytest.mark.long
 def test_a_checkpoint_becomes_an_artifact_and_back(tiny_checkpoint: Path, tmp_path: Path) -> None:
     """Plan, quantize, report, restore, generate's model, sizes and export: a codebook recipe with proxy outliers."""
     recipe = find_recipe("int5").with_codebook(block=100, proxy=0.05)

@@ -263,6 +263,7 @@ def test_fifty_kills_fifty_correct_endings(tmp_path: Path) -> None:
         run_number += 1
 
 
+@pytest.mark.long
 def test_a_killed_run_goes_on(tiny_checkpoint: Path, tmp_path: Path) -> None:
     """SIGKILL once a block is on disk: the same command ends in the bytes of an undisturbed run."""
     expected = quantize_checkpoint(tiny_checkpoint, tmp_path / "whole", "quik-4b", windows)
