@@ -1,6 +1,5 @@
 """From a checkpoint's tensors to a model's parameter tree, checked against each other before the first tensor is read."""
 
-import os
 import re
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +17,9 @@ from quikjax.models.registry import dotted, nested, pure_params
 from quikjax.weights.host import adopt
 
 _EMBEDDING = re.compile(r"(^|\.)(embed_tokens|word_embeddings|wte)\.weight$")
+
+# Tensors read and converted beside each other. More would be faster where there are more cores; no plan counts their memory.
+_AT_ONCE = 2
 
 
 def match(source: Source, model: Transformer) -> dict[str, str]:
@@ -77,7 +79,7 @@ def _listing(names: list[str]) -> str:
 def load_params(
     source: Source, model: Transformer, names: Iterable[str] | None = None, dtype: Any = jnp.float32
 ) -> dict[str, Any]:
-    """The parameters of `model` from `source`: beside those already converted one tensor in memory for each core.
+    """The parameters of `model` from `source`, two tensors in memory at a time beside those already converted.
 
     Args:
         source: an opened checkpoint.
@@ -100,7 +102,7 @@ def load_params(
     _check_tied(source, found, type(model))
     turned = type(model).lies_transposed
     # NumPy lets go of Python's lock while it reads and converts.
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
         converted = pool.map(lambda path: _convert(source, found[path], dtype, transposed=turned(path)), found)
         return nested(dict(zip(found, converted, strict=True)))
 

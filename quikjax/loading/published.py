@@ -19,7 +19,7 @@ def load_published(
 ) -> tuple[Transformer, Any | None]:
     """A published model with its parameters, and its tokenizer, or None where the checkpoint has none.
 
-    On top of the parameters one tensor is held at a time. `quikjax.load` takes artifacts as well.
+    On top of the parameters two tensors are held at a time. `quikjax.load` takes artifacts as well.
 
     Args:
         model: whatever `open_source` takes, or what `resolve` found.

@@ -213,15 +213,7 @@ def update(settings: Distillation, moving: Moving, state: Any, gradient: Moving)
     return moved, state, finite
 
 
-@partial(jax.jit, static_argnames=("blockdef",))
-def _loss(
-    blockdef: nnx.GraphDef[Block],
-    still: Mapping[str, Any],
-    moving: Moving,
-    teacher: Mapping[str, Any],
-    hidden: Float[Array, "batch length hidden"],
-) -> Float32[Array, ""]:
-    return block_loss(blockdef, still, moving, teacher, hidden)
+_loss = jax.jit(block_loss, static_argnames=("blockdef",))
 
 
 def _mean_loss(

@@ -12,7 +12,7 @@ from flax import nnx
 from safetensors.numpy import load_file
 
 from quikjax import checkpoint
-from quikjax.checkpoint.export.awq import awq_tensors, codes_of, dequantized, export_awq, problem_of, words
+from quikjax.checkpoint.export.awq import ORDER, awq_tensors, export_awq, problem_of, words
 from quikjax.errors import QuikError
 from quikjax.loading import open_source
 from quikjax.models.gpt2 import GPT2LMHeadModel
@@ -27,6 +27,20 @@ from quikjax.weights.groups import GroupWeight
 
 Command = Callable[..., Any]
 GROUPS = {"group_size": 16, "method": "rtn"}
+
+
+def codes_of(packed: np.ndarray) -> np.ndarray:
+    """The codes that `words` has packed."""
+    shifts = np.arange(0, 32, 4, dtype=np.uint32)
+    eight = (np.ascontiguousarray(packed).view(np.uint32)[..., None] >> shifts & 15).astype(np.uint8)
+    return eight[..., np.argsort(ORDER)].reshape(packed.shape[0], -1)
+
+
+def dequantized(qweight: np.ndarray, qzeros: np.ndarray, scales: np.ndarray) -> np.ndarray:
+    """`W` float32 `[N, K]` of a layer's three tensors, by the format's equation."""
+    group = qweight.shape[0] // scales.shape[0]
+    zero, scale = (np.repeat(part.astype(np.float32), group, axis=0) for part in (codes_of(qzeros), scales))
+    return (scale * (codes_of(qweight).astype(np.float32) - zero)).T
 
 
 def recipe(match: str = "_proj", **fields: Any) -> Recipe:

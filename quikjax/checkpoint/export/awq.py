@@ -21,7 +21,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Float16, Int32, UInt8
+from jaxtyping import Int32, UInt8
 
 from quikjax.algorithms import codebooks
 from quikjax.checkpoint import Reader
@@ -104,22 +104,6 @@ def words(codes: UInt8[np.ndarray, "rows n"]) -> Int32[np.ndarray, "rows words"]
     eight = codes.reshape(codes.shape[0], -1, _IN_A_WORD)[..., ORDER].astype(np.uint32)
     shifts = np.arange(0, 32, _BITS, dtype=np.uint32)
     return np.bitwise_or.reduce(eight << shifts, axis=-1).view(np.int32)
-
-
-def codes_of(words: Int32[np.ndarray, "rows words"]) -> UInt8[np.ndarray, "rows n"]:
-    """The codes that `words` packed."""
-    shifts = np.arange(0, 32, _BITS, dtype=np.uint32)
-    eight = (np.ascontiguousarray(words).view(np.uint32)[..., None] >> shifts & 15).astype(np.uint8)
-    return eight[..., np.argsort(ORDER)].reshape(words.shape[0], -1)
-
-
-def dequantized(
-    qweight: Int32[np.ndarray, "k words"], qzeros: Int32[np.ndarray, "groups words"], scales: Float16[np.ndarray, "groups n"]
-) -> np.ndarray:
-    """`W` float32 `[N, K]` of a layer's three tensors, by the equation above."""
-    group = qweight.shape[0] // scales.shape[0]
-    zero, scale = (np.repeat(part.astype(np.float32), group, axis=0) for part in (codes_of(qzeros), scales))
-    return (scale * (codes_of(qweight).astype(np.float32) - zero)).T
 
 
 def problem_of(family: type[Transformer], path: str, weight: Any) -> str | None:
