@@ -1,14 +1,18 @@
 """Compile every distinct kernel of `arg_specs` for an H100 that is not there: `make gpu-compile`.
 
 Every layer of every model at every number of rows asks for a split and a product, and at few rows for one with a codebook. What
-several layers ask for in the same shape is compiled once. Prints a line per kernel, and exits with 1 if any of them spills, has
-no tensor-core product of its kind, divides inexactly, or does not compile.
+several layers ask for in the same shape is compiled once, on every core of this machine. Prints a line per kernel, and exits with
+1 if any of them spills, has no tensor-core product of its kind, divides inexactly, or does not compile.
 """
 
 import argparse
+import concurrent.futures
+import multiprocessing
+import os
 import sys
 import time
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import absent_gpu
 import kernel_cases
@@ -24,12 +28,24 @@ def _extra() -> list[LinearSpec]:
     return [LinearSpec("bits", f"w{w}a{a}", 4096, 4096, 256, w, a) for w, a in shapes]
 
 
-def _problems(spec: LinearSpec, key: tuple[Any, ...], function: Any, shapes: tuple[Any, ...]) -> list[str]:
+class Kernel(NamedTuple):
+    """A kernel of a layer: what another process needs to make it."""
+
+    make: str  # a function of `kernel_cases`
+    spec: LinearSpec
+    rows: int
+
+
+def _problems(kernel: Kernel) -> list[str]:
     """List what is wrong with one kernel, nothing if it is as it should be."""
+    spec = kernel.spec
+    key, function, shapes = getattr(kernel_cases, kernel.make)(spec, kernel.rows)
     try:
         compiled = absent_gpu.compile_for("h100", function, *shapes)
     except Exception as failure:
         return [f"{type(failure).__name__}: {(str(failure).splitlines() or [''])[0][:200]}"]
+    if not compiled.log:
+        return ["nothing was printed, so nothing is checked: was the same kernel compiled before under another key?"]
     splits = key[0] in ("split", "row")
     problems = compiled.complaints(exact_division=not (splits and isinstance(spec.producer, SiluMul)))
     if compiled.kernels != 1:
@@ -40,36 +56,45 @@ def _problems(spec: LinearSpec, key: tuple[Any, ...], function: Any, shapes: tup
     return problems
 
 
+def _asked(models: list[str] | None, rows: list[int]) -> Iterator[Kernel]:
+    """Every kernel that a layer of the lists asks for, those that several ask for as often."""
+    for spec in all_linears() + _extra():
+        if models and spec.model not in models:
+            continue
+        for count in rows:
+            yield Kernel("product_kernel", spec, count)
+            if kernel_cases.has_split_kernel(spec, count):
+                yield Kernel("split_kernel", spec, count)
+            if kernel_cases.splits_inside(spec, count):
+                yield Kernel("row_kernel", spec, count)
+            if count <= codebook_mosaic.MOST_ROWS:
+                yield Kernel("codebook_kernel", spec, count)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, nargs="*", default=list(ROWS))
     parser.add_argument("--models", nargs="*", help="only these models")
     parser.add_argument("--minutes", type=float, default=35, help="fail when it takes longer (default 35)")
+    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="how many compile at a time (default all cores)")
     arguments = parser.parse_args()
     if (reason := absent_gpu.missing()) is not None:
         print(reason, file=sys.stderr)
         return 1
-    start, seen, failures, asked = time.monotonic(), set(), 0, 0
-    for spec in all_linears() + _extra():
-        if arguments.models and spec.model not in arguments.models:
-            continue
-        for rows in arguments.rows:
-            splits = [kernel_cases.split_kernel] if kernel_cases.has_split_kernel(spec, rows) else []
-            codebooks = [kernel_cases.codebook_kernel] if rows <= codebook_mosaic.MOST_ROWS else []
-            inside = [kernel_cases.row_kernel] if kernel_cases.splits_inside(spec, rows) else []
-            makers = [kernel_cases.product_kernel, *splits, *inside, *codebooks]
-            for make in makers:
-                key, function, shapes = make(spec, rows)
-                asked += 1
-                if key in seen:
-                    continue
-                seen.add(key)
-                problems = _problems(spec, key, function, shapes)
-                failures += bool(problems)
-                label = f"{spec.model}.{spec.name} {' '.join(str(part) for part in key)}"
-                print(("FAILED " if problems else "ok     ") + label + "".join(f"; {p}" for p in problems), flush=True)
+    start, asked, failures = time.monotonic(), 0, 0
+    distinct: dict[tuple[Any, ...], Kernel] = {}
+    for kernel in _asked(arguments.models, arguments.rows):
+        asked += 1
+        distinct.setdefault(getattr(kernel_cases, kernel.make)(kernel.spec, kernel.rows)[0], kernel)
+    # A fresh process each: a fork would share the threads of the JAX that is running here.
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(arguments.processes, mp_context=context) as pool:
+        for (key, kernel), problems in zip(distinct.items(), pool.map(_problems, distinct.values(), chunksize=4), strict=True):
+            failures += bool(problems)
+            label = f"{kernel.spec.model}.{kernel.spec.name} {' '.join(str(part) for part in key)}"
+            print(("FAILED " if problems else "ok     ") + label + "".join(f"; {p}" for p in problems), flush=True)
     minutes = (time.monotonic() - start) / 60
-    print(f"{asked} kernels asked for, {len(seen)} distinct ones compiled for an H100, {failures} failed, {minutes:.1f} minutes")
+    print(f"{asked} kernels asked for, {len(distinct)} distinct, compiled for an H100; {failures} failed, {minutes:.1f} minutes")
     if minutes > arguments.minutes:
         print(f"took longer than {arguments.minutes} minutes", file=sys.stderr)
         return 1

@@ -15,6 +15,7 @@ from quikjax.pallas_kernels.codebook_matmul import layout as codebook_layout
 from quikjax.pallas_kernels.codebook_matmul import mosaic as codebook_mosaic
 from quikjax.pallas_kernels.devices import H100
 from quikjax.pallas_kernels.quik_linear import mosaic as mosaic_layer
+from quikjax.pallas_kernels.split_quantize.producers import LayerNorm, RmsNorm
 
 
 def weight(seed: int, outputs: int, inputs: int, outliers: int, bits: int = 4, dtype: Any = jnp.bfloat16) -> api.Packed:
@@ -92,10 +93,23 @@ def splits_inside(spec: LinearSpec, rows: int) -> bool:
     return mosaic_layer.splits_inside(rows, spec.inputs, jnp.bfloat16, packed, spec.bits, spec.producer, H100)
 
 
+def _tile_widths(spec: LinearSpec) -> tuple[int, int]:
+    """Base and outlier columns as a product knows them, which is padded: 1 and 36 outliers of 4096 are one kernel."""
+    return layout.round_up(spec.base, layout.WEIGHT_TILE), layout.round_up(spec.outliers, layout.OUTLIER_TILE)
+
+
+def _split_widths(spec: LinearSpec) -> tuple[int, int]:
+    """Base and outlier columns as a split knows them: padded, but for a norm, which counts each column once."""
+    if isinstance(spec.producer, RmsNorm | LayerNorm):
+        return spec.base, spec.outliers
+    return layout.round_up(spec.base, layout.COLUMN_TILE), layout.round_up(spec.outliers, layout.COLUMN_TILE)
+
+
 def row_kernel(spec: LinearSpec, rows: int) -> tuple[tuple[Any, ...], Callable[..., Any], tuple[Any, ...]]:
     """A layer whose kernel splits its one row: a key that tells it from others, the function, the shapes of its arguments."""
     assert splits_inside(spec, rows)
-    key = ("row", spec.outputs, spec.inputs, spec.outliers, spec.weight_bits, spec.bits, spec.bias, spec.producer)
+    widths = (*_split_widths(spec), *_tile_widths(spec))
+    key = ("row", spec.outputs, spec.inputs, *widths, spec.weight_bits, spec.bits, spec.bias, spec.producer)
     return key, *layer_shapes(spec, rows)
 
 
@@ -110,7 +124,7 @@ def split_kernel(spec: LinearSpec, rows: int) -> tuple[tuple[Any, ...], Callable
     def function(inputs: Any, columns: Any, parameters: Any) -> Any:
         return mosaic_layer.split(inputs, columns, spec.base, spec.bits, spec.producer, parameters, H100)
 
-    key = ("split", rows, spec.inputs, spec.outliers, spec.bits, spec.producer)
+    key = ("split", rows, spec.inputs, *_split_widths(spec), spec.bits, spec.producer)
     return key, function, (inputs, s((columns,), jnp.int32), parameters)
 
 
@@ -128,9 +142,7 @@ def product_kernel(spec: LinearSpec, rows: int) -> tuple[tuple[Any, ...], Callab
         split = layout.TileSplit(tokens, scale, zero, kept)
         return mosaic_layer.product(split, rows, packed, [bias], spec.bits, jnp.bfloat16, H100)[0]
 
-    # The kernel knows the padded widths only: 1 and 36 outliers of 4096 are one kernel.
-    widths = (layout.round_up(spec.base, layout.WEIGHT_TILE), layout.round_up(spec.outliers, layout.OUTLIER_TILE))
-    key = ("product", rows, spec.outputs, base, outliers, *widths, spec.weight_bits, spec.bits, spec.bias)
+    key = ("product", rows, spec.outputs, base, outliers, *_tile_widths(spec), spec.weight_bits, spec.bits, spec.bias)
     return key, function, (tokens, per_row, per_row, kept, packed, bias)
 
 
