@@ -54,8 +54,9 @@ def widened(words: jax.Array) -> jax.Array:
         registers = np.empty((n // 64, 8, 1, 1, 2, 1, 1, 1, 1), dtype=object)
         pieces = loaded.registers.reshape(n // 64, 2)
         for tile, half in np.ndindex(pieces.shape):
+            piece: Any = pieces[tile, half]
             for w in range(4):
-                word = vector.extract(pieces[tile, half], dynamic_position=[], static_position=[w])
+                word = vector.extract(piece, dynamic_position=[], static_position=[w])
                 low = arith.andi(arith.shli(word, mosaic_utils.c(4, i32)), mask)
                 for place, value in ((2 * w, low), (2 * w + 1, arith.andi(word, mask))):
                     registers[tile, place, 0, 0, half, 0, 0, 0, 0] = mosaic_utils.bitcast(value, four)
