@@ -2,7 +2,7 @@
 
 A weight on disk holds exactly `B` base and `O` outlier columns and `N` rows. Kernels take more of each:
 
-    qweight   [N up to 128, B up to 128]     zero codes
+    qweight   [N up to 128, B up to 128]     zero codes; of 4 bits int32 [B / 128, N, 16], as below
     outliers  [N up to 128, O up to 64]      zeros
     scale, reduced (and a bias) [N up to 128]  ones, zeros (zeros)
     columns   [B up to 256 | O up to 256]    the first base column again
@@ -11,6 +11,10 @@ A padded base column repeats a real one, so it cannot move a token's minimum or 
 an accumulator; a padded outlier column meets zeros. The true `B`, `K` and `N` stay beside the arrays. `Packed` is a weight
 without padding, `Tiled` one in tile form, `Joined` several that one kernel multiplies: made once, when a model is put on a GPU,
 they cost nothing per call.
+
+Codes of 4 bits in tile form are what Hopper's tensor cores are fed with (`quik_matmul/feed.py`): 128 columns of all rows after
+each other, a row's 128 codes 64 bytes, of which a thread reads its own 16 at once. With column `32 w + 16 h + 4 t + j` of the
+128, `t`, `w`, `j` in 0..3 and `h` in 0..1: word `4 t + w` has the code in its half-bytes `2 j + h`.
 
 Triton's kernels read columns as they are, but codes of 4 bits as bytes (`Halved`): byte `j` of the 64 that stand for 128 columns
 has the code of column `j` in its low half and that of column `64 + j` in its high one, so that each half of a tile is a product
@@ -23,7 +27,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Shaped
+from jaxtyping import Array, Int, Int32, Shaped
 
 WEIGHT_TILE = 128
 OUTLIER_TILE = 64
@@ -53,8 +57,8 @@ class _Weight:
 
     @property
     def code_dtype(self) -> Any:
-        """The kind of a code, however many share a byte."""
-        return jnp.dtype(self.qweight.dtype)
+        """The kind of a code, however many share a byte or a word."""
+        return jnp.dtype(jnp.int4) if self.qweight.dtype == jnp.int32 else jnp.dtype(self.qweight.dtype)
 
     @property
     def weight_bits(self) -> int:
@@ -76,6 +80,11 @@ class Packed(_Weight):
 class Tiled(_Weight):
     """A weight's arrays in tile form: padded as the table above says."""
 
+    @property
+    def padded(self) -> tuple[int, int]:
+        """Rows and base columns with padding."""
+        return self.scale.shape[0], round_up(self.base, WEIGHT_TILE)
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -96,6 +105,11 @@ class Joined(_Weight):
     """
 
     members: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+
+    @property
+    def padded(self) -> tuple[int, int]:
+        """Rows and base columns with padding."""
+        return self.scale.shape[0], round_up(self.base, WEIGHT_TILE)
 
     @property
     def places(self) -> tuple[tuple[int, int, int], ...]:
@@ -186,8 +200,9 @@ def to_tiles(packed: Packed | Tiled) -> Tiled:
         return packed
     rows = round_up(packed.outputs, WEIGHT_TILE)
     outliers = round_up(packed.outlier_count, OUTLIER_TILE)
+    codes = pad_to(packed.qweight, (rows, round_up(packed.base, WEIGHT_TILE)))
     return Tiled(
-        qweight=pad_to(packed.qweight, (rows, round_up(packed.base, WEIGHT_TILE))),
+        qweight=feed(codes) if packed.weight_bits == 4 else codes,
         scale=pad_to(packed.scale, (rows,), 1),
         reduced=pad_to(packed.reduced, (rows,)),
         outliers=pad_to(packed.outliers, (rows, outliers)),
@@ -202,10 +217,8 @@ def to_tiles(packed: Packed | Tiled) -> Tiled:
 def join(weights: Sequence[Tiled]) -> Joined:
     """Weights with the same `columns`, `base` and formats as one. Columns are the first one's."""
     first = weights[0]
-    # int4 is concatenated in int8, as it is padded.
-    codes = jnp.concatenate([w.qweight.astype(jnp.int8) for w in weights]).astype(first.qweight.dtype)
     return Joined(
-        qweight=codes,
+        qweight=jnp.concatenate([w.qweight for w in weights], axis=_rows_axis(first)),
         **{name: jnp.concatenate([getattr(w, name) for w in weights]) for name in ("scale", "reduced", "outliers")},
         columns=first.columns,
         base=first.base,
@@ -218,9 +231,11 @@ def join(weights: Sequence[Tiled]) -> Joined:
 
 def part(joined: Joined) -> list[Tiled]:
     """The weights that `join` joined."""
+    axis = _rows_axis(joined)
     return [
         Tiled(
-            **{name: getattr(joined, name)[first : first + rows] for name in ("qweight", "scale", "reduced", "outliers")},
+            qweight=jax.lax.slice_in_dim(joined.qweight, first, first + rows, axis=axis),
+            **{name: getattr(joined, name)[first : first + rows] for name in ("scale", "reduced", "outliers")},
             columns=joined.columns,
             base=joined.base,
             inputs=joined.inputs,
@@ -229,6 +244,29 @@ def part(joined: Joined) -> list[Tiled]:
         )
         for first, outputs, rows in joined.places
     ]
+
+
+def _rows_axis(weight: Tiled | Joined) -> int:
+    """Along which axis of `qweight` its rows lie."""
+    return 1 if weight.weight_bits == 4 else 0
+
+
+def feed(codes: Int[Array, "n base"]) -> Int32[Array, "steps n 16"]:
+    """Codes of 4 bits in tile form, `base` a multiple of 128."""
+    n = codes.shape[0]
+    halves = codes.astype(jnp.uint8).reshape(n, -1, 4, 2, 4, 4) & 15  # [n, steps, w, h, t, j]
+    pairs = (halves[:, :, :, 0] | (halves[:, :, :, 1] << 4)).transpose(1, 0, 3, 2, 4)  # [steps, n, t, w, j]
+    words = jax.lax.bitcast_convert_type(pairs, jnp.int32)  # the first byte is the lowest
+    return words.reshape(-1, n, 16)
+
+
+def fed_codes(words: Int32[Array, "steps n 16"]) -> Int[Array, "n base"]:
+    """The codes, int4, that `feed` laid in words."""
+    n = words.shape[1]
+    pairs = jax.lax.bitcast_convert_type(words, jnp.uint8).reshape(-1, n, 4, 4, 4)  # [steps, n, t, w, j]
+    halves = jnp.stack([pairs << 4, pairs], axis=-1)
+    signed = jax.lax.bitcast_convert_type(halves, jnp.int8) >> 4  # [steps, n, t, w, j, h]
+    return signed.transpose(1, 0, 3, 5, 2, 4).reshape(n, -1).astype(jnp.int4)
 
 
 def halve(packed: Packed) -> Halved:
@@ -254,8 +292,9 @@ def from_tiles(packed: Packed | Tiled | Halved) -> Packed:
     if isinstance(packed, Halved):
         return _whole(packed)
     n, base, outliers = packed.outputs, packed.base, packed.outlier_count
+    codes = fed_codes(packed.qweight) if packed.weight_bits == 4 else packed.qweight
     return Packed(
-        qweight=_cut(packed.qweight, (n, base)),
+        qweight=_cut(codes, (n, base)),
         scale=_cut(packed.scale, (n,)),
         reduced=_cut(packed.reduced, (n,)),
         outliers=_cut(packed.outliers, (n, outliers)),

@@ -78,7 +78,7 @@ def splits_inside(
     """Whether the product's kernel splits its activations itself: one row, if that leaves room for a ring of weights."""
     if rows != 1 or bits == 16:
         return False
-    n, base = (layout.round_up(count, layout.WEIGHT_TILE) for count in (packed.qweight.shape[0], packed.base))
+    n, base = (layout.round_up(count, layout.WEIGHT_TILE) for count in (packed.outputs, packed.base))
     tiles, _ = tuned.matmul_tiles(rows, n, base, packed.weight_bits, bits, device)
     form = row_form(k, dtype, packed.base, bits, producer)
     return form.why_not(tiles, base, layout.round_up(k - packed.base, layout.OUTLIER_TILE), packed.weight_bits, bits) is None
@@ -120,7 +120,7 @@ def product(
     is rounded: in the kernel where that takes few rows.
     """
     weight = packed if isinstance(packed, Joined) else layout.to_tiles(packed)
-    n, base = weight.qweight.shape
+    n, base = weight.padded
     tiles, _ = tuned.matmul_tiles(rows, n, base, weight.weight_bits, bits, device)
     bias = None
     if any(given is not None for given in biases):

@@ -50,6 +50,7 @@ from jax import lax
 
 from quikjax.pallas_kernels import hopper
 from quikjax.pallas_kernels.layout import Joined, Tiled, TileSplit
+from quikjax.pallas_kernels.quik_matmul import feed
 from quikjax.pallas_kernels.quik_matmul.problem import Operands, Problem, Walk, parts_of
 from quikjax.pallas_kernels.quik_matmul.tiles import (
     COMPUTE,
@@ -96,7 +97,7 @@ def quik_matmul(
     reduced = weight.reduced if bits < 16 else None
     w_outliers = weight.outliers if weight.outlier_count else None
     m = 8 if tokens is None else tokens.shape[0]
-    n, base = qweight.shape
+    n, base = weight.padded
     weight_bits = weight.weight_bits
     base_steps, step = base // K_STEP, outlier_step(weight_bits)
     outlier_steps = 0 if w_outliers is None else w_outliers.shape[1] // step
@@ -119,10 +120,13 @@ def quik_matmul(
         members=members,
         direct=direct,
         has_residual=residual is not None,
+        fed=weight_bits == 4,
         unsplit=None if unsplit is None else unsplit.form,
     )
     scratch: dict[str, Any] = {
-        "weights": hopper.swizzled((tiles.stages, block_n, K_STEP), qweight.dtype),
+        "weights": plgpu.SMEM((tiles.stages, block_n, feed.WORDS), jnp.int32)
+        if weight_bits == 4
+        else hopper.swizzled((tiles.stages, block_n, K_STEP), qweight.dtype),
         # A slot is full when weights and activations are there.
         "full": plgpu.Barrier(num_arrivals=2 if unsplit is None else 1, num_barriers=tiles.stages),
         "empty": plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=tiles.stages),
@@ -207,7 +211,8 @@ def _fetch(problem: Problem, operands: Operands, scratch: dict[str, Any]) -> Non
         def _base(k: Any) -> None:
             slot = acquire(walk.before + k)
             span = pl.ds(walk.base_step(k) * K_STEP, K_STEP)
-            plgpu.copy_gmem_to_smem(operands.qweight.at[columns, span], weights.at[slot], full.at[slot])
+            codes = operands.qweight.at[walk.base_step(k), columns] if problem.fed else operands.qweight.at[columns, span]
+            plgpu.copy_gmem_to_smem(codes, weights.at[slot], full.at[slot])
             if not problem.unsplit:
                 plgpu.copy_gmem_to_smem(operands.tokens.at[rows, span], tokens.at[slot], full.at[slot])
 
@@ -243,9 +248,10 @@ def _multiply(problem: Problem, operands: Operands, scratch: dict[str, Any], gro
     quantized = problem.bits < 16
     sum_dtype = jnp.int32 if quantized else jnp.float32
     operand_dtype = jnp.int8 if quantized else tokens.dtype
-    # The accumulator and two steps' weights must fit into a thread's registers.
+    # The accumulator, this step's weights and what is loaded of the next one's must fit into a thread's registers.
     operand_registers = tiles.n * K_STEP * jnp.dtype(operand_dtype).itemsize // (4 * hopper.WARPGROUP)
-    prefetches = tiles.n * tiles.m // hopper.WARPGROUP + 2 * operand_registers <= _COMPUTE_REGISTERS - 40
+    ahead = operand_registers // 2 if problem.fed and quantized else operand_registers
+    prefetches = tiles.n * tiles.m // hopper.WARPGROUP + operand_registers + ahead <= _COMPUTE_REGISTERS - 40
     row: tuple[Any, Any] | None = None
     if problem.unsplit:
         part, reverse = parts_of(problem)
@@ -292,33 +298,43 @@ def _multiply(problem: Problem, operands: Operands, scratch: dict[str, Any], gro
                 release(walk.base - 1)
                 return sums
 
-            def widened(step: Any) -> jax.Array:
-                return weights[filled(step), mine].astype(operand_dtype)
+            def loaded(step: Any) -> jax.Array:
+                """A step's weights in registers: 4-bit ones for an 8-bit product as they lie in memory, others as the operand."""
+                slot = filled(step)
+                if not problem.fed:
+                    return weights[slot, mine].astype(operand_dtype)
+                codes = weights.at[slot, mine]
+                return feed.load(codes) if quantized else feed.widened_16(codes, operand_dtype)
 
             def multiply(step: Any, left: jax.Array) -> None:
                 slot = lax.rem(walk.before + step, tiles.stages)
                 plgpu.wgmma(accumulator, left, token_codes(slot, step).transpose((1, 0)))
 
+            def operand(left: jax.Array) -> jax.Array:
+                """`loaded` in registers written after the last product was waited for."""
+                return feed.widened(left) if quantized else hopper.redefine(left)
+
             if not prefetches:
 
                 @pl.loop(0, walk.base)
                 def _(k: Any) -> None:
-                    multiply(k, widened(k))
+                    left = loaded(k)
+                    multiply(k, feed.widened(left) if quantized else left)
                     plgpu.wgmma_wait(0)
                     release(k)
 
                 return accumulator[...]
 
-            # The next step's weights are widened while the tensor core multiplies this step's.
-            @pl.loop(0, walk.base - 1, init_carry=widened(0))
+            # The next step's weights are loaded while the tensor core multiplies this step's.
+            @pl.loop(0, walk.base - 1, init_carry=loaded(0))
             def last(k: Any, left: jax.Array) -> jax.Array:
-                multiply(k, hopper.redefine(left))
-                following = widened(k + 1)
+                multiply(k, operand(left))
+                following = loaded(k + 1)
                 plgpu.wgmma_wait(0)
                 release(k)
                 return following
 
-            multiply(walk.base - 1, hopper.redefine(last))
+            multiply(walk.base - 1, operand(last))
             sums = accumulator[...]
             release(walk.base - 1)
             return sums
@@ -386,14 +402,16 @@ def _epilogue(
         return lax.broadcast_in_dim(vector, shape, (1,))
 
     half = np.float32(2 ** (problem.bits - 1))
+    # What the sums are too large by is a power of two: everything is rounded as it were without it.
+    unit = np.float32(1 / feed.FACTOR if problem.fed else 1)
     if row is not None:
         s, z = row
-        value = sums.astype(jnp.float32) * s * of_weight(operands.scale)
+        value = sums.astype(jnp.float32) * (s * unit) * of_weight(operands.scale)
         value = value + (z + half * s) * of_weight(operands.reduced)
     elif problem.bits < 16:
         s = hopper.load(operands.x_scale.at[theirs], plgpu.Layout.WGMMA.reduce(0))
         z = hopper.load(operands.x_zero.at[theirs], plgpu.Layout.WGMMA.reduce(0))
-        value = sums.astype(jnp.float32) * of_token(s) * of_weight(operands.scale)
+        value = sums.astype(jnp.float32) * of_token(s * unit) * of_weight(operands.scale)
         value = value + of_token(z + half * s) * of_weight(operands.reduced)
     else:
         value = sums * of_weight(operands.scale)

@@ -25,6 +25,7 @@ class Problem:
     members: tuple[tuple[int, int, int], ...]
     direct: bool
     has_residual: bool
+    fed: bool  # weights of 4 bits, which come in words (`feed.py`)
     unsplit: Form | None
 
 

@@ -137,6 +137,7 @@ def _plan_text(model: str, plan: "Plan") -> str:
         f"{size(running.blocks + running.rest)}, keys and values {size(running.cache)}, temporaries "
         f"{size(running.temporaries)}): {_where(plan)}",
     ]
+    lines += [f"attention    {plan.attention}"]
     if plan.advice is not None:
         lines += [f"advice       {plan.advice}"]
     lines += [f"note         {note}" for note in plan.notes]

@@ -26,6 +26,7 @@ from quikjax.pallas_kernels.choice import BackendError, Choice, Problem, choose
 from quikjax.pallas_kernels.devices import Device
 from quikjax.pallas_kernels.reference import MAX_BASE
 from quikjax.planning.advice import PlannedLayers, advise
+from quikjax.planning.attention import AttentionPlan, plan_attention
 from quikjax.quantizing import memory
 from quikjax.quantizing.codebook_rule import CodebookRule, wants_proxies
 from quikjax.quantizing.group_rule import GroupRule
@@ -119,6 +120,7 @@ class Plan:
     running: memory.Running
     devices_needed: int | None
     generates: bool
+    attention: AttentionPlan
     problems: tuple[str, ...]
     advice: str | None = None
     notes: tuple[str, ...] = ()
@@ -193,6 +195,7 @@ class Plan:
             "fits": self.fits,
             "devices_needed": self.devices_needed,
             "generates": self.generates,
+            "attention": dataclasses.asdict(self.attention),
             "problems": list(self.problems),
             "advice": self.advice,
             "notes": list(self.notes),
@@ -311,6 +314,7 @@ def make_plan(
         running=run,
         devices_needed=memory.devices_needed(run, memory_bytes, model.config),
         generates=model.generates,
+        attention=plan_attention(model.config, device, dtype, max(batch, 1), max(length, 1), model.generates),
         problems=(*problems, *rows.problems),
         notes=(*_notes(recipe, model), *rows.notes),
     )

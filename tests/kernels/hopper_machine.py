@@ -26,9 +26,9 @@ import numpy as np
 import pytest
 from jax import lax
 
-from quikjax.pallas_kernels import hopper
+from quikjax.pallas_kernels import hopper, layout
+from quikjax.pallas_kernels.quik_matmul import feed, problem
 from quikjax.pallas_kernels.quik_matmul import mosaic as matmul_kernel
-from quikjax.pallas_kernels.quik_matmul import problem
 from quikjax.pallas_kernels.quik_matmul import unsplit as unsplit_kernel
 from quikjax.pallas_kernels.split_quantize import mosaic as split_kernel
 
@@ -421,6 +421,11 @@ def _store_in_every_row(ref: Ref, values: jax.Array, layout: Any, start: Any, *,
             ref.array[step // apart, :, column % width] = value
 
 
+def _fed(words: jax.Array) -> jax.Array:
+    """The codes of `[n, 16]` words in the order of their columns."""
+    return layout.fed_codes(jnp.asarray(words)[None])
+
+
 @contextlib.contextmanager
 def running(patch: pytest.MonkeyPatch) -> Iterator[None]:
     """Within this context the Mosaic kernels run on this machine, eagerly."""
@@ -435,5 +440,7 @@ def running(patch: pytest.MonkeyPatch) -> Iterator[None]:
         p.setattr(hopper, "store_transposed", _store_transposed)
         p.setattr(hopper, "store_in_every_row", _store_in_every_row)
         p.setattr(hopper, "gather_row", _gather_row)
+        p.setattr(feed, "widened", lambda words: (_fed(words).astype(jnp.int8) * feed.FACTOR).astype(jnp.int8))
+        p.setattr(feed, "widened_16", lambda ref, dtype: _fed(ref.read()).astype(dtype))
         p.setattr(hopper, "store_warp_partials", _store_partials)
         yield

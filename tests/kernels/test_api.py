@@ -15,6 +15,8 @@ import jax.numpy as jnp
 import kernel_cases
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from quikjax.pallas_kernels import api, choice, layout
 from quikjax.pallas_kernels.arg_specs import ROWS, all_linears
@@ -139,7 +141,8 @@ def test_arguments_that_do_not_fit_are_refused() -> None:
 def test_tile_form_changes_no_bit(outliers: int, bits: int) -> None:
     packed = kernel_cases.weight(3, 72, 640, outliers)
     tiled = api.to_tiles(packed)
-    assert tiled.qweight.shape == (128, layout.round_up(640 - outliers, 128))
+    assert tiled.qweight.shape == (5 if outliers < 128 else 3, 128, 16)
+    assert tiled.padded == (128, layout.round_up(640 - outliers, 128))
     assert tiled.columns.shape[0] % layout.COLUMN_TILE == 0
     assert api.to_tiles(tiled).qweight is tiled.qweight
     for name in ("qweight", "scale", "reduced", "outliers", "columns"):
@@ -149,6 +152,21 @@ def test_tile_form_changes_no_bit(outliers: int, bits: int) -> None:
     x = kernel_cases.tokens(4, (5, 640), jnp.float32)
     (plain,), (padded,) = (api.linears((x,), [weight], [None], bits) for weight in (packed, tiled))
     np.testing.assert_array_equal(np.asarray(plain), np.asarray(padded))
+
+
+@settings(max_examples=15)
+@given(rows=st.integers(1, 5), steps=st.integers(1, 3), seed=st.integers(0, 2**32 - 1))
+def test_words_hold_codes_where_a_thread_of_the_tensor_core_reads_them(rows: int, steps: int, seed: int) -> None:
+    codes = np.random.default_rng(seed).integers(-8, 8, (rows, 128 * steps))
+    laid = layout.feed(jnp.asarray(codes, jnp.int4))
+    np.testing.assert_array_equal(np.asarray(layout.fed_codes(laid)).astype(int), codes)
+    words = np.asarray(laid)
+    for row, column in np.ndindex(codes.shape):
+        step, within = divmod(column, 128)
+        w, rest = divmod(within, 32)
+        h, rest = divmod(rest, 16)
+        t, j = divmod(rest, 4)
+        assert (int(words[step, row, 4 * t + w]) >> 4 * (2 * j + h)) & 15 == codes[row, column] & 15
 
 
 def _dequantized(packed: api.Packed) -> np.ndarray:

@@ -111,7 +111,7 @@ def test_tile_form_of_a_tree_changes_no_bit(bits: int) -> None:
     params: dict[str, Any] = {"layer": packed_weight(7, 72, 320, 20, bits), "norm": jnp.ones(3)}
     tiled = put_on_device(params, H100)
     assert isinstance(tiled["layer"], TiledWeight)
-    assert tiled["layer"].tiles.qweight.shape == (128, 384)
+    assert tiled["layer"].tiles.qweight.shape == (3, 128, 16)
     assert tiled["norm"] is params["norm"]
     x = kernel_cases.tokens(8, (4, 320), jnp.float32)
     np.testing.assert_array_equal(np.asarray(linear(x, tiled["layer"])), np.asarray(linear(x, params["layer"])))

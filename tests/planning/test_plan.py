@@ -15,6 +15,7 @@ from quikjax.errors import QuikError
 from quikjax.models.registry import abstract_model, dotted, pure_params
 from quikjax.models.tokens import checked_model
 from quikjax.pallas_kernels import devices
+from quikjax.planning.attention import AttentionPlan
 from quikjax.planning.plan import DEVICES, Plan, describe, find_device, make_plan
 from quikjax.quantizing import memory
 from quikjax.quantizing.params import quantize_params
@@ -90,6 +91,7 @@ def test_llama_2_70b() -> None:
     assert plan.fits
     assert not plan.problems
     assert rows["q_proj"].prefill.backend == "mosaic"
+    assert str(plan.attention) == "by a kernel"
 
 
 def test_falcon_180b_is_planned_in_seconds_and_needs_several_devices(tmp_path: Path) -> None:
@@ -321,3 +323,16 @@ def test_a_block_that_divides_nothing_is_said_and_the_kernel_for_codebooks_is_na
         assert row.decode.backend == ("mosaic" if row.inputs == 64 else "xla")
         assert row.inputs == 64 or "blocks of 64 do not cut rows of 96" in row.decode.reason
     assert {row.inputs for row in layers} == {64, 96}
+
+
+def test_attention_by_a_kernel_or_the_reason_why_not() -> None:
+    def planned(device: devices.Device, dtype: str = "bfloat16", **fields: int) -> AttentionPlan:
+        config = tiny_config(num_hidden_layers=1, **fields)
+        return make_plan(config, device=device, memory_bytes=80 * GB, dtype=dtype).attention
+
+    assert (planned(devices.A100).prefill, planned(devices.A100).decode) == (None, None)
+    exact = planned(devices.A100, "float32")
+    assert exact.decode is None
+    assert "float32 prompts are multiplied faster by XLA" in str(exact)
+    assert str(planned(devices.CPU)).startswith("by XLA (attention kernels need an NVIDIA GPU")
+    assert "heads of 320 numbers" in str(planned(devices.H100, head_dim=320))

@@ -82,6 +82,10 @@ _FLOAT: dict[str, Callable[..., np.ndarray]] = {
 }
 
 
+# Two 16-bit floats in a register: how each is read as float32 and rounded back.
+_PAIRS = {"bf16x2": (values.from_bfloat16, values.to_bfloat16), "f16x2": (values.from_float16, values.to_float16)}
+
+
 def _plain(instruction: Instruction, kernel: Kernel, kind: str, function: Callable[..., np.ndarray]) -> Operation:
     """An operation whose operands all have the type `kind`."""
     store = writer(instruction.operands[0], kernel)
@@ -99,9 +103,9 @@ def arithmetic(instruction: Instruction, kernel: Kernel) -> Operation:
     name, kind = parts[0], parts[-1]
     if kind == "pred":
         return _plain(instruction, kernel, kind, _INTEGER[name])
-    if kind == "bf16x2":
-        function = _FLOAT[name]
-        return _plain(instruction, kernel, kind, lambda *operands: _in_pairs(function, operands))
+    if kind in _PAIRS:
+        function, (read, write) = _FLOAT[name], _PAIRS[kind]
+        return _plain(instruction, kernel, kind, lambda *operands: _in_pairs(function, operands, read, write))
     if kind == "f32":
         if "ftz" in parts and name != "ex2":
             raise Fault(f"flushes denormals: {instruction.text}")
@@ -119,6 +123,8 @@ def arithmetic(instruction: Instruction, kernel: Kernel) -> Operation:
             inner = function
             function = lambda *operands: np.clip(np.nan_to_num(inner(*operands), nan=0.0), 0, 1).astype(np.float32)  # noqa: E731
         return _plain(instruction, kernel, kind, function)
+    if kind[0] not in "sub":
+        raise Fault(f"arithmetic on {kind} is not modelled: {instruction.text}")
     if "wide" in parts:
         return _wide(instruction, kernel, name, kind)
     if name == "mul" and "hi" in parts:
@@ -126,11 +132,17 @@ def arithmetic(instruction: Instruction, kernel: Kernel) -> Operation:
     return _plain(instruction, kernel, kind, _INTEGER[name])
 
 
-def _in_pairs(function: Callable[..., np.ndarray], operands: tuple[np.ndarray, ...]) -> np.ndarray:
+def _in_pairs(
+    function: Callable[..., np.ndarray],
+    operands: tuple[np.ndarray, ...],
+    read: Callable[[np.ndarray], np.ndarray],
+    write: Callable[[np.ndarray], np.ndarray],
+) -> np.ndarray:
+    """Both halves in float32, each rounded once: what these instructions compute of two 16-bit operands."""
     halves = []
     for shift in (0, 16):
-        wide = [values.from_bfloat16(((operand >> np.uint32(shift)) & 0xFFFF).astype(np.uint16)) for operand in operands]
-        halves.append(values.to_bfloat16(function(*wide)).astype(np.uint32) << np.uint32(shift))
+        wide = [read(((operand >> np.uint32(shift)) & 0xFFFF).astype(np.uint16)) for operand in operands]
+        halves.append(write(function(*wide)).astype(np.uint32) << np.uint32(shift))
     return halves[0] | halves[1]
 
 

@@ -9,6 +9,7 @@ import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
@@ -130,7 +131,7 @@ class ProductRun:
         if given is not None:
             tokens[:m, :base], vectors[0, :m], vectors[1, :m] = given.codes, given.scale, given.zero
             kept[:m, : case.outliers] = given.outliers
-        qweight = codes.astype(ml_dtypes.int4) if case.weight_bits == 4 else codes
+        qweight = np.asarray(layout.feed(jnp.asarray(codes))) if case.weight_bits == 4 else codes
         named: dict[str, Any] = {"tokens": tokens, "qweight": qweight, "scale": scale}
         if quantized:
             named |= {"x_scale": vectors[0], "x_zero": vectors[1], "reduced": reduced}
