@@ -54,7 +54,7 @@ compiles = pytest.mark.skipif(absent_gpu.missing() is not None, reason=str(absen
 
 @compiles
 def test_a_scan_copies_what_its_kernels_read() -> None:
-    """A custom call takes no part of an array: why blocks are not stacked on a GPU, and that the test below would see it."""
+    """JAX 0.10: a custom call takes no part of an array: why blocks are not stacked on a GPU. That the test below would see it."""
     layer, (inputs, packed, _, _) = kernel_cases.layer_shapes(LinearSpec("scan", "w4a16", 256, 256, 0, 4, 16), 8)
     stack = jax.tree.map(lambda array: jax.ShapeDtypeStruct((3, *array.shape), array.dtype), packed)
 
@@ -64,7 +64,8 @@ def test_a_scan_copies_what_its_kernels_read() -> None:
     program = hlo.Program(absent_gpu.compile_for("h100", scanned, inputs[0], stack).hlo)
     copied = [(array.result.split("{")[0], times) for array, times in program.copied_for_kernels()]
     assert program.kernels() == 3
-    assert ("s32[1,2,256,16]", 3) in copied  # JAX 0.11 hands wider types over where they lie
+    # From JAX 0.11 on arrays of whole bytes are handed over where they lie.
+    assert (("s32[1,2,256,16]", 3) in copied) == (jax.__version_info__ < (0, 11))
 
 
 @compiles
