@@ -54,7 +54,7 @@ compiles = pytest.mark.skipif(absent_gpu.missing() is not None, reason=str(absen
 
 @compiles
 def test_a_scan_copies_what_its_kernels_read() -> None:
-    """JAX 0.10: a custom call takes no part of an array. Why blocks are not stacked on a GPU; that the test below would see it."""
+    """A custom call takes no part of an array (JAX 0.10): why a GPU unrolls its blocks; that the test below would see copies."""
     layer, (inputs, packed, _, _) = kernel_cases.layer_shapes(LinearSpec("scan", "w4a16", 256, 256, 0, 4, 16), 8)
     stack = jax.tree.map(lambda array: jax.ShapeDtypeStruct((3, *array.shape), array.dtype), packed)
 
