@@ -37,8 +37,8 @@ def split_quantize_over_k(
     x_base, x_out = reference.split_columns(x, columns, base)
     wide = x_base.astype(jnp.float32)
     low = jax.lax.pmin(jnp.min(wide, axis=-1), axis)
-    scale, zero = reference.scale_and_zero(low, jax.lax.pmax(jnp.max(wide, axis=-1), axis), grid)
-    return Split(reference.codes_of(wide, low, scale, bits, grid).astype(jnp.int8), x_out, scale, zero)
+    origin, scale, zero = reference.scale_and_zero(low, jax.lax.pmax(jnp.max(wide, axis=-1), axis), grid)
+    return Split(reference.codes_of(wide, origin, scale, bits, grid).astype(jnp.int8), x_out, scale, zero)
 
 
 def linear_over_k(

@@ -35,14 +35,14 @@ def packed(name: str) -> PackedWeight:
     return weight
 
 
-@pytest.mark.parametrize("name", ["rtn-w4a4", "rtn-w8a8", "sparse", "zeroquant-w8a8", "int4"])
+@pytest.mark.parametrize("name", ["rtn-w4a4", "rtn-w4a4-sym", "rtn-w8a8", "sparse", "zeroquant-w8a8", "int4"])
 def test_each_part_alone(name: str) -> None:
     weight = packed(name)
     tree = {**DENSE, f"x.{PATH}": weight}
     W, rounded = DENSE[f"x.{PATH}"], X
     if name != "int4":
         bits = weight.activation_bits
-        codes, scale, zero = reference.quantize_activations(X, bits)
+        codes, scale, zero = reference.quantize_activations(X, bits, weight.level_clip)
         rounded = (codes + 2.0 ** (bits - 1)) * scale[:, None] + zero[:, None]
         assert not np.allclose(rounded, X, atol=1e-4)
     np.testing.assert_allclose(rounded_activations(X, weight), rounded, rtol=1e-5, atol=1e-5)
