@@ -5,7 +5,7 @@ is the whole story. Over `K` every device holds some columns of input and weight
 minimum and maximum are all-reduced before anything is quantized, so every shard uses the same scale and the int32 sums of the
 shards add up, exactly and in any order, to those of one device:
 
-    low, top = pmin(min(x_base)), pmax(max(x_base))          acc = psum(q_local @ qweight_local^T)
+    low, high = pmin(min(x_base)), pmax(max(x_base))          acc = psum(q_local @ qweight_local^T)
     y = acc * s * scale + (z + h * s) * psum(reduced_local) + psum(x_out_local @ outliers_local^T) + bias
 """
 
