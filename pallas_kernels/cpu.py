@@ -81,9 +81,8 @@ def split_quantize(
     # An outlier column that repeats a base column changes neither extreme.
     is_outlier = jnp.zeros((k,), bool).at[columns[base:]].set(True)
     measured = jnp.where(is_outlier, jnp.take(wide, columns[:1], axis=-1, mode="clip"), wide)
-    low = jnp.min(measured, axis=-1)
-    scale, zero = reference.scale_and_zero(low, jnp.max(measured, axis=-1), grid)
-    return Split(reference.codes_of(wide, low, scale, bits, grid).astype(carrier), outliers, scale, zero)
+    origin, scale, zero = reference.scale_and_zero(jnp.min(measured, axis=-1), jnp.max(measured, axis=-1), grid)
+    return Split(reference.codes_of(wide, origin, scale, bits, grid).astype(carrier), outliers, scale, zero)
 
 
 def unpermuted(qweight: Int[Array, "n base"], columns: Int[Array, " k"]) -> Int8[Array, "n k"]:

@@ -4,16 +4,26 @@ A linear layer `y = x W^T + bias` with `W` of shape `[N, K]` is held as `B` base
 outlier columns in 16-bit floats. At run time (QUIK, arXiv 2310.09259, sections 3.2-3.3)
 
     x_base, x_out = x[columns[:B]], x[columns[B:]]
-    low = min(x_base);  s = max((max(x_base) - low) * c, 1e-30);  c = float32(1 / L)                  per token
-    q = clip(round((x_base - low) * (1 / s)), l, l + 2^b - 1) - l - h;  h = 2^(b - 1)                 int8 carries it
-    z = low + l * s                                                                                  x_base ~ (q + h) * s + z
+    low, high = min(x_base), max(x_base);  origin = low                                              per token
+    s = max((high - low) * c, 1e-30);  c = float32(1 / L)
+    q = clip(round((x_base - origin) * (1 / s)), l, l + 2^b - 1) - l - h;  h = 2^(b - 1)              int8 carries it
+    z = origin + l * s                                                                               x_base ~ (q + h) * s + z
     acc = q @ qweight^T                                                                              int32, exact
     y = acc * s * scale + (z + h * s) * reduced + x_out @ outliers^T + bias                           float32
     reduced[n] = scale[n] * sum_k qweight[n, k]
 
 `(L, l)` is `(2^b - 1, 0)` unless a layer of 4-bit activations has a level clip of its own: `L > 15` divides the token's range
 into more steps than there are codes, and what lies below the lowest or above the highest saturates. Only constants change, and
-what a product needs to know of it is in `z` (`l` is 0, 1 or 2, so that `l * s` is exact).
+what a product needs to know of it is in `z` (`l` is 0, 1, 2 or `-h`, so that `l * s` is exact).
+
+Symmetric activations, of 4 or 8 bits, are those with `l = -h`. Their range is `[-m, m]`, `m` the token's largest magnitude, and
+steps are counted from zero; everything else stays:
+
+    low, high = -m, m;  m = max(max(x_base), -min(x_base));  origin = 0
+
+so `q = clip(round(x_base * (1 / s)), -h, h - 1)`, and zero is code 0 and comes back as zero, exactly: `z + h * s = 0`. `L = 2^b`
+is the released code of arXiv 2301.12017 (`s = 2 m / 2^b`, with a code for `-m` but none for `m`); `2^b - 1` and `2^b - 2` are
+other conventions, of coarser steps that lose less at `m`.
 
 Contract. `q`, `s`, `z` and `acc` are bit-identical on every backend for identical `x`: all quantizer arithmetic is float32,
 rounds half to even, and multiplies by `c` and by `1 / s` where a division would let a compiler choose the bits. One exception:
@@ -46,6 +56,20 @@ class LevelClip(NamedTuple):
     levels: int
     lowest: int
 
+    @property
+    def symmetric(self) -> bool:
+        """Steps are counted from zero, not from the token's minimum."""
+        return self.lowest < 0
+
+
+def symmetric_clip(bits: int) -> tuple[int, int]:
+    """The level clip of symmetric activations, as the released code of arXiv 2301.12017 has it: `2^b` steps for `[-m, m]`.
+
+    >>> symmetric_clip(4), symmetric_clip(8)
+    ((16, -8), (256, -128))
+    """
+    return 2**bits, -(2 ** (bits - 1))
+
 
 def checked_level_clip(bits: int, clip: tuple[int, int] | None = None) -> LevelClip:
     """`clip`, or without one the whole range in as many steps as `bits` have.
@@ -57,20 +81,28 @@ def checked_level_clip(bits: int, clip: tuple[int, int] | None = None) -> LevelC
         raise ValueError(f"activations are quantized to 4 or 8 bits, not {bits}")
     steps = 2**bits - 1
     levels, lowest = clip or (steps, 0)
-    if (levels, lowest) != (steps, 0) and (bits != 4 or lowest not in (0, 1, 2) or levels < lowest + steps):
+    half = 2 ** (bits - 1)
+    symmetric = lowest == -half and levels >= steps - 1
+    finer = bits == 4 and lowest in (0, 1, 2) and levels >= lowest + steps
+    if not (symmetric or finer or (levels, lowest) == (steps, 0)):
+        others = f", others one of 0, 1 or 2 and at least {steps} levels above it" if bits == 4 else ""
         raise ValueError(
-            f"{bits}-bit activations cannot have the level clip ({levels}, {lowest}): only 4-bit ones have one, "
-            f"with a lowest code of 0, 1 or 2 and at least {steps} levels above it"
+            f"{bits}-bit activations cannot have the level clip ({levels}, {lowest}): symmetric ones have a lowest code of "
+            f"{-half} and at least {steps - 1} levels{others}"
         )
     return LevelClip(levels, lowest)
 
 
 def scale_and_zero(
     low: Float32[Array, "*batch"], high: Float32[Array, "*batch"], clip: LevelClip
-) -> tuple[Float32[Array, "*batch"], Float32[Array, "*batch"]]:
-    """`s` and `z` of tokens from the least and the largest of their base columns."""
+) -> tuple[Float32[Array, "*batch"], Float32[Array, "*batch"], Float32[Array, "*batch"]]:
+    """`origin`, `s` and `z` of tokens from the least and the largest of their base columns."""
+    origin = low
+    if clip.symmetric:
+        high = jnp.maximum(high, -low)
+        low, origin = -high, jnp.zeros_like(low)
     scale = jnp.maximum((high - low) * np.float32(1 / clip.levels), np.float32(SMALLEST_SCALE))
-    return scale, low + np.float32(clip.lowest) * scale if clip.lowest else low
+    return origin, scale, origin + np.float32(clip.lowest) * scale if clip.lowest else origin
 
 
 class Split(NamedTuple):
@@ -89,7 +121,7 @@ class Split(NamedTuple):
 def quantize_activations(
     x: Float[Array, "*batch base"], bits: int, clip: tuple[int, int] | None = None
 ) -> tuple[Int8[Array, "*batch base"], Float32[Array, "*batch"], Float32[Array, "*batch"]]:
-    """Asymmetric per-token codes of the base columns: `(codes, scale, zero)`, see the module's equations.
+    """Per-token codes of the base columns: `(codes, scale, zero)`, see the module's equations; without a `clip` asymmetric.
 
     `bits` is 4 or 8. Without columns there is nothing to measure: `scale = 1`, `zero = 0`.
     """
@@ -98,20 +130,19 @@ def quantize_activations(
     if x.shape[-1] == 0:
         return jnp.zeros(x.shape, jnp.int8), jnp.ones(batch, jnp.float32), jnp.zeros(batch, jnp.float32)
     x = x.astype(jnp.float32)
-    low = jnp.min(x, axis=-1)
-    scale, zero = scale_and_zero(low, jnp.max(x, axis=-1), grid)
-    return codes_of(x, low, scale, bits, grid).astype(jnp.int8), scale, zero
+    origin, scale, zero = scale_and_zero(jnp.min(x, axis=-1), jnp.max(x, axis=-1), grid)
+    return codes_of(x, origin, scale, bits, grid).astype(jnp.int8), scale, zero
 
 
 def codes_of(
     x: Float32[Array, "*batch base"],
-    low: Float32[Array, "*batch"],
+    origin: Float32[Array, "*batch"],
     scale: Float32[Array, "*batch"],
     bits: int,
     clip: LevelClip,
 ) -> Float32[Array, "*batch base"]:
-    """`q` in float32, of values whose token's minimum `low` and scale are known."""
-    steps = jnp.round((x - low[..., None]) * (1 / scale)[..., None])
+    """`q` in float32, of values of tokens whose `origin` and scale are known (`scale_and_zero`)."""
+    steps = jnp.round((x - origin[..., None]) * (1 / scale)[..., None])
     return jnp.clip(steps, clip.lowest, clip.lowest + 2**bits - 1) - (clip.lowest + 2 ** (bits - 1))
 
 

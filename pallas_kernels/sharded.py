@@ -5,7 +5,7 @@ is the whole story. Over `K` every device holds some columns of input and weight
 minimum and maximum are all-reduced before anything is quantized, so every shard uses the same scale and the int32 sums of the
 shards add up, exactly and in any order, to those of one device:
 
-    low, top = pmin(min(x_base)), pmax(max(x_base))          acc = psum(q_local @ qweight_local^T)
+    low, high = pmin(min(x_base)), pmax(max(x_base))          acc = psum(q_local @ qweight_local^T)
     y = acc * s * scale + (z + h * s) * psum(reduced_local) + psum(x_out_local @ outliers_local^T) + bias
 """
 
@@ -37,8 +37,8 @@ def split_quantize_over_k(
     x_base, x_out = reference.split_columns(x, columns, base)
     wide = x_base.astype(jnp.float32)
     low = jax.lax.pmin(jnp.min(wide, axis=-1), axis)
-    scale, zero = reference.scale_and_zero(low, jax.lax.pmax(jnp.max(wide, axis=-1), axis), grid)
-    return Split(reference.codes_of(wide, low, scale, bits, grid).astype(jnp.int8), x_out, scale, zero)
+    origin, scale, zero = reference.scale_and_zero(low, jax.lax.pmax(jnp.max(wide, axis=-1), axis), grid)
+    return Split(reference.codes_of(wide, origin, scale, bits, grid).astype(jnp.int8), x_out, scale, zero)
 
 
 def linear_over_k(

@@ -121,7 +121,7 @@ def split_quantize(
         base: the true number of base columns.
         bits: 4 or 8.
         parameters: the norm's weight (and bias), float, `[K]` each; empty for the others.
-        clip: the level clip of 4-bit activations.
+        clip: the activations' level clip.
         row_padding: `scale` and `zero` are allocated up to a multiple of this, so that a product's last tile may read them.
 
     Returns:
@@ -274,13 +274,13 @@ class Quantizer:
     """How the values of a row that `gather` has gathered become codes."""
 
     def __init__(self, row: int, slot: "Slots", clip: LevelClip, bits: int):
-        self._low = slot.read(2, row, jnp.minimum)
-        self.scale, self.zero = scale_and_zero(self._low, slot.read(3, row, jnp.maximum), clip)
+        low, high = slot.read(2, row, jnp.minimum), slot.read(3, row, jnp.maximum)
+        self._origin, self.scale, self.zero = scale_and_zero(low, high, clip)
         self._inverse = hopper.reciprocal(self.scale)
         self._lowest, self._bits = clip.lowest, bits
 
     def codes(self, values: jax.Array) -> jax.Array:
-        steps = jnp.round((values.astype(jnp.float32) - self._low) * self._inverse)
+        steps = jnp.round((values.astype(jnp.float32) - self._origin) * self._inverse)
         level = jnp.clip(steps, np.float32(self._lowest), np.float32(self._lowest + 2**self._bits - 1))
         return (level - np.float32(self._lowest + 2 ** (self._bits - 1))).astype(jnp.int8)
 

@@ -35,15 +35,19 @@ def _kernel(  # type: ignore[no-untyped-def]
         value = tl.load(x + row * inputs + column).to(tl.float32)
         low = tl.minimum(low, value)
         high = tl.maximum(high, value)
-    least = tl.min(low, 0)
-    scale = tl.maximum((tl.max(high, 0) - least) * reciprocal, 1e-30)
+    origin = tl.min(low, 0)
+    reach = tl.max(high, 0) - origin
+    if lowest < 0:  # symmetric
+        reach = 2 * tl.maximum(tl.max(high, 0), -origin)
+        origin = 0.0
+    scale = tl.maximum(reach * reciprocal, 1e-30)
     inverse = libdevice.rcp_rn(scale)
     for start in range(0, base, block):
         place = start + tl.arange(0, block)
         inside = place < base
         column = tl.load(columns + place, mask=inside, other=0)
         value = tl.load(x + row * inputs + column, mask=inside, other=0.0).to(tl.float32)
-        level = libdevice.rint((value - least) * inverse)
+        level = libdevice.rint((value - origin) * inverse)
         level = tl.minimum(tl.maximum(level, lowest), highest) - (lowest + highest + 1) / 2
         tl.store(codes + row * base + place, level.to(tl.int8), mask=inside)
     for start in range(base, inputs, block):
@@ -53,7 +57,7 @@ def _kernel(  # type: ignore[no-untyped-def]
         value = tl.load(x + row * inputs + column, mask=inside, other=0.0)
         tl.store(outliers + row * (inputs - base) + place - base, value, mask=inside)
     tl.store(scales + row, scale)
-    tl.store(zeros + row, least + lowest * scale)
+    tl.store(zeros + row, origin + lowest * scale)
 
 
 def constants(inputs: int, base: int, bits: int, clip: LevelClip) -> dict[str, int | float]:

@@ -27,8 +27,9 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on std
 RecipeName = Annotated[
     str,
     typer.Option(
-        help="quik-4b, quik-4b+, quik-8b, w4a8, rtn-w4a4, gptq-w4a16 (-g128: in groups), quik-4b-sparse, zeroquant-w4a8 (-lkd: "
-        "distilled); codebooks of weights: int3 to int8, float3 to float8, dynamic4, quantile4, nf4, fp4; fp; or a .json file."
+        help="quik-4b, quik-4b+, quik-8b, w4a8, rtn-w4a4 (-sym: symmetric activations), gptq-w4a16 (-g128: in groups), "
+        "quik-4b-sparse, zeroquant-w4a8 (-lkd: distilled); codebooks of weights: int3 to int8, float3 to float8, dynamic4, "
+        "quantile4, nf4, fp4; fp; or a .json file."
     ),
 ]
 Outliers = Annotated[str | None, typer.Option(help="Columns in FP16: a count, or a fraction such as 0.0625 or 1/16.")]

@@ -6,12 +6,13 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from quikjax.errors import QuikError
 from quikjax.files import finite
 from quikjax.reports.tables import markdown_table as table
+from quikjax.reports.tables import with_clip
 
 if TYPE_CHECKING:
     from quikjax.quantizing.distillation import DistillationStep
@@ -115,16 +116,6 @@ class ProgressLines:
         if done < total and (now - self._said > 2 or self._layers):
             self._said = now
             say(f"  block {done} of {total} saved, about {duration(seconds_left)} left")
-
-
-def with_clip(label: str, level_clip: Sequence[int] | str | None = None) -> str:
-    """Write a packed format's word, and the level clip of its activations if they have one.
-
-    >>> with_clip("W4A8"), with_clip("W4A4", (17, 1)), with_clip("W4A4", "search")
-    ('W4A8', 'W4A4/17,1', 'W4A4/search')
-    """
-    clip = "" if level_clip is None else f"/{level_clip if isinstance(level_clip, str) else ','.join(map(str, level_clip))}"
-    return label + clip
 
 
 class TrainingLines:

@@ -91,9 +91,7 @@ def only(part: Part, packed: Mapping[str, Any], dense: Mapping[str, Any]) -> dic
             return leaf
         if part == "activations":
             return RoundedInput(kernel=dense[path], reader=leaf) if rounds_activations(leaf) else dense[path]
-        if isinstance(leaf, GroupWeight):
-            return dataclasses.replace(leaf, activation_bits=16)
-        if isinstance(leaf, QuikWeight | SparseWeight):
+        if isinstance(leaf, QuikWeight | SparseWeight | GroupWeight):
             return dataclasses.replace(leaf, activation_bits=16, level_clip=None)
         return leaf  # a codebook's activations are exact
 

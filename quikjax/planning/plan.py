@@ -445,7 +445,7 @@ class _Rows:
                 method=rule.method,
                 weight_bits=rule.weight_bits,
                 activation_bits=rule.activation_bits,
-                level_clip=rule.level_clip if isinstance(rule, Rule) else None,
+                level_clip=None if isinstance(rule, CodebookRule) else rule.level_clip,
                 outliers=outliers,
                 bytes=made.bits() // 8,
                 prefill=self._choose(pattern, shape, rule, base, self.batch * self.length) if legal else None,

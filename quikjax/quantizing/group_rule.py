@@ -1,11 +1,13 @@
 """The rule for weights in groups with a scale and a zero point each: GPTQ W4A16, ZeroQuant."""
 
-from typing import Annotated, Literal
+from collections.abc import Callable
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, model_serializer, model_validator
 
 from quikjax.algorithms.codebooks import MAX_BITS, MIN_BITS
 from quikjax.quantizing.layer_rule import LayerRule
+from quikjax.quantizing.level_clip import Fixed, fixed_level_clip, names_of_level_clips
 
 
 class GroupRule(LayerRule):
@@ -17,7 +19,9 @@ class GroupRule(LayerRule):
     symmetric: bool = False
     """No zero points, but a scale from the largest magnitude."""
     activation_bits: Literal[4, 8, 16] = 16
-    """Below 16: activations are rounded token by token, asymmetrically, as those of a QUIK layer are."""
+    """Below 16: activations are rounded token by token, as those of a QUIK layer are."""
+    level_clip: Annotated[Fixed, names_of_level_clips("symmetric")] = None
+    """"symmetric", or one in numbers: as in the rule of a QUIK layer. Left out: activations are rounded asymmetrically."""
     method: Literal["gptq", "rtn"] = "gptq"
     order: Literal["hessian", "stored"] = "stored"
     """GPTQ: round columns by falling diagonal of the Hessian ("act order"), or as they are stored. Groups are of columns in the
@@ -36,6 +40,19 @@ class GroupRule(LayerRule):
         if self.method == "rtn" and (self.order != "stored" or self.static_groups):
             raise ValueError('order and static_groups are of method "gptq"; method "rtn" has neither')
         return self
+
+    @model_validator(mode="after")
+    def _activations_can_have_the_level_clip(self) -> "GroupRule":
+        fixed_level_clip(self.level_clip, self.activation_bits)
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_a_level_clip_that_is_not_there(self, serialize: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+        # A rule without one reads in JSON as it did before there was any.
+        fields = serialize(self)
+        if self.level_clip is None:
+            del fields["level_clip"]
+        return fields
 
     @property
     def weight_bits(self) -> int:

@@ -11,6 +11,7 @@ from quikjax.algorithms.groups import Grouped, rtn_groups, spread
 from quikjax.algorithms.numerics import all_finite, take_columns
 from quikjax.errors import QuikError
 from quikjax.quantizing.group_rule import GroupRule
+from quikjax.quantizing.level_clip import fixed_level_clip
 from quikjax.quantizing.shared_inputs import Factor
 from quikjax.weights.groups import GroupWeight
 
@@ -30,6 +31,7 @@ def abstract_groups(rule: GroupRule, shape: tuple[int, ...], in_axes: tuple[int,
         shape=tuple(shape),
         in_axes=in_axes,
         group=group,
+        level_clip=fixed_level_clip(rule.level_clip, rule.activation_bits),
     )
 
 

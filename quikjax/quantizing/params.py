@@ -25,6 +25,7 @@ from quikjax.quantizing.codebook import Order, abstract_codebook, quantize_matri
 from quikjax.quantizing.codebook_rule import CodebookRule, wants_proxies
 from quikjax.quantizing.group_rule import GroupRule
 from quikjax.quantizing.groups import abstract_groups, quantize_groups
+from quikjax.quantizing.level_clip import fixed_level_clip
 from quikjax.quantizing.recipe import AnyRule, Recipe, Rule, find_recipe
 from quikjax.quantizing.shared_inputs import SharedInputs, input_axes
 from quikjax.quantizing.statistics import LayerStats
@@ -42,7 +43,7 @@ class LayerResult:
 
     `relative_error` is `||y - y_hat|| / ||y||` of the layer's output on sampled calibration rows, weights and activations
     quantized (without statistics: of the weights alone); `snr_db` the same in decibels. `damping` is what GPTQ took, `None` for
-    RTN. `level_clip`: that of 4-bit activations, `None` without one. `format` names the packed format in a word. `distilled`: of
+    RTN. `level_clip`: that of the activations, `None` without one. `format` names the packed format in a word. `distilled`: of
     a block that was distilled, the mean squared error of its output over that before; errors are then of the trained weights.
     """
 
@@ -245,7 +246,7 @@ def _quantize_kernel(
         snr_db=signal_to_noise(error),
         damping=damping,
         bits_per_weight=weight.bits() / (n * k),
-        level_clip=weight.level_clip if isinstance(weight, QuikWeight | SparseWeight) else None,
+        level_clip=None if isinstance(weight, CodebookWeight) else weight.level_clip,
     )
 
 
@@ -326,7 +327,7 @@ def _quik_weight(
     if stats is not None:
         weight = dataclasses.replace(weight, level_clip=inputs.level_clip(path, rule, stats))
     elif rule.level_clip != "search":
-        weight = dataclasses.replace(weight, level_clip=rule.level_clip)
+        weight = dataclasses.replace(weight, level_clip=fixed_level_clip(rule.level_clip, rule.activation_bits))
     if not all_finite(weight.outliers):
         raise QuikError(f'an outlier weight of {path} overflows {rule.outlier_dtype}; set outlier_dtype to "bfloat16"')
     return weight if rule.sparsity is None else sparse(weight), damping

@@ -24,11 +24,11 @@ from pydantic import (
 from quikjax.algorithms.codebooks import DataType
 from quikjax.errors import QuikError, did_you_mean
 from quikjax.files import described, read_text, user_path
-from quikjax.pallas_kernels.reference import checked_level_clip
 from quikjax.quantizing.codebook_rule import CodebookRule
 from quikjax.quantizing.distillation import Distillation
 from quikjax.quantizing.group_rule import GroupRule
 from quikjax.quantizing.layer_rule import LayerRule
+from quikjax.quantizing.level_clip import Fixed, fixed_level_clip, names_of_level_clips
 from quikjax.quantizing.outliers import Order, Score, count_outliers
 
 Count = Annotated[int, Field(strict=True, ge=0)]
@@ -48,9 +48,11 @@ class Rule(LayerRule):
     """Which columns are outliers: those of the largest activation, as in the paper, which bounds the range that activations are
     quantized over; of the largest mean square, which is what a rounded weight's error in the column is multiplied by; or those
     that widen the range of the most tokens, weighted by what the range costs ("range", `outliers.range_outliers`)."""
-    level_clip: Literal["search"] | tuple[int, int] | None = None
-    """4-bit activations: into how many steps a token's range is divided, and the first that has a code: `(17, 1)`; or what costs
-    the group of layers least on calibration samples. Left out: 15 steps, all with a code."""
+    level_clip: Annotated[Literal["search"] | Fixed, names_of_level_clips("search", "symmetric")] = None
+    """Into how many steps a token's range is divided, and the first that has a code. "symmetric": 2^b steps of [-m, m], with `m`
+    the token's largest magnitude and a code for zero; `(15, -8)` and `(14, -8)` are other conventions for 4 bits. 4-bit
+    activations also: `(17, 1)`, finer steps of [min, max]; "search", what costs the group of layers least on calibration samples.
+    Left out: 2^b - 1 steps of [min, max], all with a code."""
     scale_outliers: bool = False
     """Grow the number of outliers in proportion to the layer's input width (LLaMA's down_proj, GPT-2's mlp.c_proj, BERT's
     output.dense, Falcon's dense_4h_to_h)."""
@@ -82,11 +84,11 @@ class Rule(LayerRule):
         return self
 
     @model_validator(mode="after")
-    def _level_clips_are_of_four_bits(self) -> "Rule":
-        if self.level_clip is not None and self.activation_bits != 4:
-            raise ValueError(f"level_clip is of 4-bit activations; these have {self.activation_bits} bits")
-        if isinstance(self.level_clip, tuple):
-            checked_level_clip(4, self.level_clip)
+    def _activations_can_have_the_level_clip(self) -> "Rule":
+        if self.level_clip != "search":
+            fixed_level_clip(self.level_clip, self.activation_bits)
+        elif self.activation_bits != 4:
+            raise ValueError(f"level_clip is searched for 4-bit activations; these have {self.activation_bits} bits")
         return self
 
     def needs_data(self) -> bool:
@@ -317,6 +319,7 @@ def _group_recipes() -> tuple[Recipe, ...]:
 
 _W4A4 = Rule(match="", weight_bits=4, activation_bits=4)
 _W8A8 = Rule(match="", weight_bits=8, activation_bits=8)
+_NEAREST: dict[str, Any] = {"method": "rtn", "outliers": 0, "clip": False}
 # What pays without training (benchmarks/notes-accuracy.md): finer steps, outliers that many tokens share, better codes.
 _W4A4_PLUS = _W4A4.model_copy(update={"level_clip": (17, 1), "outlier_score": "range", "sweeps": 2})
 
@@ -331,8 +334,10 @@ RECIPES: dict[str, Recipe] = {
         _uniform("quik-8b", _W8A8),
         # Eight bits bear a wide range of activations; what is lost is lost in the weights, for whose sake outliers are kept here.
         _uniform("w4a8", Rule(match="", weight_bits=4, activation_bits=8, outlier_score="mean_square", sweeps=8)),
-        _uniform("rtn-w4a4", Rule(match="", weight_bits=4, activation_bits=4, method="rtn", outliers=0, clip=False)),
-        _uniform("rtn-w8a8", Rule(match="", weight_bits=8, activation_bits=8, method="rtn", outliers=0, clip=False)),
+        _uniform("rtn-w4a4", _W4A4.model_copy(update=_NEAREST)),
+        # Activations rounded as in the released code of arXiv 2301.12017.
+        _uniform("rtn-w4a4-sym", _W4A4.model_copy(update={**_NEAREST, "level_clip": "symmetric"})),
+        _uniform("rtn-w8a8", _W8A8.model_copy(update=_NEAREST)),
         _uniform("gptq-w4a16", Rule(match="", weight_bits=4, activation_bits=16, outliers=0, clip=False)),
         # The paper's, with half of the base weights zero: of all layers, or where it is cheaper or dearer.
         _sparse(_QUIK_4B, "sparse", attention=True, mlp=True),
@@ -368,7 +373,7 @@ def find_recipe(name: str | Path | Recipe) -> Recipe:
             first = error.errors()[0]
             # Which kind of rule it was taken for is no part of the file's own path.
             where = ".".join(str(part) for part in first["loc"] if part not in ("quik", "codebook", "groups"))
-            raise QuikError(f"{path} is not a recipe: {where}: {first['msg']}") from None
+            raise QuikError(f"{path} is not a recipe: {where}: {first['msg'].removeprefix('Value error, ')}") from None
     if name not in RECIPES:
         raise QuikError(f'there is no recipe "{name}"; {did_you_mean(name, RECIPES)}, or a .json file')
     return RECIPES[name]

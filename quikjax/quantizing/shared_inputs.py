@@ -17,7 +17,7 @@ from quikjax.errors import QuikError
 from quikjax.quantizing import outliers as choosing
 from quikjax.quantizing.codebook_rule import CodebookRule
 from quikjax.quantizing.group_rule import GroupRule
-from quikjax.quantizing.level_clip import search_level_clip
+from quikjax.quantizing.level_clip import fixed_level_clip, search_level_clip
 from quikjax.quantizing.recipe import AnyRule, Rule
 from quikjax.quantizing.statistics import LayerStats
 from quikjax.weights.quik import as_matrix
@@ -118,7 +118,7 @@ class SharedInputs:
     def level_clip(self, path: str, rule: Rule, stats: LayerStats) -> tuple[int, int] | None:
         """Return the rule's level clip, or the best on samples."""
         if rule.level_clip != "search":
-            return rule.level_clip
+            return fixed_level_clip(rule.level_clip, rule.activation_bits)
         key = self._key(path, rule, stats)
         if key not in self._clips:
             base = self.columns(path, rule, stats)[: stats.absmax.shape[0] - self.count(path, rule, stats)]

@@ -20,6 +20,7 @@ from quikjax.reports.charts import STYLE, BarChart, LineChart, Point, bar_chart,
 from quikjax.reports.codes import CodesUse, codes_use
 from quikjax.reports.evaluations import EvaluationRecord, check_writable, read_evaluations
 from quikjax.reports.reproduce import Reproduction, reproduction
+from quikjax.reports.tables import with_clip
 
 # Small pictures of activation ranges: this many blocks of each kind of input, evenly spread over the depth.
 _PICTURED = 6
@@ -97,7 +98,7 @@ def render(page: Page) -> str:
     """The page as HTML."""
     loader = jinja2.PackageLoader("quikjax.reports", "templates")
     environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    environment.filters |= {"bytes": _bytes, "error": _error, "decibels": _decibels, "facts": _facts, "clip": _clip}
+    environment.filters |= {"bytes": _bytes, "error": _error, "decibels": _decibels, "facts": _facts, "with_clip": with_clip}
     report = page.report
     perplexities = [record for record in page.evaluations if record.kind == "perplexity"]
     by_layer = next((record.result["by_layer"] for record in reversed(perplexities) if "by_layer" in record.result), None)
@@ -223,11 +224,6 @@ def _error(value: int | float | None) -> str:
 
 def _decibels(value: int | float | None) -> str:
     return "?" if value is None else ("exact" if value == 0 else f"{-20 * math.log10(value):.1f}")
-
-
-def _clip(level_clip: Sequence[int] | None) -> str:
-    """The level clip of 4-bit activations behind their bits, as other reports write it."""
-    return "" if level_clip is None else "/" + ",".join(map(str, level_clip))
 
 
 def _facts(value: Any) -> str:

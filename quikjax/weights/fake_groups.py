@@ -18,12 +18,13 @@ from quikjax.weights.linear import Trained
 class FakeGroupWeight(Trained):
     """A `GroupWeight` in training: `y = x~ W~^T + bias` in float32, with `x~` the activation, rounded token by token.
 
-    Data: `matrix` float32 `[N, K]`, the dequantized weight, straight-through.
+    Data: `matrix` float32 `[N, K]`, the dequantized weight, straight-through. Static: as in `GroupWeight`.
     """
 
     matrix: Any
     activation_bits: int = dataclasses.field(metadata={"static": True})
     group: str | None = dataclasses.field(metadata={"static": True})
+    level_clip: tuple[int, int] | None = dataclasses.field(metadata={"static": True})
 
     def products(
         self, x: Float[Array, "*batch k"], weights: Sequence[Any], biases: Sequence[Float[Array, " _"] | None]
@@ -32,7 +33,7 @@ class FakeGroupWeight(Trained):
         *batch, k = x.shape
         rows = x.reshape(-1, k).astype(jnp.float32)
         if self.activation_bits != 16:
-            codes, scale, zero = quantize_activations(jax.lax.stop_gradient(rows), self.activation_bits)
+            codes, scale, zero = quantize_activations(jax.lax.stop_gradient(rows), self.activation_bits, self.level_clip)
             half = 2 ** (self.activation_bits - 1)
             rows = straight_through(rows, (codes.astype(jnp.float32) + half) * scale[:, None] + zero[:, None])
         results = []

@@ -14,7 +14,7 @@ from quikjax.algorithms.codebooks import MAX_BITS, MIN_BITS
 from quikjax.errors import QuikError
 from quikjax.pallas_kernels.reference import quantize_activations
 from quikjax.weights.kernel import Kernel
-from quikjax.weights.quik import from_matrix
+from quikjax.weights.quik import check_level_clip, from_matrix
 
 VERSION = 1
 
@@ -36,9 +36,9 @@ class GroupWeight(Kernel):
     Data: `codes` uint8 `[b, ceil(N K / 8)]`, the unsigned codes row by row as bit planes (`codebooks.pack`); `scale` float16
     `[N, ceil(K / g)]`; `zero` uint8 of that shape, or `[N, 0]`; `columns` int32 `[K]`, a permutation, or `[0]`.
 
-    Static: `bits_per_code` (`b`, 3 to 8); `activation_bits` (4, 8: the input is rounded token by token, asymmetrically, as that
-    of a QUIK layer; 16: it is not); `group_size`, `symmetric`, `permuted`; `shape` and `in_axes` of the array this replaces;
-    `group`, a name shared by layers that read the same tensor, or `None`; `version` of this format.
+    Static: `bits_per_code` (`b`, 3 to 8); `activation_bits` (4, 8: the input is rounded token by token, as that of a QUIK layer;
+    16: it is not); `group_size`, `symmetric`, `permuted`; `shape` and `in_axes` of the array this replaces; `group`, a name
+    shared by layers that read the same tensor, or `None`; `version` of this format; `level_clip`, as in `QuikWeight`.
 
     No kernel multiplies in this form: XLA dequantizes it.
     """
@@ -56,6 +56,7 @@ class GroupWeight(Kernel):
     in_axes: tuple[int, ...] = dataclasses.field(metadata=_STATIC)
     group: str | None = dataclasses.field(metadata=_STATIC)
     version: int = dataclasses.field(default=VERSION, metadata=_STATIC)
+    level_clip: tuple[int, int] | None = dataclasses.field(default=None, metadata=_STATIC)
 
     @property
     def base(self) -> int:
@@ -97,6 +98,7 @@ class GroupWeight(Kernel):
             raise QuikError(f"{name} is in group format {self.version}; this version of quikjax reads format {VERSION}")
         if not MIN_BITS <= self.bits_per_code <= MAX_BITS or self.group_size < 1 or self.activation_bits not in (4, 8, 16):
             raise QuikError(f"{name} has {self.label}, which is no group format")
+        check_level_clip(name, self.activation_bits, self.level_clip)
         for field, (shape, dtype) in self.layout().items():
             array = getattr(self, field)
             if tuple(array.shape) != shape:
@@ -125,7 +127,8 @@ class GroupWeight(Kernel):
         """The activations that this layer multiplies by: `x`, or what token by token is left of it in `activation_bits`."""
         if self.activation_bits == 16 or self.inputs == 0:
             return x
-        codes, scale, zero = quantize_activations(x.reshape(-1, self.inputs).astype(jnp.float32), self.activation_bits)
+        rows = x.reshape(-1, self.inputs).astype(jnp.float32)
+        codes, scale, zero = quantize_activations(rows, self.activation_bits, self.level_clip)
         half = 2 ** (self.activation_bits - 1)
         kept = (codes.astype(jnp.float32) + half) * scale[:, None] + zero[:, None]
         return kept.reshape(x.shape).astype(x.dtype)

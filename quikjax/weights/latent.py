@@ -109,7 +109,8 @@ def student(still: Mapping[str, Any], moving: Moving) -> dict[str, Any]:
             codes = _group_codes(value, leaf, scale)
             wide = spread(scale, packed.group_size, packed.inputs)
             zero = spread(leaf.zero, packed.group_size, packed.inputs)
-            params[path] = FakeGroupWeight((codes - zero) * wide, packed.activation_bits, leaf.shared)
+            matrix = (codes - zero) * wide
+            params[path] = FakeGroupWeight(matrix, packed.activation_bits, leaf.shared, packed.level_clip)
         else:
             packed = leaf.packed
             scale = leaf.scale * jnp.exp(own["sigma"])
@@ -263,5 +264,4 @@ def _shared(weight: Any) -> str | None:
     """Name the layers of a block that share `weight`'s quantized activation: those of its group that are quantized alike."""
     if weight.group is None:
         return None
-    level_clip = getattr(weight, "level_clip", None)
-    return f"{weight.group} {weight.base} {weight.activation_bits} {level_clip}"
+    return f"{weight.group} {weight.base} {weight.activation_bits} {weight.level_clip}"

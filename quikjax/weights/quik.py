@@ -40,7 +40,7 @@ class QuikWeight(Kernel):
     replaces (`in_axes` are its input axes; the others, in order, are the outputs); `base`, the true `B`; `group`, a name
     shared by layers that read the same tensor and therefore have equal `columns` and one quantized activation, or `None`;
     `shards`, in how many pieces along `K` outliers were chosen; `version` of this format; `level_clip`, the level clip `(levels,
-    lowest)` of 4-bit activations (`pallas_kernels.reference`), or `None`: 16 codes over the whole range of a token.
+    lowest)` of the activations (`pallas_kernels.reference`; `(16, -8)` is symmetric), or `None`: all codes over a token's range.
     """
 
     qweight: Leaf
@@ -65,7 +65,7 @@ class QuikWeight(Kernel):
 
     @property
     def lowest(self) -> int:
-        """`l`: the step that the lowest code stands for; 0 without a level clip."""
+        """`l`: the step that the lowest code stands for; 0 without a level clip, negative where activations are symmetric."""
         return checked_level_clip(self.activation_bits, self.level_clip).lowest
 
     @property
@@ -90,11 +90,7 @@ class QuikWeight(Kernel):
         dtypes = {4: jnp.int4, 8: jnp.int8}
         if self.weight_bits not in dtypes or self.activation_bits not in (4, 8, 16):
             raise QuikError(f"{name} has W{self.weight_bits}A{self.activation_bits}, which is no QUIK format")
-        if self.level_clip is not None:
-            try:
-                checked_level_clip(self.activation_bits, self.level_clip)
-            except ValueError as error:
-                raise QuikError(f"{name}: {error}") from None
+        check_level_clip(name, self.activation_bits, self.level_clip)
         expected = {
             "qweight": ((n, b), (dtypes[self.weight_bits],)),
             "scale": ((n,), (jnp.float32,)),
@@ -121,6 +117,19 @@ class QuikWeight(Kernel):
         total = np.asarray(self.qweight, np.int64).sum(axis=1)
         if not np.allclose(np.asarray(self.reduced), scale * total, rtol=1e-6, atol=0):
             raise QuikError(f"{name}.reduced is not scale times the sum of the codes")
+
+
+def check_level_clip(name: str, bits: int, clip: tuple[int, int] | None) -> None:
+    """Check that activations of `bits` can have the level clip of the weight `name`.
+
+    Raises:
+        QuikError: they cannot.
+    """
+    if clip is not None:
+        try:
+            checked_level_clip(bits, clip)
+        except ValueError as error:
+            raise QuikError(f"{name}: {error}") from None
 
 
 def as_matrix(kernel: Float[Array, "..."], in_axes: tuple[int, ...]) -> Float[Array, "n k"]:

@@ -46,11 +46,16 @@ def test_restored_logits_are_bit_identical(tmp_path: Path, quantized: bool, dtyp
 
 def test_a_level_clip_is_written_where_there_is_one(tmp_path: Path) -> None:
     """Without one a weight is written as it was before there were any, so that old artifacts keep their bytes."""
-    checkpoint.save(tmp_path / "a", build(random_params()))
+    params = random_params()
+    params["model.layers.0.self_attn.v_proj.weight"] = pack(np.random.default_rng(0), (8, 16), level_clip=(16, -8))
+    checkpoint.save(tmp_path / "a", build(params))
     packed = json.loads((tmp_path / "a" / "arrays" / "model.layers.0.json").read_text())["packed"]
+    assert packed["model.layers.0.self_attn.v_proj.weight"]["level_clip"] == [16, -8]
     assert packed["model.layers.0.self_attn.k_proj.weight"]["level_clip"] == [17, 1]
     assert "level_clip" not in packed["model.layers.0.self_attn.q_proj.weight"]
-    restored = dotted(checkpoint.restore_params(tmp_path / "a"))["model.layers.0.self_attn.k_proj.weight"]
+    leaves = dotted(checkpoint.restore_params(tmp_path / "a"))
+    assert leaves["model.layers.0.self_attn.v_proj.weight"].level_clip == (16, -8)
+    restored = leaves["model.layers.0.self_attn.k_proj.weight"]
     assert (restored.level_clip, restored.levels, restored.lowest) == ((17, 1), 17, 1)
     assert type(restored.level_clip) is tuple
 

@@ -11,6 +11,7 @@ from quikjax.evaluation.rounding import only, rounded_activations
 from quikjax.pallas_kernels import reference
 from quikjax.quantizing.params import quantize_params
 from quikjax.quantizing.recipe import find_recipe
+from quikjax.weights.codebook import CodebookWeight
 from quikjax.weights.formats import PackedWeight, dequantize
 from quikjax.weights.linear import linear
 from quikjax.weights.quik import QuikWeight
@@ -35,14 +36,14 @@ def packed(name: str) -> PackedWeight:
     return weight
 
 
-@pytest.mark.parametrize("name", ["rtn-w4a4", "rtn-w8a8", "sparse", "zeroquant-w8a8", "int4"])
+@pytest.mark.parametrize("name", ["rtn-w4a4", "rtn-w4a4-sym", "rtn-w8a8", "sparse", "zeroquant-w8a8", "int4"])
 def test_each_part_alone(name: str) -> None:
     weight = packed(name)
     tree = {**DENSE, f"x.{PATH}": weight}
     W, rounded = DENSE[f"x.{PATH}"], X
-    if name != "int4":
+    if not isinstance(weight, CodebookWeight):  # whose activations are exact
         bits = weight.activation_bits
-        codes, scale, zero = reference.quantize_activations(X, bits)
+        codes, scale, zero = reference.quantize_activations(X, bits, weight.level_clip)
         rounded = (codes + 2.0 ** (bits - 1)) * scale[:, None] + zero[:, None]
         assert not np.allclose(rounded, X, atol=1e-4)
     np.testing.assert_allclose(rounded_activations(X, weight), rounded, rtol=1e-5, atol=1e-5)

@@ -265,6 +265,8 @@ def test_sharded_over_outputs_and_over_inputs() -> None:
         want = api.linears((x,), [packed], [None], bits)[0]
         split = reference.split_quantize(x, packed.columns, packed.base, bits)
         sums = reference.integer_matmul(split.codes, packed.qweight)
+        even = reference.split_quantize(x, packed.columns, packed.base, bits, (16, -8))
+        even_sums = reference.integer_matmul(even.codes, packed.qweight)
 
         over_n = jax.jit(jax.shard_map(
             lambda x, qw, s, r, w, c: api.linears((x,), [api.pack(qw, s, r, w, c)], [None], bits)[0],
@@ -280,9 +282,12 @@ def test_sharded_over_outputs_and_over_inputs() -> None:
             packed = local(c, qw, w)
             part = sharded.split_quantize_over_k(x, packed.columns, packed.base, bits, "d")
             total = jax.lax.psum(reference.integer_matmul(part.codes, packed.qweight), "d")
-            return sharded.linear_over_k(x, packed, None, bits, "d"), total, part.scale, part.zero
+            even = sharded.split_quantize_over_k(x, packed.columns, packed.base, bits, "d", (16, -8))
+            even_total = jax.lax.psum(reference.integer_matmul(even.codes, packed.qweight), "d")
+            y = sharded.linear_over_k(x, packed, None, bits, "d")
+            return y, total, part.scale, part.zero, even_total, even.scale
 
-        by_k, total, s, z = jax.jit(jax.shard_map(
+        by_k, total, s, z, even_total, even_s = jax.jit(jax.shard_map(
             row_parallel, mesh=mesh, in_specs=(P(None, "d"), P("d"), P("d"), P("d")), out_specs=P()))(
             x, jnp.asarray(columns), jnp.asarray(q), jnp.asarray(outliers))
         print(json.dumps({
@@ -290,6 +295,7 @@ def test_sharded_over_outputs_and_over_inputs() -> None:
             "n": float(jnp.abs(by_n - want).max() / jnp.abs(want).max()),
             "k": float(jnp.abs(by_k - want).max() / jnp.abs(want).max()),
             "sums": bool((total == sums).all()), "scale": bool((s == split.scale).all()), "zero": bool((z == split.zero).all()),
+            "symmetric": bool((even_total == even_sums).all() and (even_s == even.scale).all()),
         }))
         """
     )
@@ -301,5 +307,6 @@ def test_sharded_over_outputs_and_over_inputs() -> None:
     assert result["sums"]
     assert result["scale"]
     assert result["zero"]
+    assert result["symmetric"]
     assert result["n"] <= 1e-6
     assert result["k"] <= 1e-5

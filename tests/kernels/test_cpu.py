@@ -26,7 +26,7 @@ def activations(rows: int, k: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("carrier", [jnp.int8, jnp.bfloat16])
-@pytest.mark.parametrize(("bits", "clip"), [(4, None), (8, None), (4, (17, 1))])
+@pytest.mark.parametrize(("bits", "clip"), [(4, None), (8, None), (4, (17, 1)), (4, (16, -8))])
 @pytest.mark.parametrize(("k", "outliers"), [(20, 3), (33, 0), (17, 17), (576, 36), (129, 1)])
 def test_integers_are_the_references(bits: int, clip: tuple[int, int] | None, k: int, outliers: int, carrier: type) -> None:
     rng = np.random.default_rng(0)
@@ -70,7 +70,7 @@ def test_bfloat16_sums_are_exact(k: int, widths: tuple[int, int], extreme: bool,
 
 @pytest.mark.parametrize("bfloat16", [False, True])
 @pytest.mark.parametrize("rows", [300, 512])
-@pytest.mark.parametrize(("bits", "clip"), [(4, (19, 2)), (8, None)])
+@pytest.mark.parametrize(("bits", "clip"), [(4, (19, 2)), (8, (256, -128))])
 def test_the_xla_backend_gives_the_same_either_way(
     bits: int, clip: tuple[int, int] | None, rows: int, bfloat16: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -49,6 +49,7 @@ SPLITS = [
     Split(3, 576, 36, 4, Identity(), S(2, 1)),
     Split(1, 8, 0, 8, Identity(), S(1, 1)),
     Split(2, 1384, 84, 4, Identity(), S(1, 1), clip=(17, 1)),
+    Split(3, 712, 70, 4, Identity(), S(2, 1), clip=(16, -8)),
     Split(1, 8192, 512, 4, Identity(), S(1, 8)),
     Split(130, 264, 256, 8, Identity(), S(2, 1)),
     Split(2, 576, 36, 4, Identity(), S(1, 1), F16),
@@ -70,7 +71,8 @@ ROWS = [
     Row(Product(1, 24, 640, 0, 4, 4, False, T(64, 8, 3, 1, 1)), Identity()),
     Row(Product(1, 264, 576, 36, 4, 4, True, T(64, 8, 4, 1, 2), residual=True), Identity(), clip=(17, 1)),
     Row(Product(1, 72, 2056, 8, 4, 4, False, T(64, 8, 4, 1, 3), also=(40, 128)), NORM),
-    Row(Product(1, 520, 1152, 64, 4, 8, True, T(64, 8, 4, 1, 1)), LAYER_NORM),  # more tiles than multiprocessors
+    # More tiles than multiprocessors; symmetric activations.
+    Row(Product(1, 520, 1152, 64, 4, 8, True, T(64, 8, 4, 1, 1)), LAYER_NORM, clip=(256, -128)),
     Row(Product(1, 136, 1376, 86, 8, 8, False, T(64, 8, 3, 1, 4), residual=True), SILU),
     Row(Product(1, 40, 1024, 260, 8, 4, True, T(64, 8, 3, 1, 1), F16, F16), NORM),
 ]

@@ -14,18 +14,28 @@ from hypothesis.extra import numpy as hnp
 from quikjax.pallas_kernels import api, reference
 
 CLIPS = [(15, 0), (16, 0), (16, 1), (17, 1), (19, 2)]
+SYMMETRIC = {4: [(16, -8), (15, -8), (14, -8), (20, -8)], 8: [(256, -128), (255, -128), (254, -128)]}
+
+
+def range_in_numpy(x: np.ndarray, clip: tuple[int, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Each token's range, and where its steps are counted from."""
+    low, top = x.min(-1), x.max(-1)
+    if clip[1] >= 0:
+        return low, top, low
+    largest = np.abs(x).max(-1)
+    return -largest, largest, np.zeros_like(low)
 
 
 def quantize_in_numpy(x: np.ndarray, bits: int, clip: tuple[int, int] | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The quantizer of the module's equations, one IEEE float32 operation after the other."""
-    levels, lowest = clip or (2**bits - 1, 0)
+    levels, lowest = clip = clip or (2**bits - 1, 0)
     x = np.asarray(x, np.float32)
-    low, top = x.min(-1), x.max(-1)
+    low, top, origin = range_in_numpy(x, clip)
     with np.errstate(under="ignore", over="ignore", invalid="ignore"):
         scale = np.maximum((top - low) * np.float32(1 / levels), np.float32(1e-30))
-        steps = np.rint((x - low[..., None]) * (np.float32(1) / scale)[..., None])
+        steps = np.rint((x - origin[..., None]) * (np.float32(1) / scale)[..., None])
         codes = (np.clip(steps, lowest, lowest + 2**bits - 1) - lowest - 2 ** (bits - 1)).astype(np.int8)
-        return codes, scale, low + np.float32(lowest) * scale
+        return codes, scale, origin + np.float32(lowest) * scale
 
 
 def assert_same_split(x: np.ndarray, bits: int) -> None:
@@ -98,7 +108,7 @@ def test_any_finite_input_is_numpys_and_decodes_within_half_a_step(x: np.ndarray
 @settings(max_examples=40, deadline=None)
 @given(
     x=hnp.arrays(np.float32, (3, 21), elements=st.floats(-1e6, 1e6, width=32, allow_subnormal=False)),
-    clip=st.sampled_from(CLIPS),
+    clip=st.sampled_from(CLIPS + SYMMETRIC[4]),
 )
 def test_a_level_clip_is_numpys_and_decodes_to_the_nearest_level(x: np.ndarray, clip: tuple[int, int]) -> None:
     """Against float64: what a code decodes to is the nearest of the 16 levels there are, up to rounding at a boundary."""
@@ -108,8 +118,9 @@ def test_a_level_clip_is_numpys_and_decodes_to_the_nearest_level(x: np.ndarray, 
     codes, scale, zero = (np.asarray(part, np.float64)[..., None] for part in found)
     back = (codes[..., 0] + 8) * scale + zero
     wide = x.astype(np.float64)
-    step = np.maximum((wide.max(-1) - wide.min(-1)) / clip[0], 1e-30)[:, None]
-    grid = wide.min(-1)[:, None, None] + np.arange(clip[1], clip[1] + 16) * step[..., None]
+    low, top, origin = range_in_numpy(wide, clip)
+    step = np.maximum((top - low) / clip[0], 1e-30)[:, None]
+    grid = origin[:, None, None] + np.arange(clip[1], clip[1] + 16) * step[..., None]
     nearest = np.abs(grid - wide[..., None]).min(-1)
     assert (np.abs(back - wide) <= nearest + 1e-4 * step + 1e-6 * np.abs(wide).max()).all()
 
@@ -120,7 +131,34 @@ def test_the_whole_range_is_the_level_clip_of_todays_numbers() -> None:
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
 
 
-@pytest.mark.parametrize(("bits", "clip"), [(8, (16, 0)), (4, (14, 0)), (4, (15, 1)), (4, (19, 3)), (4, (16, -1))])
+@settings(max_examples=40, deadline=None)
+@given(
+    x=hnp.arrays(np.float32, (3, 21), elements=st.just(0.0) | st.floats(-1e6, 1e6, width=32, allow_subnormal=False)),
+    bits_and_clip=st.sampled_from([(bits, clip) for bits, clips in SYMMETRIC.items() for clip in clips]),
+)
+def test_symmetric_activations_are_numpys_and_keep_zeros_and_signs(
+    x: np.ndarray, bits_and_clip: tuple[int, tuple[int, int]]
+) -> None:
+    bits, clip = bits_and_clip
+    half = 2 ** (bits - 1)
+    found = codes, scale, zero = [np.asarray(part) for part in reference.quantize_activations(jnp.asarray(x), bits, clip)]
+    for got, expected in zip(found, quantize_in_numpy(x, bits, clip), strict=True):
+        np.testing.assert_array_equal(got, expected)
+    # Nothing is left of the zero point in the epilogue, so a zero has no part in any sum.
+    assert (zero + np.float32(half) * scale == 0).all()
+    assert (codes[x == 0] == 0).all()
+    # Everything has its mirror image but the lowest code.
+    mirrored = np.asarray(reference.quantize_activations(jnp.asarray(-x), bits, clip)[0])
+    np.testing.assert_array_equal(np.maximum(mirrored, 1 - half), -np.maximum(codes, 1 - half))
+
+
+@pytest.mark.parametrize(
+    ("bits", "clip"),
+    [
+        *[(8, (16, 0)), (4, (14, 0)), (4, (15, 1)), (4, (19, 3)), (4, (16, -1))],
+        *[(4, (13, -8)), (4, (16, -7)), (8, (256, -8)), (8, (253, -128)), (8, (257, 1))],
+    ],
+)
 def test_level_clips_that_cannot_be(bits: int, clip: tuple[int, int]) -> None:
     with pytest.raises(ValueError, match=f"{bits}-bit activations cannot have the level clip"):
         reference.checked_level_clip(bits, clip)
@@ -169,7 +207,7 @@ def layer_in_numpy(x: np.ndarray, packed: api.Packed, bias: np.ndarray | None, b
     return np.asarray(sum(parts)), np.asarray(magnitude)
 
 
-@pytest.mark.parametrize(("bits", "clip"), [(4, None), (8, None), (4, (17, 1))])
+@pytest.mark.parametrize(("bits", "clip"), [(4, None), (8, None), (4, (17, 1)), (4, (16, -8)), (8, (256, -128))])
 @pytest.mark.parametrize("outliers", [0, 1, 36, 96, 256], ids=lambda o: f"{o}-outliers")
 @pytest.mark.parametrize("batch", [(1,), (2, 3), (17,)])
 def test_layer_against_float64(bits: int, clip: tuple[int, int] | None, outliers: int, batch: tuple[int, ...]) -> None:

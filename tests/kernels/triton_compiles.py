@@ -6,6 +6,7 @@ A process of its own: it needs jax-triton, and looks into it for the PTX, which 
 """
 
 import collections
+import dataclasses
 import importlib
 import json
 import re
@@ -36,8 +37,14 @@ def main(gpu: str) -> int:
     major, minor = absent_gpu.GPUS[gpu][0]
     capability = 10 * major + minor
     compiled = 0
-    for rows, outliers, weight_bits, bits in [(1, 64, 4, 4), (17, 36, 4, 4), (129, 0, 8, 8), (3, 36, 4, 16)]:
-        packed = triton_layer.readable(kernel_cases.weight(0, 576, 576, outliers, weight_bits))
+    for rows, outliers, weight_bits, bits, clip in [
+        (1, 64, 4, 4, None),
+        (17, 36, 4, 4, (16, -8)),
+        (129, 0, 8, 8, None),
+        (3, 36, 4, 16, None),
+    ]:
+        weight = dataclasses.replace(kernel_cases.weight(0, 576, 576, outliers, weight_bits), level_clip=clip)
+        packed = triton_layer.readable(weight)
         x = kernel_cases.tokens(1, (rows, 576))
 
         def layer(x: jax.Array, packed: api.Packed | api.Halved, bits: int = bits) -> jax.Array:

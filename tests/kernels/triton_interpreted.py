@@ -78,7 +78,7 @@ class StandIn:
 def splits() -> list[str]:
     """Compare codes, outliers, scale and zero, bit for bit."""
     wrong = []
-    cases: list[Any] = [(3, 576, 36, 4, None), (2, 1100, 0, 8, None), (1, 264, 200, 4, (17, 1))]
+    cases: list[Any] = [(3, 576, 36, 4, None), (2, 1100, 0, 8, None), (1, 264, 200, 4, (17, 1)), (2, 300, 20, 4, (16, -8))]
     for rows, inputs, outliers, bits, clip in cases:
         base = inputs - outliers
         x = np.asarray(kernel_cases.tokens(rows, (rows, inputs), jnp.float16))

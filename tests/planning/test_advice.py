@@ -63,6 +63,8 @@ def test_a_recipe_of_ones_own_gets_the_sizes_but_no_accuracy() -> None:
     assert plan.layers[0].as_json()["level_clip"] == "search"
     foreign = Recipe(name="foreign", rules=(Rule(match=r"q_proj\.weight", level_clip=(17, 1), in_axes=(1,)),))
     assert make_plan(CONFIG, foreign, memory_bytes=GB).layers[0].level_clip == (17, 1)
+    symmetric = make_plan(CONFIG, "rtn-w4a4-sym", memory_bytes=GB)
+    assert {layer.level_clip for layer in symmetric.layers} == {"symmetric"}
 
 
 def test_every_recipe_with_a_figure_exists() -> None:

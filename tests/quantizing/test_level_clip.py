@@ -1,16 +1,24 @@
 """The search for a level clip, and how a rule's choice reaches the packed weight."""
 
+import json
+import re
+from pathlib import Path
+from typing import Any
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pydantic import ValidationError
 
+from quikjax.errors import QuikError
+from quikjax.pallas_kernels.reference import symmetric_clip
+from quikjax.quantizing.group_rule import GroupRule
 from quikjax.quantizing.level_clip import LEVEL_CLIPS, search_level_clip
 from quikjax.quantizing.params import LayerResult, quantize_params
-from quikjax.quantizing.recipe import Recipe, Rule
+from quikjax.quantizing.recipe import Recipe, Rule, find_recipe
 from quikjax.quantizing.statistics import empty_stats, observe
+from quikjax.weights.linear import linear
 
 
 def slow_error(x: np.ndarray, W: np.ndarray, clip: tuple[int, int]) -> float:
@@ -47,7 +55,7 @@ def test_values_at_both_ends_want_no_clip_and_long_tails_do() -> None:
     assert search_level_clip(jnp.zeros((4, 0)), jnp.ones(4, bool), [jnp.zeros((3, 0))]) is None
 
 
-@pytest.mark.parametrize(("asked", "one"), [("search", None), ((16, 1), (16, 1)), (None, None)])
+@pytest.mark.parametrize(("asked", "one"), [("search", None), ((16, 1), (16, 1)), ("symmetric", (16, -8)), (None, None)])
 def test_layers_that_share_an_input_share_the_level_clip(
     asked: str | tuple[int, int] | None, one: tuple[int, int] | None
 ) -> None:
@@ -102,8 +110,46 @@ def test_layers_that_choose_outliers_differently_are_not_taken_for_one_group() -
 
 
 @pytest.mark.parametrize(
-    "change", [{"activation_bits": 8, "level_clip": "search"}, {"level_clip": (14, 0)}, {"level_clip": (20, 3)}]
+    ("change", "message"),
+    [
+        ({"activation_bits": 8, "level_clip": "search"}, "searched for 4-bit activations; these have 8 bits"),
+        ({"activation_bits": 16, "level_clip": "symmetric"}, "of quantized activations; these have 16 bits"),
+        ({"level_clip": "symmetrical"}, '"search", "symmetric" or two whole numbers such as [17, 1], not \'symmetrical\''),
+        ({"level_clip": [16]}, '"symmetric" or two whole numbers such as [17, 1], not [16]'),
+        ({"level_clip": [16.5, -8]}, "not [16.5, -8]"),
+        ({"level_clip": [14, 0]}, "4-bit activations cannot have the level clip (14, 0)"),
+        ({"level_clip": [20, 3]}, "4-bit activations cannot have the level clip (20, 3)"),
+        ({"level_clip": [16, -8], "activation_bits": 8}, "8-bit activations cannot have the level clip (16, -8)"),
+        ({"group_size": 16, "activation_bits": 4, "level_clip": "search"}, 'a level clip is "symmetric" or two whole numbers'),
+        ({"group_size": 16, "level_clip": "symmetric"}, "of quantized activations; these have 16 bits"),
+    ],
 )
-def test_rules_refuse_level_clips_that_cannot_be(change: dict) -> None:
-    with pytest.raises(ValidationError, match=r"level.clip"):
-        Rule(match="x", **change)
+def test_recipes_refuse_level_clips_that_cannot_be(change: dict[str, Any], message: str, tmp_path: Path) -> None:
+    """One sentence, and where in the file: nothing of the types that a field may have."""
+    file = tmp_path / "mine.json"
+    file.write_text(json.dumps({"name": "mine", "rules": [{"match": "x", **change}]}))
+    with pytest.raises(QuikError, match=r"mine.json is not a recipe: rules.0(\.level_clip)?: [^:]*" + re.escape(message)):
+        find_recipe(file)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_symmetric_activations_of_either_width_serve_layers_of_any_format(bits: int) -> None:
+    """A QUIK layer with outliers, one in groups: the same word, the same numbers in the packed weight, and in JSON the word."""
+    x = np.random.default_rng(4).normal(size=(64, 32)).astype(np.float32)
+    stats = observe(empty_stats(32, group="in"), jnp.asarray(x), rows=64)
+    tree = {name: {"kernel": jnp.asarray(np.random.default_rng(5).normal(size=(32, 8)), jnp.float32)} for name in "ab"}
+    rules = (
+        Rule(match="a", method="rtn", outliers=2, activation_bits=bits, level_clip="symmetric"),
+        GroupRule(match="b", method="rtn", group_size=16, activation_bits=bits, level_clip="symmetric"),
+    )
+    recipe = Recipe(name="x", rules=rules)
+    seen: list[LayerResult] = []
+    packed = quantize_params(tree, recipe, dict.fromkeys(("a.kernel", "b.kernel"), stats), on_layer=seen.append)
+    for name, layer in zip("ab", seen, strict=True):
+        weight = packed[name]["kernel"]
+        weight.validate(name)
+        assert weight.level_clip == layer.level_clip == symmetric_clip(bits)
+        np.testing.assert_array_equal(linear(jnp.zeros((2, 32)), weight), 0)
+        np.testing.assert_allclose(layer.relative_error, {4: 0.2, 8: 0.1}[bits], atol=0.1)
+    assert [rule["level_clip"] for rule in recipe.model_dump(mode="json")["rules"]] == ["symmetric"] * 2
+    assert Recipe.model_validate_json(recipe.model_dump_json()) == recipe

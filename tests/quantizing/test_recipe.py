@@ -116,6 +116,9 @@ def test_numbers_of_outliers(outliers: int | float | str, scaled: bool, inputs: 
 def test_recipes_survive_json_and_files(tmp_path: Path) -> None:
     for recipe in RECIPES.values():
         assert Recipe.model_validate_json(recipe.model_dump_json()) == recipe
+    # What older artifacts record, so that a killed run of an older version goes on.
+    assert "level_clip" not in RECIPES["zeroquant-w8a8"].model_dump_json()
+    assert all(rule["level_clip"] is None for rule in RECIPES["rtn-w4a4"].model_dump(mode="json")["rules"])
     file = tmp_path / "mine.json"
     file.write_text(RECIPES["w4a8"].model_dump_json())
     assert find_recipe(str(file)) == RECIPES["w4a8"]
@@ -147,7 +150,7 @@ def test_what_is_refused() -> None:
 
 
 def test_which_recipes_need_data() -> None:
-    nearest = {"rtn-w4a4", "rtn-w8a8", "rtn-w4a16-g128", "zeroquant-w8a8", "zeroquant-w4a8"}
+    nearest = {"rtn-w4a4", "rtn-w4a4-sym", "rtn-w8a8", "rtn-w4a16-g128", "zeroquant-w8a8", "zeroquant-w4a8"}
     assert {name for name, recipe in RECIPES.items() if not recipe.needs_data()} == {"fp", *nearest, *CODEBOOKS}
     assert RECIPES["rtn-w4a4"].with_outliers(0.25).needs_data()
     assert [rule.model_dump()["outliers"] for rule in RECIPES["quik-4b"].with_outliers(0.25).rules] == [0.25] * 4

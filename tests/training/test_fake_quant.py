@@ -65,12 +65,19 @@ def test_the_rounded_value_with_the_gradient_of_what_was_rounded() -> None:
 
 
 @settings(max_examples=25, deadline=None)
-@given(seed=st.integers(0, 10_000), bits=st.sampled_from([4, 8]), scale=st.floats(1e-3, 1e3))
-def test_activations_are_the_reference_s_bit_for_bit(seed: int, bits: int, scale: float) -> None:
+@given(
+    seed=st.integers(0, 10_000),
+    bits_and_clip=st.sampled_from([(4, None), (8, None), (4, (16, -8)), (8, (256, -128))]),
+    scale=st.floats(1e-3, 1e3),
+)
+def test_activations_are_the_reference_s_bit_for_bit(
+    seed: int, bits_and_clip: tuple[int, tuple[int, int] | None], scale: float
+) -> None:
+    bits, clip = bits_and_clip
     x = rows(seed) * np.float32(scale)
     columns = packed().columns
-    found = np.asarray(fake_quantize(x, columns, K - O, bits))
-    split = reference.split_quantize(x, columns, K - O, bits)
+    found = np.asarray(fake_quantize(x, columns, K - O, bits, (clip,)))
+    split = reference.split_quantize(x, columns, K - O, bits, clip)
     widened = np.asarray(split.codes, np.float32) + np.float32(2 ** (bits - 1))
     base = np.asarray(columns)[: K - O]
     # The product may be fused into the sum, which rounds once where NumPy rounds twice.

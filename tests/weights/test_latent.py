@@ -21,6 +21,10 @@ RECIPES = {
     "rows": find_recipe("rtn-w4a4"),
     "groups": Recipe.model_validate({"name": "g", "rules": [_GROUPS]}),
     "symmetric groups": Recipe.model_validate({"name": "s", "rules": [{**_GROUPS, "symmetric": True}]}),
+    "symmetric activations": find_recipe("rtn-w4a4-sym"),
+    "symmetric everything": Recipe.model_validate(
+        {"name": "e", "rules": [{**_GROUPS, "symmetric": True, "level_clip": "symmetric"}]}
+    ),
 }
 W = np.random.default_rng(0).normal(size=(N, K)).astype(np.float32)
 X = np.random.default_rng(1).normal(size=(5, K)).astype(np.float32)

@@ -51,8 +51,10 @@ def slow_linear(x: np.ndarray, w: QuikWeight, bias: np.ndarray | None) -> np.nda
         if b == 16:
             y[m] = (q_w @ x_base.astype(np.float64)) * s_w
         elif base:
-            z = x_base.min()
-            s = max((x_base.max() - z) * np.float32(1 / w.levels), np.float32(1e-30))
+            symmetric = w.lowest < 0
+            z = np.float32(0) if symmetric else x_base.min()
+            reach = 2 * np.abs(x_base).max() if symmetric else x_base.max() - z
+            s = max(reach * np.float32(1 / w.levels), np.float32(1e-30))
             h = w.lowest + 2 ** (b - 1)
             q = np.clip(np.round((x_base - z) * (np.float32(1) / s)), w.lowest, w.lowest + 2**b - 1) - h
             y[m] = (q_w @ q) * s * s_w + (np.float64(z) + h * np.float64(s)) * s_w * q_w.sum(axis=1)
@@ -73,7 +75,7 @@ def test_linear_is_its_equation(bits: int, activation_bits: int, outliers: int) 
     np.testing.assert_allclose(linear(jnp.asarray(x).reshape(7, 1, 20), w)[:, 0], slow_linear(x, w, None), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("clip", [(15, 0), (16, 1), (17, 1), (19, 2)])
+@pytest.mark.parametrize("clip", [(15, 0), (16, 1), (17, 1), (19, 2), (16, -8), (15, -8)])
 def test_a_level_clip_changes_the_equations_constants_and_no_gradient(clip: tuple[int, int]) -> None:
     plain = packed()
     w = dataclasses.replace(plain, level_clip=clip)
@@ -86,6 +88,17 @@ def test_a_level_clip_changes_the_equations_constants_and_no_gradient(clip: tupl
     expected = np.cos(np.asarray(linear(x, w))) @ np.asarray(dequantize(w))
     np.testing.assert_allclose(slopes[0], expected, rtol=1e-4, atol=1e-4)
     np.testing.assert_array_equal(dequantize(w), dequantize(plain))
+
+
+@pytest.mark.parametrize(("activation_bits", "clip"), [(4, (16, -8)), (8, (256, -128))])
+def test_symmetric_activations_make_nothing_of_zeros(activation_bits: int, clip: tuple[int, int]) -> None:
+    """A token of zeros, such as padding, gives the bias alone: with a zero point it would be up to rounding of the sums."""
+    w = dataclasses.replace(packed(activation_bits=activation_bits, outliers=0), level_clip=clip)
+    bias = jnp.asarray(np.random.default_rng(2).normal(size=12), jnp.float32)
+    y = jax.jit(linear)(jnp.zeros((3, 20)).at[1, 4].set(1e-3), w, bias)
+    np.testing.assert_array_equal(y[0], bias)
+    np.testing.assert_array_equal(y[2], bias)
+    assert (y[1] != bias).any()
 
 
 def test_linear_is_close_to_the_dequantized_product() -> None:
@@ -162,6 +175,10 @@ def test_size_counts_everything() -> None:
         ({"level_clip": (15, 1)}, r"layer: 4-bit activations cannot have the level clip \(15, 1\)"),
         ({"level_clip": (17, 1), "activation_bits": 8}, "8-bit activations cannot have the level clip"),
         ({"level_clip": (17, 1), "activation_bits": 16}, "not 16"),
+        (
+            {"level_clip": (16, -8), "activation_bits": 8},
+            r"layer: 8-bit activations cannot .* a lowest code of -128 and at least",
+        ),
     ],
 )
 def test_the_validator_names_what_is_wrong(change: dict[str, object], message: str) -> None:

@@ -112,6 +112,7 @@ def test_the_validator_of_sparse_weights_names_what_is_wrong(change: dict[str, A
 GROUPS: list[dict[str, Any]] = [
     {},
     {"symmetric": True, "bits": 8, "activation_bits": 8},
+    {"symmetric": True, "activation_bits": 8, "level_clip": "symmetric", "method": "rtn"},
     {"bits": 3, "group_size": 7, "method": "rtn"},
     {"order": "hessian"},
     {"order": "hessian", "static_groups": True, "group_size": 6},
@@ -152,6 +153,10 @@ def test_a_weight_in_groups_is_its_equation(fields: dict[str, Any]) -> None:
         low, high = np.float64(x).min(axis=1, keepdims=True), np.float64(x).max(axis=1, keepdims=True)
         step = (high - low) / (2**w.activation_bits - 1)
         read = np.round((x - low) / step) * step + low
+        if fields.get("level_clip") == "symmetric":
+            assert w.level_clip == (256, -128)
+            step = np.abs(np.float64(x)).max(axis=1, keepdims=True) / 128
+            read = np.clip(np.round(x / step), -128, 127) * step
     y = jax.jit(linear)(jnp.asarray(x), w)
     # A code on a boundary may go either way: one step of one activation.
     np.testing.assert_allclose(y, read @ expected.T, rtol=1e-4, atol=1e-4 if w.activation_bits == 16 else 0.2)
@@ -172,6 +177,7 @@ def test_weights_in_groups_are_run_by_xla_and_by_nothing_else() -> None:
         ({"scale": jnp.zeros((12, 3), jnp.float16)}, "not positive and finite"),
         ({"zero": jnp.full((12, 3), 16, jnp.uint8)}, "zero has values beyond 4 bits"),
         ({"version": 3}, "group format 3"),
+        ({"level_clip": (16, -8)}, "layer: activations are quantized to 4 or 8 bits, not 16"),
         ({"bits_per_code": 2}, "W2A16/16, which is no group format"),
         ({"permuted": True, "columns": jnp.zeros(40, jnp.int32)}, "columns is not a permutation of the 40"),
     ],
