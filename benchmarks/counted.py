@@ -16,30 +16,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "kernels"))
 
-import jax.numpy as jnp
-
-from quikjax.pallas_kernels import layout, tuned
+from quikjax.pallas_kernels import layout
 from quikjax.pallas_kernels.arg_specs import MODELS, LinearSpec
-from quikjax.pallas_kernels.devices import H100
-from quikjax.pallas_kernels.quik_linear.mosaic import row_form
 from quikjax.pallas_kernels.quik_matmul.mosaic import DIRECT_ROWS
-from quikjax.pallas_kernels.quik_matmul.tiles import COMPUTE, K_STEP, MatmulTiles, outlier_step, shortened
+from quikjax.planning.counts import ASSUMED, count, dense_microseconds, joined, quik_microseconds, splits_inside, tiles_of
 
-
-@dataclasses.dataclass(frozen=True)
-class Assumed:
-    """Bytes a second as a large copy reaches them, bf16 operations a second of a large product, int8 twice as many."""
-
-    name: str
-    bandwidth: float
-    rate: float
-    # Microseconds of a kernel beside its bytes and operations: launch, first loads, last stores.
-    fixed: float = 2.5
-    # Microseconds of one row's split inside a product, while the ring fills with weights.
-    split: float = 2.0
-
-
-DEVICES = (Assumed("H100", 3.0e12, 798e12), Assumed("H200", 4.3e12, 798e12))
 # Layers that read one tensor share a split and are one product: how many of each there are. Other models' are fused as published.
 JOINED = {"q": 3, "k": 0, "gate": 2}
 # Layers whose result is added to the hidden state.
@@ -64,8 +45,6 @@ class Group:
 
 def groups(model: str, rows: int, separate: bool) -> list[Group]:
     """The groups of a model's block. `separate`: as before products were joined, sliced, split and added to in themselves."""
-    import kernel_cases
-
     specs = {spec.name: spec for spec in MODELS[model]}
     found = []
     for name, spec in specs.items():
@@ -78,73 +57,9 @@ def groups(model: str, rows: int, separate: bool) -> list[Group]:
         cut = rows % 8 != 0 and (separate or rows > DIRECT_ROWS)
         products = members if separate else 1
         residual = name in ONTO and not separate and rows <= DIRECT_ROWS
-        inside = not separate and kernel_cases.splits_inside(joined(spec, outputs), rows)
+        inside = not separate and splits_inside(joined(spec, outputs), rows)
         found.append(Group(name, spec, outputs, products, members * cut, residual, inside))
     return found
-
-
-def joined(spec: LinearSpec, outputs: tuple[int, ...]) -> LinearSpec:
-    """Layers that are one product, as one layer."""
-    return dataclasses.replace(spec, outputs=sum(layout.round_up(n, layout.WEIGHT_TILE) for n in outputs))
-
-
-@dataclasses.dataclass(frozen=True)
-class Count:
-    """The demands of one layer on a device: bytes of its split and of its product, and operations at the bf16 rate."""
-
-    split_bytes: int
-    product_bytes: int
-    operations: float
-    dense_bytes: int
-    dense_operations: float
-
-
-def count(spec: LinearSpec, rows: int, outputs: tuple[int, ...] | None = None, residual: bool = False) -> Count:
-    """Bytes and operations of one layer for `rows` tokens: what the kernels move, padding included.
-
-    `outputs`: of several joined layers, each its own; left out, the layer's alone. `residual`: it is read, and added.
-    """
-    outputs = (spec.outputs,) if outputs is None else outputs
-    base, kept = layout.round_up(spec.base, layout.COLUMN_TILE), layout.round_up(spec.outliers, layout.COLUMN_TILE)
-    there = layout.round_up(rows, 8)
-    # Inputs and column indices in; codes, outliers, scale and zero out.
-    split = rows * spec.inputs * 2 * spec.producer.inputs + 4 * (base + kept) + 2 * spec.inputs * spec.producer.parameters
-    written = rows * (base + 2 * kept + 8)
-    n, b = sum(layout.round_up(n, layout.WEIGHT_TILE) for n in outputs), layout.round_up(spec.base, layout.WEIGHT_TILE)
-    o = layout.round_up(spec.outliers, layout.OUTLIER_TILE)
-    weight = n * (b * spec.weight_bits // 8 + 2 * o + 8 + 4 * spec.bias)
-    read = there * (b + 2 * o + 8)
-    return Count(
-        split_bytes=split + written,
-        product_bytes=weight + read + (1 + residual) * there * sum(outputs) * 2,
-        operations=2 * rows * sum(outputs) * (spec.base / 2 + spec.outliers),
-        dense_bytes=2 * (rows * spec.inputs + sum(outputs) * spec.inputs + rows * sum(outputs)),
-        dense_operations=2 * rows * sum(outputs) * spec.inputs,
-    )
-
-
-def microseconds(device: Assumed, bytes_: float, operations: float) -> float:
-    """Predicted time of one kernel."""
-    return device.fixed + 1e6 * max(bytes_ / device.bandwidth, operations / device.rate)
-
-
-def with_room_for_a_row(tiles: MatmulTiles, spec: LinearSpec, base: int) -> MatmulTiles:
-    """The tiles that are left where the activations of a row are kept beside the ring."""
-    form = row_form(spec.inputs, jnp.bfloat16, spec.base, spec.bits, spec.producer)
-    outliers = layout.round_up(spec.outliers, layout.OUTLIER_TILE) // outlier_step(spec.weight_bits)
-    more = form.shared_memory(tiles, base // K_STEP, outliers, spec.weight_bits)
-    return shortened(tiles, spec.weight_bits, spec.bits, more=more)
-
-
-def microseconds_of_row(device: Assumed, found: Count, spec: LinearSpec, outputs: int, tiles: MatmulTiles) -> float:
-    """Predicted time of a product that splits its row: nothing is multiplied meanwhile, but the ring fills."""
-    slot = COMPUTE * tiles.n * K_STEP * spec.weight_bits // 8
-    blocks = min(H100.cores, outputs // (COMPUTE * tiles.n) * tiles.splits)
-    arrived = min(blocks * tiles.stages * slot, found.product_bytes)
-    exposed = max(0.0, device.split - 1e6 * arrived / device.bandwidth)
-    # Inputs and columns are read by the first thread block from memory, by the others out of L2.
-    read = spec.inputs * (2 * spec.producer.inputs + 4 + 2 * spec.producer.parameters)
-    return exposed + microseconds(device, found.product_bytes + read, found.operations)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,7 +102,7 @@ def code_of(spec: LinearSpec, rows: int) -> str:
     from ptx import sass
     from ptx.compiled import compile_kernel
 
-    make = kernel_cases.row_kernel if kernel_cases.splits_inside(spec, rows) else kernel_cases.product_kernel
+    make = kernel_cases.row_kernel if splits_inside(spec, rows) else kernel_cases.product_kernel
     _, function, shapes = make(spec, rows)
     loop = inner_loop(sass.listing(compile_kernel(function, *shapes).ptx), "IGMMA" if spec.bits < 16 else "HGMMA")
     return "no loop" if loop is None else f"{loop.instructions} / {loop.products} / {loop.shared_loads}"
@@ -195,22 +110,20 @@ def code_of(spec: LinearSpec, rows: int) -> str:
 
 def table(models: list[str], rows: list[int], with_code: bool, separate: bool = False) -> list[str]:
     """The table's lines."""
-    times = [f"{device.name} us, bf16, ratio" for device in DEVICES]
+    times = [f"{device.name} us, bf16, ratio" for device in ASSUMED]
     lines = ["| layer | rows | kernels | MB split | MB product | tiles | loop | " + " | ".join(times) + " |"]
     lines.append("|---" * (7 + len(times)) + "|")
     seen: dict[tuple[object, ...], str] = {}
     for model in models:
         for m in rows:
-            kernels, totals = 0, [[0.0, 0.0] for _ in DEVICES]
+            kernels, totals = 0, [[0.0, 0.0] for _ in ASSUMED]
             for group in groups(model, m, separate):
                 spec = group.spec
-                parts = [(n,) for n in group.outputs] if separate else [group.outputs]
+                parts: list[tuple[int, ...]] = [(n,) for n in group.outputs] if separate else [group.outputs]
                 counts = [count(spec, m, part, group.residual) for part in parts]
                 padded = [joined(spec, part).outputs for part in parts]
                 base = layout.round_up(spec.base, layout.WEIGHT_TILE)
-                tiles, _ = tuned.matmul_tiles(m, padded[0], base, spec.weight_bits, spec.bits, H100)
-                if group.inside:
-                    tiles = with_room_for_a_row(tiles, spec, base)
+                tiles = tiles_of(spec, m, parts[0], group.inside)
                 key = (
                     layout.round_up(m, 8),
                     padded[0],
@@ -224,14 +137,9 @@ def table(models: list[str], rows: list[int], with_code: bool, separate: bool = 
                 if key not in seen:
                     seen[key] = code_of(dataclasses.replace(spec, outputs=padded[0]), m) if with_code else ""
                 cells = []
-                for device, total in zip(DEVICES, totals, strict=True):
-                    if group.inside:
-                        ours = microseconds_of_row(device, counts[0], spec, padded[0], tiles)
-                    else:
-                        ours = microseconds(device, counts[0].split_bytes, 0)
-                        ours += sum(microseconds(device, c.product_bytes, c.operations) for c in counts)
-                    each = [count(spec, m, (n,)) for n in group.outputs]
-                    dense = sum(microseconds(device, c.dense_bytes, c.dense_operations) for c in each)
+                for device, total in zip(ASSUMED, totals, strict=True):
+                    ours = quik_microseconds(device, spec, m, parts, group.residual, group.inside)
+                    dense = dense_microseconds(device, spec, m, group.outputs)
                     total[0] += ours
                     total[1] += dense
                     cells.append(f"{ours:.1f}, {dense:.1f}, {dense / ours:.2f}")
@@ -270,7 +178,7 @@ def main() -> int:
         for rows in arguments.rows:
             print("\n".join(decode_table(rows, (8, 32))), flush=True)
         return 0
-    for device in DEVICES:
+    for device in ASSUMED:
         print(
             f"{device.name}: assumed {device.bandwidth / 1e12:.1f} TB/s copied, {device.rate / 1e12:.0f} TFLOP/s bf16, "
             f"int8 at twice that, {device.fixed} us a kernel beside its bytes and operations, {device.split} us of it before the "

@@ -22,6 +22,7 @@ from quikjax.pallas_kernels.arg_specs import MODELS, LinearSpec
 from quikjax.pallas_kernels.codebook_matmul import api, mosaic
 from quikjax.pallas_kernels.codebook_matmul.layout import TILE
 from quikjax.pallas_kernels.devices import H100
+from quikjax.planning import counts
 
 CLOCK = 1.755e9
 WARPS = 4 * mosaic.COMPUTE  # of a thread block that run the loop
@@ -71,7 +72,7 @@ def main() -> int:
         if (reason := absent_gpu.missing() or sass.missing()) is not None:
             print(f"{reason}; --no-code does without", file=sys.stderr)
             return 1
-    device = counted.DEVICES[0]
+    device = counts.ASSUMED[0]
     print(
         f"{device.name}: assumed {device.bandwidth / 1e12:.1f} TB/s copied, {device.rate / 1e12:.0f} TFLOP/s bf16, "
         f"{device.fixed} us a kernel beside, {H100.cores} multiprocessors at {CLOCK / 1e9:.3f} GHz"
@@ -94,8 +95,8 @@ def main() -> int:
                     seen[key] = (0, 0, 0) if arguments.no_code else loop_of(spec, rows)
                 instructions, integer, products = seen[key]
                 code = 1e6 * seconds_of_code(spec, rows, instructions, integer)
-                ours = max(counted.microseconds(device, moved, flops), device.fixed + code)
-                theirs = counted.microseconds(device, dense, flops)
+                ours = max(counts.microseconds(device, moved, flops), device.fixed + code)
+                theirs = counts.microseconds(device, dense, flops)
                 total[0] += times * ours
                 total[1] += times * theirs
                 name = f"{model}.{spec.name}" + (f" (x{times})" if times > 1 else "")

@@ -107,7 +107,7 @@ def _check_split(spec: LinearSpec, rows: int, dtype: Any, columns: Any, backend:
     want = exactly(functools.partial(codes_of, "xla"), *arguments)
     off = np.abs(np.asarray(got, np.int32) - np.asarray(want, np.int32))
     share = float((off > 0).mean())
-    if off.max() > 1 or share > (0 if isinstance(spec.producer, api.Identity) else 1e-3):
+    if off.max() > 1 or share > (0 if spec.producer.exact else 1e-3):
         raise ValueError(
             f"split_quantize behind {type(spec.producer).__name__}: {share:.1e} of the codes differ, by up to {off.max()}"
         )

@@ -209,7 +209,7 @@ def split(run: Run, case: str) -> None:
     outliers = inputs // 16
     columns = jax.random.permutation(jax.random.key(1), inputs).astype(jnp.int32)
     jobs: dict[str, tuple[Callable[..., Any], gpu_timing.Sets, Row]] = {}
-    for producer in (api.Identity(), api.RmsNorm(), api.LayerNorm(), api.SiluMul()):
+    for producer in (api.Identity(), api.RmsNorm(), api.LayerNorm(), api.SiluMul(), api.Gelu()):
         parameters = tuple(jnp.ones(inputs, run.dtype) for _ in range(producer.parameters))
 
         def call(columns: Any, parameters: Any, *tensors: jax.Array, producer: Any = producer) -> Any:

@@ -132,8 +132,8 @@ def tune_split(spec: LinearSpec, rows: int, clock: gpu_timing.Clock, found: Foun
     def correct(tiles: SplitTiles) -> bool:
         codes = np.asarray(program(tiles).call(*sets[0])[0])[:rows, : spec.base].astype(np.int32)
         off = np.abs(codes - np.asarray(want.codes, np.int32))
-        fused = type(spec.producer) is not api.Identity
-        return bool(off.max(initial=0) <= fused and (off > 0).mean() <= (1e-3 if fused else 0))
+        exact = spec.producer.exact
+        return bool(off.max(initial=0) <= (not exact) and (off > 0).mean() <= (0 if exact else 1e-3))
 
     def milliseconds(tiles: SplitTiles) -> float:
         ms = clock.time_program(program(tiles), sets).median

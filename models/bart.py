@@ -15,7 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Int32
 
 from quikjax.errors import QuikError
-from quikjax.models.activations import ACTIVATIONS
+from quikjax.models.activations import ACTIVATIONS, activated
 from quikjax.models.attention import attend, attend_across
 from quikjax.models.base import PADDING, Embedding, LayerNorm, Linear, Observe, Positions, observer, project, unembed
 from quikjax.models.cache import BlockCache, KeyValues
@@ -222,15 +222,15 @@ class BartDecoderLayer(WritingBlock):
         x = see("attention_input", hidden)
         query, key, value = (self._by_head(y) for y in project(x, own.q_proj, own.k_proj, own.v_proj))
         mixed, written = attend(query, key, value, positions, cache, scale=scale, observe=observe)
-        hidden = self.self_attn_layer_norm(hidden + own.out_proj(see("attention_output", mixed.reshape(hidden.shape))))
+        hidden = self.self_attn_layer_norm(own.out_proj(see("attention_output", mixed.reshape(hidden.shape)), onto=hidden))
 
         query = self._by_head(across.q_proj(see("cross_input", hidden)))
         mixed = attend_across(query, *memory, scale=scale)
-        x = across.out_proj(see("cross_output", mixed.reshape(hidden.shape).astype(hidden.dtype)))
-        hidden = self.encoder_attn_layer_norm(hidden + x)
+        x = see("cross_output", mixed.reshape(hidden.shape).astype(hidden.dtype))
+        hidden = self.encoder_attn_layer_norm(across.out_proj(x, onto=hidden))
 
-        x = see("mlp_output", ACTIVATIONS[self.config.activation](self.fc1(see("mlp_input", hidden))))
-        return self.final_layer_norm(hidden + self.fc2(x)), written
+        x = see("mlp_output", activated(self.config.activation, self.fc1(see("mlp_input", hidden))))
+        return self.final_layer_norm(self.fc2(x, onto=hidden)), written
 
 
 class BartSide(nnx.Module):

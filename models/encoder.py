@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int, Int32
 
 from quikjax.errors import QuikError
 from quikjax.files import described
-from quikjax.models.activations import ACTIVATIONS
+from quikjax.models.activations import activated
 from quikjax.models.attention import attend
 from quikjax.models.base import (
     PADDING,
@@ -273,10 +273,10 @@ class EncoderBlock(Block):
             y.reshape(*y.shape[:-1], config.heads, config.head_size) for y in project(x, of.query, of.key, of.value)
         )
         mixed, written = attend(query, key, value, positions, cache, scale=config.head_size**-0.5, causal=False, observe=observe)
-        hidden = of.attention_norm(hidden + of.output(see("attention_output", mixed.reshape(hidden.shape))))
+        hidden = of.attention_norm(of.output(see("attention_output", mixed.reshape(hidden.shape)), onto=hidden))
 
-        x = see("mlp_output", ACTIVATIONS[config.activation](of.wide(see("mlp_input", hidden))))
-        return of.mlp_norm(hidden + of.narrow(x)), written
+        x = see("mlp_output", activated(config.activation, of.wide(see("mlp_input", hidden))))
+        return of.mlp_norm(of.narrow(x, onto=hidden)), written
 
 
 def published_head(known: Fields, families: tuple[str, ...]) -> str:

@@ -12,13 +12,13 @@ import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, Int32
 
 from quikjax.errors import QuikError
+from quikjax.models.activations import activated
 from quikjax.models.attention import attend
 from quikjax.models.base import (
     Block,
@@ -217,7 +217,7 @@ class FalconBlock(Block):
         attended = attention.dense(see("attention_output", mixed))
 
         x = see("mlp_input", self.ln_mlp.of(hidden))
-        x = see("mlp_output", _gelu(mlp.dense_h_to_4h(x)))
+        x = see("mlp_output", activated("gelu", mlp.dense_h_to_4h(x)))
         return hidden + mlp.dense_4h_to_h(x, onto=attended), written
 
 
@@ -245,7 +245,7 @@ class FalconOneNormBlock(FalconBlock):
         fused, wide = project(x, attention.query_key_value, mlp.dense_h_to_4h)
         mixed, written = attention.mix(fused, positions, cache, observe)
         attended = attention.dense(see("attention_output", mixed))
-        x = see("mlp_output", _gelu(wide))
+        x = see("mlp_output", activated("gelu", wide))
         return hidden + mlp.dense_4h_to_h(x, onto=attended), written
 
 
@@ -269,12 +269,8 @@ class FalconSequentialBlock(FalconBlock):
         hidden = attention.dense(see("attention_output", mixed), onto=hidden)
 
         x = see("mlp_input", self.post_attention_layernorm.of(hidden))
-        x = see("mlp_output", _gelu(mlp.dense_h_to_4h(x)))
+        x = see("mlp_output", activated("gelu", mlp.dense_h_to_4h(x)))
         return mlp.dense_4h_to_h(x, onto=hidden), written
-
-
-def _gelu(x: Float[Array, "*batch wide"]) -> Float[Array, "*batch wide"]:
-    return jax.nn.gelu(x, approximate=False)
 
 
 class FalconModel(nnx.Module):

@@ -14,7 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Int32
 
 from quikjax.errors import QuikError
-from quikjax.models.activations import ACTIVATIONS
+from quikjax.models.activations import ACTIVATIONS, activated
 from quikjax.models.attention import attend
 from quikjax.models.base import (
     Block,
@@ -152,7 +152,7 @@ class GPT2Block(Block):
         hidden = attention.c_proj(see("attention_output", mixed), onto=hidden)
 
         x = see("mlp_input", self.ln_2.of(hidden))
-        x = see("mlp_output", ACTIVATIONS[self.activation](mlp.c_fc(x)))
+        x = see("mlp_output", activated(self.activation, mlp.c_fc(x)))
         return mlp.c_proj(x, onto=hidden), written
 
 

@@ -4,16 +4,15 @@ Published as `OPTForCausalLM`; parameter paths are its names.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, Int32
 
 from quikjax.errors import QuikError
+from quikjax.models.activations import activated
 from quikjax.models.attention import attend
 from quikjax.models.base import (
     Block,
@@ -65,7 +64,7 @@ class OPTConfig(Config):
             QuikError: a field is missing, or asks for mathematics that this family does not have.
         """
         known = Fields(fields, "OPT")
-        known.only("activation_function", *_ACTIVATIONS)
+        known.only("activation_function", "relu", "gelu", "gelu_python")  # GELU, under two names, is Galactica's
         known.only("learned_embeddings", True)
         known.only("scale_embeddings", False)
         known.optional("output_projection")  # whether metaseq kept a second copy of the tied head
@@ -95,11 +94,6 @@ class OPTConfig(Config):
         )
         known.finish()
         return config
-
-
-# GELU is Galactica's, which publishes as OPT.
-_ACTIVATIONS: dict[str, Callable[[Array], Array]] = {"relu": jax.nn.relu, "gelu": partial(jax.nn.gelu, approximate=False)}
-_ACTIVATIONS["gelu_python"] = _ACTIVATIONS["gelu"]  # transformers' other name of the exact one
 
 
 class OPTAttention(nnx.Module):
@@ -154,7 +148,7 @@ class OPTBlock(Block):
             hidden = self.self_attn_layer_norm(hidden)
 
         x = see("mlp_input", self.final_layer_norm.of(hidden) if config.norm_first else hidden)
-        x = see("mlp_output", _ACTIVATIONS[config.activation](self.fc1(x)))
+        x = see("mlp_output", activated(config.activation, self.fc1(x)))
         hidden = self.fc2(x, onto=hidden)
         if not config.norm_first:
             hidden = self.final_layer_norm(hidden)

@@ -9,11 +9,11 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int32
 
+from quikjax.models.activations import ACTIVATIONS
 from quikjax.models.base import LayerNorm, Linear, unembed
 from quikjax.models.bert import BertCore, shared_fields
 from quikjax.models.encoder import (
@@ -153,7 +153,7 @@ class RobertaForMaskedLM(RobertaWithHead):
         self, hidden: Float[Array, "batch length hidden"], positions: Int32[Array, "batch length"]
     ) -> Float[Array, "batch length vocab"]:
         last = self.lm_head
-        x = last.layer_norm(jax.nn.gelu(last.dense(hidden), approximate=False))
+        x = last.layer_norm(ACTIVATIONS["gelu"](last.dense(hidden)))
         return unembed(x, self.tables.word_embeddings.weight.get_value()) + last.bias.get_value().astype(jnp.float32)
 
 

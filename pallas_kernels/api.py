@@ -20,13 +20,22 @@ from quikjax.pallas_kernels.choice import BACKENDS, SPLIT, BackendError, Choice,
 from quikjax.pallas_kernels.devices import Device, current_device
 from quikjax.pallas_kernels.layout import Halved, Joined, Packed, Tiled, from_tiles, halve, join, pack, part, to_tiles
 from quikjax.pallas_kernels.reference import Split
-from quikjax.pallas_kernels.split_quantize.producers import Identity, LayerNorm, Producer, RmsNorm, SiluMul
+from quikjax.pallas_kernels.split_quantize.producers import (
+    Gelu,
+    Identity,
+    LayerNorm,
+    Producer,
+    Relu,
+    RmsNorm,
+    SiluMul,
+)
 
 __all__ = [
     "BACKENDS",
     "BackendError",
     "Choice",
     "Device",
+    "Gelu",
     "Halved",
     "Identity",
     "Joined",
@@ -34,6 +43,7 @@ __all__ = [
     "Packed",
     "Problem",
     "Producer",
+    "Relu",
     "RmsNorm",
     "SiluMul",
     "Tiled",
@@ -98,8 +108,8 @@ def split_quantize(
 ) -> Split:
     """Base and outlier columns of `producer(*inputs, *parameters)`, the base quantized per token to `bits` (4 or 8).
 
-    Codes are bit-identical to `reference.split_quantize` of the same producer output; a backend that computes a norm or SiLU
-    itself may differ from the reference's by one step in at most 1e-3 of the codes.
+    Codes are bit-identical to `reference.split_quantize` of the same producer output; a backend that computes a norm, SiLU or
+    GELU itself may differ from the reference's by one step in at most 1e-3 of the codes.
 
     Raises:
         BackendError: the named backend cannot run this.

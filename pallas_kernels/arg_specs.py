@@ -1,13 +1,23 @@
-"""The shapes that kernels are compiled, tuned and timed for: every quantized linear layer of the models QUIK was shown on.
+"""The shapes that kernels are compiled, tuned and timed for: every quantized linear layer of the models QUIK was shown on, and of
+the two that INT4 was.
 
 Outliers follow QUIK's rule: 256 per hidden-size input, in proportion to the width for the wide inputs of LLaMA and Falcon, 256
-everywhere for OPT; a sixteenth of the hidden size for models as small as SmolLM2. The wide inputs of LLaMA and Falcon are W8A8.
+everywhere for OPT; a sixteenth of the hidden size for models as small as SmolLM2, BERT and GPT-2. The wide inputs of LLaMA and
+Falcon are W8A8.
 """
 
 import dataclasses
 from collections.abc import Iterator
 
-from quikjax.pallas_kernels.split_quantize.producers import Identity, LayerNorm, Producer, RmsNorm, SiluMul
+from quikjax.pallas_kernels.split_quantize.producers import (
+    Gelu,
+    Identity,
+    LayerNorm,
+    Producer,
+    Relu,
+    RmsNorm,
+    SiluMul,
+)
 
 ROWS = (1, 2, 3, 8, 17, 64, 129, 2048, 8192)
 OUTLIERS = (0, 1, 36, 96, 256, 284, 512, 688, 896, 1024, 1136, 1792)
@@ -46,14 +56,29 @@ def _opt(model: str, hidden: int) -> Iterator[LinearSpec]:
     yield LinearSpec(model, "q", hidden, hidden, 256, bias=True, producer=LayerNorm())
     yield LinearSpec(model, "out", hidden, hidden, 256, bias=True)
     yield LinearSpec(model, "fc1", 4 * hidden, hidden, 256, bias=True, producer=LayerNorm())
-    yield LinearSpec(model, "fc2", hidden, 4 * hidden, 256, bias=True)
+    yield LinearSpec(model, "fc2", hidden, 4 * hidden, 256, bias=True, producer=Relu())
 
 
 def _falcon(model: str, hidden: int, qkv: int, outliers: int = 256) -> Iterator[LinearSpec]:
     yield LinearSpec(model, "qkv", qkv, hidden, outliers, producer=LayerNorm())
     yield LinearSpec(model, "dense", hidden, hidden, outliers)
     yield LinearSpec(model, "h_to_4h", 4 * hidden, hidden, outliers, producer=LayerNorm())
-    yield LinearSpec(model, "4h_to_h", hidden, 4 * hidden, 4 * outliers, 8, 8)
+    yield LinearSpec(model, "4h_to_h", hidden, 4 * hidden, 4 * outliers, 8, 8, producer=Gelu())
+
+
+def _bert(model: str, hidden: int, outliers: int) -> Iterator[LinearSpec]:
+    # Norms stand behind the sums, and their result is added to the next one: they are not the layers' own.
+    yield LinearSpec(model, "q", hidden, hidden, outliers, bias=True)
+    yield LinearSpec(model, "out", hidden, hidden, outliers, bias=True)
+    yield LinearSpec(model, "fc1", 4 * hidden, hidden, outliers, bias=True)
+    yield LinearSpec(model, "fc2", hidden, 4 * hidden, 4 * outliers, bias=True, producer=Gelu())
+
+
+def _gpt2(model: str, hidden: int, outliers: int) -> Iterator[LinearSpec]:
+    yield LinearSpec(model, "qkv", 3 * hidden, hidden, outliers, bias=True, producer=LayerNorm())
+    yield LinearSpec(model, "out", hidden, hidden, outliers, bias=True)
+    yield LinearSpec(model, "fc1", 4 * hidden, hidden, outliers, bias=True, producer=LayerNorm())
+    yield LinearSpec(model, "fc2", hidden, 4 * hidden, 4 * outliers, bias=True, producer=Gelu(approximate=True))
 
 
 MODELS: dict[str, tuple[LinearSpec, ...]] = {
@@ -68,6 +93,8 @@ MODELS: dict[str, tuple[LinearSpec, ...]] = {
     # 14848 hidden; 232 heads of query, 8 of key and value, 64 wide.
     "falcon-180b": tuple(_falcon("falcon-180b", 14848, 14848 + 2 * 8 * 64)),
     "smollm2-135m": tuple(_llama("smollm2-135m", 576, 1536, 192, 36)),
+    "bert-base": tuple(_bert("bert-base", 768, 48)),
+    "gpt2": tuple(_gpt2("gpt2", 768, 48)),
 }
 
 # Blocks whose time the paper gives.

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from quikjax.pallas_kernels.layout import Halved, Packed, Tiled, from_tiles, halve
 from quikjax.pallas_kernels.reference import Split, split_columns
-from quikjax.pallas_kernels.split_quantize.producers import Producer
+from quikjax.pallas_kernels.split_quantize.producers import Identity, Producer
 
 
 def split(
@@ -26,10 +26,15 @@ def split(
     compute_capability: int | None = None,
     clip: tuple[int, int] | None = None,
 ) -> Split:
-    """Split `inputs` `[M, K]`. XLA fuses the producer; `compute_capability` (80, 89, 90) compiles for an absent GPU."""
+    """Split `inputs` `[M, K]`. XLA computes what the kernel does not (norms, gates) before it.
+
+    `compute_capability` (80, 89, 90) compiles for an absent GPU.
+    """
     from quikjax.pallas_kernels.split_quantize import triton
 
-    return triton.split_quantize(producer(*inputs, *parameters), columns, base, bits, compute_capability, clip)
+    if producer not in triton.FUSED:
+        inputs, producer = (producer(*inputs, *parameters),), Identity()
+    return triton.split_quantize(inputs[0], columns, base, bits, compute_capability, clip, producer)
 
 
 def readable(packed: Packed | Tiled | Halved) -> Packed | Halved:

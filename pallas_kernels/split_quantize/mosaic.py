@@ -1,4 +1,4 @@
-"""`split_quantize` as one Mosaic GPU kernel for Hopper, with what stands before it (a norm, SiLU(gate) * up) fused in.
+"""`split_quantize` as one Mosaic GPU kernel for Hopper, with what stands before it (a norm, an activation) fused in.
 
 Schedule. A thread block owns `rows` tokens and has `warpgroups` groups of 128 threads:
 
@@ -30,7 +30,8 @@ from jax import lax
 
 from quikjax.pallas_kernels import hopper
 from quikjax.pallas_kernels.reference import LevelClip, checked_level_clip, scale_and_zero
-from quikjax.pallas_kernels.split_quantize.producers import Identity, LayerNorm, Producer, RmsNorm, SiluMul
+from quikjax.pallas_kernels.split_quantize.elementwise import elementwise
+from quikjax.pallas_kernels.split_quantize.producers import Identity, LayerNorm, Producer, RmsNorm
 
 # Registers of a multiprocessor, the most a thread can have, and what the kernel needs beside the values it holds: more with a
 # norm (with 40 a LayerNorm of 14848 columns spilled eight).
@@ -356,8 +357,7 @@ def _gather(
             if isinstance(producer, Identity):
                 values.append(raw[0])
             else:
-                wide = [value.astype(jnp.float32) for value in raw]
-                values.append(_silu(wide[0]) * wide[1] if isinstance(producer, SiluMul) else wide[0])
+                values.append(elementwise(producer, [value.astype(jnp.float32) for value in raw]))
         real, weights = None, []
         if norm:
             inside = plgpu.broadcasted_iota(jnp.int32, (length,), 0, layout=layout) + chunk * length < true_width
@@ -366,10 +366,6 @@ def _gather(
             weights = [hopper.gather_row(weight, positions, layout, weight.dtype).astype(jnp.float32) for weight in norm]
         parts.append(Part(first, start, length, layout, values, real, weights))
     return parts
-
-
-def _silu(x: jax.Array) -> jax.Array:
-    return x / (np.float32(1) + jnp.exp(-x))
 
 
 def _normalize(parts: list[Part], producer: RmsNorm | LayerNorm, columns: int, slot: Slots, meet_all: Any) -> None:

@@ -12,7 +12,10 @@ from jaxtyping import Array, Float
 
 @dataclasses.dataclass(frozen=True)
 class Producer:
-    """Base of the producers. `inputs`: how many tensors `[..., K]` it reads; `parameters`: how many vectors `[K]`."""
+    """Base of the producers. `inputs`: how many tensors `[..., K]` it reads; `parameters`: how many vectors `[K]`.
+
+    `exact`: kernels that compute it give the bits of its definition. Others divide or add as the device does.
+    """
 
     @property
     def inputs(self) -> int:
@@ -22,6 +25,10 @@ class Producer:
     def parameters(self) -> int:
         return 0
 
+    @property
+    def exact(self) -> bool:
+        return False
+
     def __call__(self, *arrays: Float[Array, "..."]) -> Float[Array, "..."]:
         """The definition: inputs, then parameters, to the tensor that is split."""
         raise NotImplementedError
@@ -30,6 +37,10 @@ class Producer:
 @dataclasses.dataclass(frozen=True)
 class Identity(Producer):
     """Nothing stands before the split."""
+
+    @property
+    def exact(self) -> bool:
+        return True
 
     def __call__(self, *arrays: Float[Array, "..."]) -> Float[Array, "..."]:
         (x,) = arrays
@@ -83,3 +94,27 @@ class SiluMul(Producer):
         gate, up = arrays
         wide = gate.astype(jnp.float32)
         return (wide / (1 + jnp.exp(-wide)) * up.astype(jnp.float32)).astype(gate.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class Gelu(Producer):
+    """`x Phi(x)`, `Phi` being the normal distribution's function (arXiv 1606.08415); `approximate`: as a tanh gives it."""
+
+    approximate: bool = False
+
+    def __call__(self, *arrays: Float[Array, "..."]) -> Float[Array, "..."]:
+        (x,) = arrays
+        return jax.nn.gelu(x.astype(jnp.float32), approximate=self.approximate).astype(x.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class Relu(Producer):
+    """`max(x, 0)`."""
+
+    @property
+    def exact(self) -> bool:
+        return True
+
+    def __call__(self, *arrays: Float[Array, "..."]) -> Float[Array, "..."]:
+        (x,) = arrays
+        return jax.nn.relu(x)

@@ -1,7 +1,9 @@
 """Options that several commands take, and what their text means."""
 
 import math
+import re
 import sys
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -49,8 +51,15 @@ Method = Annotated[
     typer.Option(help="Of a codebook recipe: rtn, to the nearest value; or gptq, with calibration text. Left out, rtn."),
 ]
 
+Keep = Annotated[
+    str | None,
+    typer.Option(help="Layers that stay in 16 bits: a part of their path, attention.output, or a regular expression, fc1|fc2."),
+]
 
-def choose_recipe(name: str, outliers: str | None, block: str | None, proxy: str | None, method: str | None) -> "Recipe":
+
+def choose_recipe(
+    name: str, outliers: str | None, block: str | None, proxy: str | None, method: str | None, keep: str | None = None
+) -> "Recipe":
     """A recipe by name or file, with the options that were given.
 
     Raises:
@@ -75,7 +84,18 @@ def choose_recipe(name: str, outliers: str | None, block: str | None, proxy: str
         if method not in ("rtn", "gptq"):
             raise QuikError(f'there is no method "{method}"; {did_you_mean(method, ("rtn", "gptq"))}')
         fields["method"] = method
-    return chosen.with_codebook(**fields) if fields else chosen
+    chosen = chosen.with_codebook(**fields) if fields else chosen
+    return chosen if keep is None else chosen.keeping(keep)
+
+
+def check_kept(keep: str | None, paths: "Iterable[str]") -> None:
+    """Refuse to keep layers that there are not.
+
+    Raises:
+        QuikError: `keep` is found in none of the `paths` of a model's parameters.
+    """
+    if keep is not None and not any(re.search(keep, path) for path in paths):
+        raise QuikError(f'--keep "{keep}" is in no layer\'s path; quikjax plan prints the paths')
 
 
 def check_models(*models: str | None) -> None:

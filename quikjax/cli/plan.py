@@ -8,10 +8,12 @@ from quikjax.cli.options import (
     BlockSize,
     Context,
     Json,
+    Keep,
     Method,
     Outliers,
     Proxy,
     RecipeName,
+    check_kept,
     check_models,
     choose_recipe,
     parse_activation_memory,
@@ -32,6 +34,7 @@ def plan(
     block: BlockSize = None,
     proxy: Proxy = None,
     method: Method = None,
+    keep: Keep = None,
     batch: Annotated[int, typer.Option(help="Texts at once when the result runs.")] = 1,
     length: Annotated[int | None, typer.Option(help="Tokens in each; left out, 2048 or the model's context.")] = None,
     samples: Annotated[int, typer.Option(help="Calibration sequences.")] = 16,
@@ -50,7 +53,7 @@ def plan(
     Everything that would go wrong is listed at once; the exit status is then 1.
     """
     check_models(model)
-    chosen = choose_recipe(recipe, outliers, block, proxy, method)
+    chosen = choose_recipe(recipe, outliers, block, proxy, method, keep)
     if memory is not None and memory <= 0:
         raise QuikError(f"--memory takes the GB of one device, not {memory:g}")
     activation_bytes = parse_activation_memory(activation_memory)
@@ -60,6 +63,10 @@ def plan(
 
     there, held = find_device(device, None if memory is None else int(memory * 1e9))
     found = describe(model)
+    if keep is not None:
+        from quikjax.models.registry import abstract_model, dotted, pure_params
+
+        check_kept(keep, dotted(pure_params(abstract_model(found.config, floating, context=context))))
     made = make_plan(
         found.config,
         chosen,
@@ -138,10 +145,36 @@ def _plan_text(model: str, plan: "Plan") -> str:
         f"{size(running.temporaries)}): {_where(plan)}",
     ]
     lines += [f"attention    {plan.attention}"]
+    lines += _products(plan)
     if plan.advice is not None:
         lines += [f"advice       {plan.advice}"]
     lines += [f"note         {note}" for note in plan.notes]
     return "\n".join([*lines, *(f"problem      {problem}" for problem in plan.problems)])
+
+
+def _products(plan: "Plan") -> list[str]:
+    """An encoder's products, each with what counting says of it in integers and in 16 bits."""
+    if not plan.products:
+        return []
+    rows = [
+        [
+            ", ".join(product.layers),
+            f"{'+'.join(map(str, product.outputs))} x {product.inputs}",
+            *(
+                f"{ours:.1f} / {theirs:.1f} us: {'integers' if gains else '16 bits'}"
+                for ours, theirs, gains in zip(product.integer, product.wide, product.gains, strict=True)
+            ),
+        ]
+        for product in plan.products
+    ]
+    head = ("product of a block", "N x K", *(f"{tokens} tokens" for tokens in plan.products[0].tokens))
+    return [
+        "",
+        table(head, rows),
+        "integers as planned / bf16, and the faster one, by counting kernels, bytes and operations (batch x length tokens; not",
+        "measured). To leave a product in 16 bits, give a part of its layers' path: --keep attention.output",
+        "",
+    ]
 
 
 def _verdict(fits: bool) -> str:

@@ -9,11 +9,13 @@ from quikjax.cli.options import (
     BlockSize,
     Context,
     Json,
+    Keep,
     Method,
     Model,
     Outliers,
     Proxy,
     RecipeName,
+    check_kept,
     check_models,
     choose_recipe,
     parse_activation_memory,
@@ -30,6 +32,7 @@ def quantize(
     block: BlockSize = None,
     proxy: Proxy = None,
     method: Method = None,
+    keep: Keep = None,
     calibration: Annotated[str, typer.Option(help="A UTF-8 text file, pydoc, or wikitext2.")] = "pydoc",
     samples: Annotated[int, typer.Option(help="Calibration sequences.")] = 16,
     seqlen: Annotated[
@@ -59,11 +62,11 @@ def quantize(
     refuse_existing(out, force=force)
     activation_bytes = parse_activation_memory(activation_memory)
     floating = parse_dtype(dtype)
-    chosen = choose_recipe(recipe, outliers, block, proxy, method)
+    chosen = choose_recipe(recipe, outliers, block, proxy, method, keep)
 
     from quikjax.cli.printing import ProgressLines, duration, megabytes, print_json, say
     from quikjax.loading import open_source
-    from quikjax.models.registry import abstract_model
+    from quikjax.models.registry import abstract_model, dotted, pure_params
     from quikjax.quantizing.calibration import calibration_tokens
     from quikjax.quantizing.checkpoint import quantize_checkpoint
     from quikjax.quantizing.memory import default_activation_bytes
@@ -73,6 +76,7 @@ def quantize(
     text = calibration_text(calibration) if chosen.needs_data() else None
     source = open_source(model)
     abstract = abstract_model(source.config, floating, context=context)
+    check_kept(keep, dotted(pure_params(abstract)))
     length = min(2048, abstract.config.context_length) if seqlen is None else seqlen
     say(f"model        {model}, activations and unquantized weights in {dtype}")
     given = {"outliers": outliers, "blocks of": block, "proxy outliers": proxy, "method": method}

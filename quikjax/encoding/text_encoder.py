@@ -202,9 +202,22 @@ def _encode(
     positions = jnp.where(offsets < lengths[:, None], offsets, PADDING)
     hidden = rest.embed(ids, positions, types if typed else None).astype(layout.dtype)
     for i, run in enumerate(layout.runs):
+        trees = params["runs"][str(i)]
+        if layout.unrolled:
+            for j in range(run.count):
+                hidden = _ENCODE_BLOCK(run.graphdef, trees[str(j)], hidden, positions)
+            continue
 
         def block(hidden: Array, tree: Any, run: stacked.Run = run) -> tuple[Array, None]:
-            return nnx.merge(run.graphdef, tree)(hidden, Positions(positions))[0], None
+            return _encode_block(run.graphdef, tree, hidden, positions), None
 
-        hidden, _ = jax.lax.scan(block, hidden, params["runs"][str(i)])
+        hidden, _ = jax.lax.scan(block, hidden, trees)
     return head(rest, hidden, positions)
+
+
+def _encode_block(graphdef: nnx.GraphDef[Any], tree: Any, hidden: Array, positions: Array) -> Array:
+    return nnx.merge(graphdef, tree)(hidden, Positions(positions))[0]
+
+
+# Unrolled, blocks that are alike are traced and lowered once.
+_ENCODE_BLOCK = jax.jit(_encode_block, static_argnames=("graphdef",))

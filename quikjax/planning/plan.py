@@ -27,6 +27,7 @@ from quikjax.pallas_kernels.devices import Device
 from quikjax.pallas_kernels.reference import MAX_BASE
 from quikjax.planning.advice import PlannedLayers, advise
 from quikjax.planning.attention import AttentionPlan, plan_attention
+from quikjax.planning.switches import ProductTimes, product_times
 from quikjax.quantizing import memory
 from quikjax.quantizing.codebook_rule import CodebookRule, wants_proxies
 from quikjax.quantizing.group_rule import GroupRule
@@ -101,7 +102,8 @@ class Plan:
 
     `memory_bytes` is what one device holds, `devices_needed` over how many of them the result runs (`None`: not over any number),
     `has_headers` whether tensors' headers were compared with the configuration, `advice` which recipe suits the device and why.
-    `generates` is false of an encoder, which decodes nothing and keeps no keys and values.
+    `generates` is false of an encoder, which decodes nothing and keeps no keys and values. `products` are those of an encoder's
+    block with their predicted times, none on devices that there are no counts for.
     """
 
     model_type: str
@@ -122,6 +124,7 @@ class Plan:
     generates: bool
     attention: AttentionPlan
     problems: tuple[str, ...]
+    products: tuple[ProductTimes, ...] = ()
     advice: str | None = None
     notes: tuple[str, ...] = ()
 
@@ -197,6 +200,7 @@ class Plan:
             "generates": self.generates,
             "attention": dataclasses.asdict(self.attention),
             "problems": list(self.problems),
+            "products": [{**dataclasses.asdict(product), "gains": product.gains} for product in self.products],
             "advice": self.advice,
             "notes": list(self.notes),
         }
@@ -315,6 +319,7 @@ def make_plan(
         devices_needed=memory.devices_needed(run, memory_bytes, model.config),
         generates=model.generates,
         attention=plan_attention(model.config, device, dtype, max(batch, 1), max(length, 1), model.generates),
+        products=rows.products(),
         problems=(*problems, *rows.problems),
         notes=(*_notes(recipe, model), *rows.notes),
     )
@@ -471,6 +476,11 @@ class _Rows:
         except BackendError as error:
             self.problems.append(f"{pattern}: {error}")
             return None
+
+    def products(self) -> tuple[ProductTimes, ...]:
+        """Times of an encoder's products, by count."""
+        shapes = {path: tuple(leaf.shape) for path, leaf in self._params.items()}
+        return product_times(self.model, self._rules, self._outliers, shapes, self.device, self.batch * self.length)
 
     def footprint(self) -> memory.Footprint:
         """Collect what peak memory depends on; of blocks that differ, the largest."""

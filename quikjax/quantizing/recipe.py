@@ -184,6 +184,19 @@ class Recipe(BaseModel):
             raise QuikError(f"outliers must be a count or a fraction between 0 and 1, not {outliers}") from None
         return self.model_copy(update={"rules": tuple(rules)})
 
+    def keeping(self, pattern: str) -> "Recipe":
+        """The same recipe, but parameters whose path `pattern` (a regular expression) is found in stay as they are.
+
+        Raises:
+            QuikError: the pattern is no regular expression.
+        """
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise QuikError(f'"{pattern}" is no regular expression ({error}); give a part of a layer\'s path') from None
+        rules = [rule.model_copy(update={"match": f"^(?!.*(?:{pattern})).*(?:{rule.match})"}) for rule in self.rules]
+        return self.model_copy(update={"rules": tuple(rules)})
+
     def with_group_size(self, size: int) -> "Recipe":
         """The same recipe of weights in groups with groups of another size.
 

@@ -23,7 +23,7 @@ from quikjax.weights.tiled import TiledMember, TiledWeight, own_biases, packed
 
 @dataclasses.dataclass(frozen=True)
 class Produced:
-    """A tensor that is not there yet: `producer(*inputs, *parameters)`, a norm or a gate.
+    """A tensor that is not there yet: `producer(*inputs, *parameters)`, a norm, a gate or an activation.
 
     Packed layers that read it compute it in the kernel that splits it, where that kernel can; others read its `value`.
     """

@@ -1,5 +1,6 @@
 """Embeddings and classes against their definitions, in buckets, and what neither is for."""
 
+import copy
 import json
 import sys
 from pathlib import Path
@@ -20,6 +21,7 @@ from quikjax.encoding.embed import embed_with, pool
 from quikjax.encoding.text_encoder import TextEncoder, bucket
 from quikjax.errors import QuikError
 from quikjax.loading.tokenizer import add_borders
+from quikjax.models import stacked
 from quikjax.models.encoder import Encoder, masked_positions
 from quikjax.models.registry import abstract_model, dotted, nested, pure_params
 from quikjax.testing import END, tiny_model, tiny_tokenizer
@@ -89,6 +91,15 @@ def test_texts_are_embedded_in_their_order_whatever_their_lengths(encoder: TextE
     rows = [encoder.tokenizer(text)["input_ids"] for text in TEXTS]
     for row, hidden, ids in zip(found, hidden_states(encoder.model, rows), rows, strict=True):
         np.testing.assert_allclose(row, slow_pool(hidden, len(ids), "mean", True), rtol=2e-4, atol=2e-5)
+
+
+def test_a_gpus_blocks_are_not_stacked(encoder: TextEncoder) -> None:
+    """There each has arrays of its own, and a loop over them is unrolled."""
+    unrolled = copy.copy(encoder)
+    unrolled._layout, unrolled._params = stacked.stack(encoder.model, unrolled=True)
+    unrolled._programs = {}
+    got, want = (embed_with(one, TEXTS[:2]).vectors for one in (unrolled, encoder))
+    np.testing.assert_allclose(got, want, atol=1e-6)
 
 
 def test_a_bucket_is_compiled_once(encoder: TextEncoder) -> None:

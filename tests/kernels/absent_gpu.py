@@ -106,7 +106,7 @@ class Compiled:
     def complaints(self, exact_division: bool = True) -> list[str]:
         """List what no kernel of ours may have: spills, local memory, serialized WGMMA, emulated s4 products, flushed denormals.
 
-        `exact_division=False` allows the approximate division that SiLU is lowered to.
+        `exact_division=False` allows the approximate division that SiLU and GELU are lowered to.
         """
         found = []
         if self.spilled_bytes:

@@ -19,7 +19,7 @@ import kernel_cases
 
 from quikjax.pallas_kernels.arg_specs import ROWS, LinearSpec, all_linears
 from quikjax.pallas_kernels.codebook_matmul import mosaic as codebook_mosaic
-from quikjax.pallas_kernels.split_quantize.producers import SiluMul
+from quikjax.pallas_kernels.split_quantize.producers import Gelu, SiluMul
 
 
 def _extra() -> list[LinearSpec]:
@@ -47,7 +47,7 @@ def _problems(kernel: Kernel) -> list[str]:
     if not compiled.log:
         return ["nothing was printed, so nothing is checked: was the same kernel compiled before under another key?"]
     splits = key[0] in ("split", "row")
-    problems = compiled.complaints(exact_division=not (splits and isinstance(spec.producer, SiluMul)))
+    problems = compiled.complaints(exact_division=not (splits and isinstance(spec.producer, SiluMul | Gelu)))
     if compiled.kernels != 1:
         problems.append(f"{compiled.kernels} kernels")
     wanted = ".s32.s8.s8" if spec.bits < 16 and key[0] != "codebook" else ".f32.bf16.bf16"

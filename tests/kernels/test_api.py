@@ -195,7 +195,9 @@ def test_gradient_is_that_of_the_dequantized_weight() -> None:
     np.testing.assert_allclose(np.asarray(d_bias), cotangents[0].sum((0, 1)), rtol=1e-4)
 
 
-@pytest.mark.parametrize("producer", [api.RmsNorm(1e-5), api.LayerNorm(1e-5), api.SiluMul()], ids=lambda p: type(p).__name__)
+@pytest.mark.parametrize(
+    "producer", [api.RmsNorm(1e-5), api.LayerNorm(1e-5), api.SiluMul(), api.Gelu(), api.Relu()], ids=lambda p: type(p).__name__
+)
 def test_gradient_flows_through_a_fused_producer(producer: api.Producer) -> None:
     packed = kernel_cases.weight(7, 40, 96, 6)
     inputs = tuple(kernel_cases.tokens(i, (4, 96), jnp.float32) for i in range(producer.inputs))

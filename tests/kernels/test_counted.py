@@ -1,4 +1,4 @@
-"""`benchmarks/counted.py`: bytes by hand, the inner loop of a listing, the table without a compiler."""
+"""Counted times and `benchmarks/counted.py`: bytes by hand, the inner loop of a listing, the table without a compiler."""
 
 import dataclasses
 import subprocess
@@ -10,6 +10,7 @@ from test_gpu_scripts import BENCHMARKS, module
 
 from quikjax.pallas_kernels.arg_specs import LinearSpec
 from quikjax.pallas_kernels.quik_matmul.tiles import MatmulTiles
+from quikjax.planning import counts
 
 LISTING = """
 .L_x_1:
@@ -37,26 +38,24 @@ def test_the_inner_loop_is_the_shortest_around_a_product() -> None:
 
 def test_bytes_of_a_layer() -> None:
     """LLaMA-2-7B's q_proj at one row: 4096 x 3840 codes of half a byte, 256 outliers, scale and reduced."""
-    counted = module("counted")
-    result = counted.count(LinearSpec("m", "q", 4096, 4096, 256), 1)
+    result = counts.count(LinearSpec("m", "q", 4096, 4096, 256), 1)
     weight = 4096 * (3840 // 2 + 2 * 256 + 8)
     assert result.product_bytes == weight + 8 * (3840 + 2 * 256 + 8) + 8 * 4096 * 2
     assert result.split_bytes == 4096 * 2 + 4 * (3840 + 256) + 3840 + 2 * 256 + 8
     assert result.dense_bytes == 2 * (4096 + 4096 * 4096 + 4096)
-    device = counted.Assumed("", 1e12, 1e15, 2.0)
-    assert counted.microseconds(device, 3e6, 1) == pytest.approx(5.0)
-    assert counted.microseconds(device, 3e6, 8e9) == pytest.approx(10.0)
+    device = counts.Assumed("", 1e12, 1e15, 2.0)
+    assert counts.microseconds(device, 3_000_000, 1.0) == pytest.approx(5.0)
+    assert counts.microseconds(device, 3_000_000, 8e9) == pytest.approx(10.0)
 
 
 def test_a_split_in_a_product_takes_what_the_ring_does_not_hide() -> None:
-    counted = module("counted")
     spec = LinearSpec("m", "q", 4096, 4096, 256)
-    found, device = counted.count(spec, 1), counted.Assumed("", 1e12, 1e15, 2.5, 12.0)
+    found, device = counts.count(spec, 1), counts.Assumed("", 1e12, 1e15, 2.5, 12.0)
     read = 4096 * 2 + 4096 * 4
     # 32 tiles of 128 rows in 4 parts, rings of 8 slots of 128 x 64 bytes: 8.4 us of copying while the row is split.
-    slow = counted.microseconds_of_row(device, found, spec, 4096, MatmulTiles(64, 8, 8, 1, 4))
+    slow = counts.microseconds_of_row(device, found, spec, 4096, MatmulTiles(64, 8, 8, 1, 4))
     assert slow == pytest.approx(2.5 + (found.product_bytes + read) / 1e6 + 12.0 - 128 * 8 * 8192 / 1e6)
-    hidden = counted.microseconds_of_row(dataclasses.replace(device, split=8.0), found, spec, 4096, MatmulTiles(64, 8, 8, 1, 4))
+    hidden = counts.microseconds_of_row(dataclasses.replace(device, split=8.0), found, spec, 4096, MatmulTiles(64, 8, 8, 1, 4))
     assert hidden == pytest.approx(2.5 + (found.product_bytes + read) / 1e6)
 
 

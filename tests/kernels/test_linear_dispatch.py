@@ -80,7 +80,9 @@ def test_biases_of_layers_that_were_joined_lie_as_their_tiles_do() -> None:
         np.testing.assert_array_equal(np.asarray(one), np.asarray(expected))
 
 
-@pytest.mark.parametrize("producer", [api.RmsNorm(1e-5), api.LayerNorm(1e-5), api.SiluMul()], ids=lambda p: type(p).__name__)
+@pytest.mark.parametrize(
+    "producer", [api.RmsNorm(1e-5), api.LayerNorm(1e-5), api.SiluMul(), api.Gelu()], ids=lambda p: type(p).__name__
+)
 def test_a_tensor_that_layers_make_themselves(producer: api.Producer) -> None:
     weights: list[Any] = [packed_weight(1, 40, 192, 12, group="g"), packed_weight(2, 24, 192, 30), jnp.ones((8, 192))]
     inputs = tuple(kernel_cases.tokens(i, (2, 3, 192), jnp.float32) for i in range(producer.inputs))

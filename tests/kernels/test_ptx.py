@@ -11,7 +11,7 @@ from ptx.cases import BFLOAT16, Product, Row, Split, wrong
 from quikjax.pallas_kernels.quik_matmul.mosaic import DIRECT_ROWS
 from quikjax.pallas_kernels.quik_matmul.tiles import MatmulTiles
 from quikjax.pallas_kernels.split_quantize.mosaic import SplitTiles
-from quikjax.pallas_kernels.split_quantize.producers import Identity, LayerNorm, RmsNorm, SiluMul
+from quikjax.pallas_kernels.split_quantize.producers import Gelu, Identity, LayerNorm, Relu, RmsNorm, SiluMul
 
 pytestmark = pytest.mark.skipif(absent_gpu.missing() is not None, reason=str(absent_gpu.missing()))
 
@@ -43,7 +43,7 @@ PRODUCTS = [
     Product(64, 48, 512, 36, 4, 16, False, T(64, 64, 4, 1, 1), F16, F16),
 ]
 
-NORM, LAYER_NORM, SILU = RmsNorm(1e-5), LayerNorm(1e-5), SiluMul()
+NORM, LAYER_NORM, SILU, GELU, BY_TANH = RmsNorm(1e-5), LayerNorm(1e-5), SiluMul(), Gelu(), Gelu(approximate=True)
 # rows, inputs, outliers, bits, producer, tiles (rows, warpgroups), inputs' dtype
 SPLITS = [
     Split(3, 576, 36, 4, Identity(), S(2, 1)),
@@ -63,6 +63,10 @@ SPLITS = [
     Split(1, 1376, 86, 8, SILU, S(1, 2)),
     Split(1, 1536, 300, 4, SILU, S(1, 8)),
     Split(5, 640, 64, 8, SILU, S(2, 1), F16),
+    Split(3, 768, 48, 4, GELU, S(2, 2)),
+    Split(2, 1384, 84, 8, GELU, S(1, 1), F16),
+    Split(1, 1536, 96, 4, BY_TANH, S(1, 3)),
+    Split(2, 640, 36, 4, Relu(), S(2, 1)),
 ]
 
 
@@ -75,6 +79,8 @@ ROWS = [
     Row(Product(1, 520, 1152, 64, 4, 8, True, T(64, 8, 4, 1, 1)), LAYER_NORM, clip=(256, -128)),
     Row(Product(1, 136, 1376, 86, 8, 8, False, T(64, 8, 3, 1, 4), residual=True), SILU),
     Row(Product(1, 40, 1024, 260, 8, 4, True, T(64, 8, 3, 1, 1), F16, F16), NORM),
+    Row(Product(1, 24, 576, 0, 4, 4, False, T(64, 8, 3, 1, 1)), Relu()),
+    Row(Product(1, 72, 768, 48, 4, 4, True, T(64, 8, 4, 1, 2), residual=True), GELU),
 ]
 
 
@@ -87,7 +93,7 @@ def test_the_cases_meet_what_matters() -> None:
     assert (
         {type(case.producer) for case in SPLITS}
         == {type(case.producer) for case in ROWS}
-        == {Identity, RmsNorm, LayerNorm, SiluMul}
+        == {Identity, RmsNorm, LayerNorm, SiluMul, Gelu, Relu}
     )
     assert {case.product.tiles.splits for case in ROWS} == {1, 2, 3, 4}
 

@@ -61,6 +61,11 @@ class Product:
         return f"{self.rows}x{outputs}x{self.inputs}-o{self.outliers}-w{self.weight_bits}a{self.bits}-{tiles}-{kind}"
 
 
+def named(producer: api.Producer) -> str:
+    """A producer's class, and which GELU it is."""
+    return type(producer).__name__ + "-by-tanh" * (producer == api.Gelu(approximate=True))
+
+
 @dataclasses.dataclass(frozen=True)
 class Split:
     """`split_quantize` with these tiles."""
@@ -75,7 +80,7 @@ class Split:
     clip: tuple[int, int] | None = None
 
     def __str__(self) -> str:
-        name = type(self.producer).__name__
+        name = named(self.producer)
         kind = np.dtype(self.dtype).name
         tiles = f"{self.tiles.rows}x{self.tiles.warpgroups}" + (f"-L{self.clip[0]}l{self.clip[1]}" if self.clip else "")
         return f"{self.rows}x{self.inputs}-o{self.outliers}-a{self.bits}-{name}-{tiles}-{kind}"
@@ -91,7 +96,7 @@ class Row:
 
     def __str__(self) -> str:
         clip = f"-L{self.clip[0]}l{self.clip[1]}" if self.clip else ""
-        return f"{type(self.producer).__name__}{clip}-{self.product}"
+        return f"{named(self.producer)}{clip}-{self.product}"
 
 
 class ProductRun:
@@ -293,9 +298,9 @@ class SplitRun:
         return reference.Split(codes[:m, : self.base], kept, scale[:m], zero[:m])  # type: ignore[arg-type]
 
     def problems(self, timing: Timing, compiled: CompiledKernel | None = None) -> list[str]:
-        """List what differs from the definition: nothing may, but behind a norm or SiLU one code in a thousand by one step."""
+        """List what differs from the definition: nothing may; where a producer is not exact, one code in a thousand by a step."""
         got, want = self.run(timing, compiled), self.want
-        if isinstance(self.case.producer, api.Identity):
+        if self.case.producer.exact:
             names = zip(reference.Split._fields, got, want, strict=True)
             return [name for name, a, b in names if not np.array_equal(np.asarray(a), np.asarray(b))]
         found = []
@@ -306,7 +311,8 @@ class SplitRun:
         unit = 2 * 2.0**-8 if self.case.dtype == BFLOAT16 else 2.0**-10
         for name in ("outliers", "scale"):
             a, b = np.asarray(getattr(got, name), np.float64), np.asarray(getattr(want, name), np.float64)
-            if not (np.abs(a - b) <= unit * np.abs(b)).all():
+            # Far below zero GELU by tanh is a difference of nearly equal numbers.
+            if not (np.abs(a - b) <= unit * np.abs(b) + 1e-6).all():
                 found.append(name)
         if not (np.abs(np.asarray(got.zero) - np.asarray(want.zero)) <= unit * np.abs(np.asarray(want.zero))).all():
             found.append("zero")
