@@ -82,6 +82,7 @@ def test_a_layers_tensors_are_its_numbers(symmetric: bool) -> None:
     assert (codes_of(tensors["qzeros"]) == 8).all() == symmetric
 
 
+@pytest.mark.long
 def test_a_directory_for_other_programs(tmp_path: Path) -> None:
     artifact = saved(tmp_path / "artifact", recipe())
     done = export_awq(artifact, tmp_path / "awq")

@@ -51,7 +51,10 @@ def logits_of(model: CausalLM, texts: list[list[int]]) -> list[np.ndarray]:
     return [whole[i, : len(text)] for i, text in enumerate(texts)]
 
 
-@pytest.mark.parametrize("settings", [{}, {"deterministic": True}], ids=["batched", "deterministic"])
+@pytest.mark.parametrize(
+    "settings",
+    [pytest.param({}, id="batched", marks=pytest.mark.long), pytest.param({"deterministic": True}, id="deterministic")],
+)
 def test_each_row_goes_on_as_if_read_whole(settings: dict[str, Any]) -> None:
     model = tiny_model()
     out = Generator(model, batch_size=4, programs=PROGRAMS, **settings).generate(PROMPTS, max_new_tokens=20, logprobs=True)

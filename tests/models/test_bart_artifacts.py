@@ -118,6 +118,7 @@ def windows(fields: dict[str, Any]) -> Any:
     return lambda tokenizer: calibration_tokens(abstract_model(fields), tokenizer, text, 3, 32)
 
 
+@pytest.mark.long
 def test_both_sides_are_quantized_and_planned(place: Path) -> None:
     model, _ = quikjax.restore(place / "artifact")
     packed = {path for path, leaf in dotted(pure_params(model)).items() if is_packed(leaf)}

@@ -63,6 +63,7 @@ def undisturbed(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory)
     return out
 
 
+@pytest.mark.long
 def test_an_artifact_made_from_disk_has_the_same_bytes(tiny_checkpoint: Path, undisturbed: Path, tmp_path: Path) -> None:
     watch = Watch(tmp_path / "a.work")
     quantize_checkpoint(tiny_checkpoint, tmp_path / "a", "quik-4b", windows, activation_bytes=LITTLE, progress=watch)

@@ -181,6 +181,7 @@ class Watch(NoProgress):
             raise Stop
 
 
+@pytest.mark.long
 def test_an_artifact_of_the_same_format_that_is_nearer_and_the_same_twice(
     tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

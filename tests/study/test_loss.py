@@ -47,6 +47,7 @@ def test_everything_and_positions_are_the_definition(four_bits: tuple[CausalLM, 
     assert all(0 < spread.median <= spread.largest for spread in found.spreads)
 
 
+@pytest.mark.long
 def test_each_cause_alone_is_less_than_everything(four_bits: tuple[CausalLM, LossStudy]) -> None:
     _, found = four_bits
     groups = ["attention_input", "attention_output", "mlp_input", "mlp_output"]

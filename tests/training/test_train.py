@@ -66,6 +66,7 @@ def test_a_teacher_learns_and_is_an_artifact(place: Place) -> None:
     assert not (place.directory / "teacher.work").exists()
 
 
+@pytest.mark.long
 def test_a_student_runs_in_integers_as_it_was_judged(place: Place, student: Trained) -> None:
     model, tokenizer = load(place.directory / "student")
     params = dotted(pure_params(model))
@@ -91,6 +92,7 @@ class Stops(NoProgress):
             raise KeyboardInterrupt
 
 
+@pytest.mark.long
 def test_a_stopped_run_goes_on_to_the_same_bytes(place: Place, student: Trained) -> None:
     with pytest.raises(KeyboardInterrupt):
         place.train("again", recipe="rtn-w4a4", progress=Stops(6))
@@ -99,6 +101,7 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(place: Place, student: Trained)
     assert place.train("again", recipe="rtn-w4a4").fingerprint == student.fingerprint
 
 
+@pytest.mark.long
 def test_a_loss_that_is_not_finite_ends_it(place: Place, student: Trained, monkeypatch: pytest.MonkeyPatch) -> None:
     real = training.make_step
 
