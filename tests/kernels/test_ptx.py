@@ -79,7 +79,7 @@ ROWS = [
     Row(Product(1, 520, 1152, 64, 4, 8, True, T(64, 8, 4, 1, 1)), LAYER_NORM, clip=(256, -128)),
     Row(Product(1, 136, 1376, 86, 8, 8, False, T(64, 8, 3, 1, 4), residual=True), SILU),
     Row(Product(1, 40, 1024, 260, 8, 4, True, T(64, 8, 3, 1, 1), F16, F16), NORM),
-    Row(Product(1, 24, 576, 0, 4, 4, False, T(64, 8, 3, 1, 1)), Relu()),
+    Row(Product(1, 56, 576, 0, 4, 4, False, T(64, 8, 3, 1, 1)), Relu()),
     Row(Product(1, 72, 768, 48, 4, 4, True, T(64, 8, 4, 1, 2), residual=True), GELU),
 ]
 
