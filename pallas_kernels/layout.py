@@ -57,8 +57,8 @@ class _Weight:
 
     @property
     def code_dtype(self) -> Any:
-        """The kind of a code, however many share a byte or a word."""
-        return jnp.dtype(jnp.int4) if self.qweight.dtype == jnp.int32 else jnp.dtype(self.qweight.dtype)
+        """The kind of a code, however many share a byte or word of `qweight`."""
+        return jnp.dtype(self.qweight.dtype)
 
     @property
     def weight_bits(self) -> int:
@@ -75,15 +75,29 @@ class Packed(_Weight):
     """A weight's arrays without padding (`quikjax.weights.quik.QuikWeight` without its place in a model)."""
 
 
-@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Tiled(_Weight):
-    """A weight's arrays in tile form: padded as the table above says."""
+class _InTiles(_Weight):
+    """The tile form of one weight or of several: codes of 4 bits are int32 words, and all arrays are padded."""
+
+    @property
+    def code_dtype(self) -> Any:
+        return jnp.dtype(jnp.int4) if self.qweight.dtype == jnp.int32 else jnp.dtype(self.qweight.dtype)
 
     @property
     def padded(self) -> tuple[int, int]:
         """Rows and base columns with padding."""
         return self.scale.shape[0], round_up(self.base, WEIGHT_TILE)
+
+    @property
+    def rows_axis(self) -> int:
+        """The axis of `qweight` along which its rows lie."""
+        return self.qweight.ndim - 2
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tiled(_InTiles):
+    """A weight's arrays in tile form: padded as the table above says."""
 
 
 @jax.tree_util.register_dataclass
@@ -98,18 +112,13 @@ class Halved(_Weight):
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Joined(_Weight):
+class Joined(_InTiles):
     """Weights that share their columns, in tile form, one after the other along `N`: each begins at a multiple of 128 rows.
 
     `outputs` counts all rows, padding included; `members` (static) are the true numbers of outputs of each weight.
     """
 
     members: tuple[int, ...] = dataclasses.field(metadata={"static": True})
-
-    @property
-    def padded(self) -> tuple[int, int]:
-        """Rows and base columns with padding."""
-        return self.scale.shape[0], round_up(self.base, WEIGHT_TILE)
 
     @property
     def places(self) -> tuple[tuple[int, int, int], ...]:
@@ -218,7 +227,7 @@ def join(weights: Sequence[Tiled]) -> Joined:
     """Weights with the same `columns`, `base` and formats as one. Columns are the first one's."""
     first = weights[0]
     return Joined(
-        qweight=jnp.concatenate([w.qweight for w in weights], axis=_rows_axis(first)),
+        qweight=jnp.concatenate([w.qweight for w in weights], axis=first.rows_axis),
         **{name: jnp.concatenate([getattr(w, name) for w in weights]) for name in ("scale", "reduced", "outliers")},
         columns=first.columns,
         base=first.base,
@@ -231,10 +240,9 @@ def join(weights: Sequence[Tiled]) -> Joined:
 
 def part(joined: Joined) -> list[Tiled]:
     """The weights that `join` joined."""
-    axis = _rows_axis(joined)
     return [
         Tiled(
-            qweight=jax.lax.slice_in_dim(joined.qweight, first, first + rows, axis=axis),
+            qweight=jax.lax.slice_in_dim(joined.qweight, first, first + rows, axis=joined.rows_axis),
             **{name: getattr(joined, name)[first : first + rows] for name in ("scale", "reduced", "outliers")},
             columns=joined.columns,
             base=joined.base,
@@ -246,11 +254,7 @@ def part(joined: Joined) -> list[Tiled]:
     ]
 
 
-def _rows_axis(weight: Tiled | Joined) -> int:
-    """Along which axis of `qweight` its rows lie."""
-    return 1 if weight.weight_bits == 4 else 0
-
-
+@jax.jit
 def feed(codes: Int[Array, "n base"]) -> Int32[Array, "steps n 16"]:
     """Codes of 4 bits in tile form, `base` a multiple of 128."""
     n = codes.shape[0]
@@ -260,6 +264,7 @@ def feed(codes: Int[Array, "n base"]) -> Int32[Array, "steps n 16"]:
     return words.reshape(-1, n, 16)
 
 
+@jax.jit
 def fed_codes(words: Int32[Array, "steps n 16"]) -> Int[Array, "n base"]:
     """The codes, int4, that `feed` laid in words."""
     n = words.shape[1]

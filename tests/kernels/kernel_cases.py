@@ -16,6 +16,7 @@ from quikjax.pallas_kernels.codebook_matmul import mosaic as codebook_mosaic
 from quikjax.pallas_kernels.devices import H100
 from quikjax.pallas_kernels.quik_linear import mosaic as mosaic_layer
 from quikjax.pallas_kernels.split_quantize.producers import LayerNorm, RmsNorm
+from quikjax.planning.counts import splits_inside
 
 
 def weight(seed: int, outputs: int, inputs: int, outliers: int, bits: int = 4, dtype: Any = jnp.bfloat16) -> api.Packed:
@@ -85,12 +86,6 @@ def has_split_kernel(spec: LinearSpec, rows: int) -> bool:
     dtype = jnp.int4 if spec.weight_bits == 4 else jnp.int8
     wanted = (rows, spec.inputs, spec.outputs, spec.base, dtype, spec.bits, jnp.bfloat16, jnp.bfloat16, spec.producer)
     return spec.bits < 16 and choice.why_not_mosaic_split(choice.Problem(*wanted), H100) is None
-
-
-def splits_inside(spec: LinearSpec, rows: int) -> bool:
-    """Tell whether the layer is one kernel, whose thread blocks split its one row themselves."""
-    _, (_, packed, _, _) = layer_shapes(spec, rows)
-    return mosaic_layer.splits_inside(rows, spec.inputs, jnp.bfloat16, packed, spec.bits, spec.producer, H100)
 
 
 def _tile_widths(spec: LinearSpec) -> tuple[int, int]:
