@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from quikjax.checkpoint.parts import REST
@@ -19,6 +18,7 @@ from quikjax.models.base import Transformer
 from quikjax.models.registry import abstract_model, dotted, nested, pure_params
 from quikjax.models.stops import named_stops
 from quikjax.models.tokens import checked_transformer
+from quikjax.weights.host import adopt
 
 
 def split_parts(params: Mapping[str, Any], *block_paths: tuple[str, ...]) -> dict[str, dict[str, Any]]:
@@ -120,5 +120,5 @@ def _params(reader: Reader) -> dict[str, Any]:
     """Every part, read, checked and put on JAX's default device."""
     flat: dict[str, Any] = {}
     for name in reader.parts:
-        flat.update({path: jax.tree.map(jnp.asarray, leaf) for path, leaf in reader.read_part(name).items()})
+        flat.update({path: jax.tree.map(adopt, leaf) for path, leaf in reader.read_part(name).items()})
     return nested(flat)

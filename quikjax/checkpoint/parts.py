@@ -22,7 +22,7 @@ from quikjax.checkpoint import atomic, store
 from quikjax.checkpoint.manifest import ArrayRow, Json, Part, seal, unseal_part
 from quikjax.errors import QuikError
 from quikjax.files import refuse_lfs_pointer
-from quikjax.models.registry import dotted, nested
+from quikjax.models.registry import nested
 from quikjax.weights.formats import PACKED, is_packed
 
 REST = "rest"  # the part of everything that is in no transformer block
@@ -123,15 +123,15 @@ def read(arrays: Path, name: str, part: Part, *, verify: bool = True) -> dict[st
     """
     check_files(arrays, name, part, contents=verify)
     directory = arrays / name
-    filled = {path: path for path, row in part.arrays.items() if 0 not in row.shape}
+    filled = [path for path, row in part.arrays.items() if 0 not in row.shape]
     try:
-        stored = dotted(store.load_tree(directory, nested(filled))) if filled else {}
+        stored = store.load_arrays(directory, filled)
     except (ValueError, RuntimeError, KeyError) as error:
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise QuikError(f"{directory} cannot be read: {first}") from error
     arrays_by_path: dict[str, np.ndarray] = {}
     for path, row in part.arrays.items():
-        array = stored[path] if path in filled else np.zeros(row.shape, jnp.dtype(row.dtype))
+        array = stored[path] if path in stored else np.zeros(row.shape, jnp.dtype(row.dtype))
         found = array_row(array) if verify else ArrayRow(dtype=array.dtype.name, shape=array.shape, sha256=row.sha256)
         for what in ("dtype", "shape", "sha256"):
             if getattr(found, what) != getattr(row, what):

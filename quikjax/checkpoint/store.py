@@ -1,4 +1,4 @@
-"""Arrays on disk, by Orbax: the only module that knows it.
+"""Arrays on disk, written by Orbax and read by the library that Orbax reads and writes by: the only module that knows them.
 
 What Orbax does not promise is promised elsewhere: bits and dtypes by the manifest, atomic replacement by `atomic`.
 """
@@ -7,7 +7,7 @@ import contextlib
 import logging
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -73,17 +73,21 @@ def save_tree(directory: Path, tree: Mapping[str, Any]) -> None:
             handler.close()
 
 
-def load_tree(directory: Path, names: Mapping[str, Any]) -> dict[str, Any]:
-    """Read the arrays whose places `names` gives (a nested dictionary; its leaves do not matter) as stored, as NumPy arrays."""
-    import jax
-    import orbax.checkpoint as ocp
-    from etils import epath
+def load_arrays(directory: Path, names: Iterable[str]) -> dict[str, np.ndarray]:
+    """Read arrays that `save_tree` wrote, as stored, by their full names `a.b.c`.
 
-    with _quiet():
-        handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False)
-        try:
-            # No target and no dtype: with either, Orbax would cast without a word.
-            arguments = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), names)
-            return handler.restore(epath.Path(directory), args=ocp.args.PyTreeRestore(restore_args=arguments))
-        finally:
-            handler.close()
+    Without Orbax, which takes several times as long as reading does: each array is a Zarr directory of its full name.
+
+    Raises:
+        ValueError: an array is not there, or damaged.
+    """
+    import tensorstore
+
+    # All are on their way before the first is waited for.
+    specs = {
+        name: {"driver": "zarr", "kvstore": {"driver": "file", "path": f"{directory / name}/"}, "fill_missing_data_reads": False}
+        for name in names
+    }
+    opened = {name: tensorstore.open(spec, read=True) for name, spec in specs.items()}
+    reading = {name: array.result().read() for name, array in opened.items()}
+    return {name: array.result() for name, array in reading.items()}
