@@ -147,6 +147,8 @@ def _stacked(members: list[dict[str, Any]], release: bool, widen: bool) -> Any:
     def join_arrays(*leaves: Array, wide: bool = False) -> Array:
         if _in_host_memory(leaves):
             dtype = jnp.float32 if wide and leaves[0].ndim > 1 and leaves[0].dtype.itemsize == 2 else leaves[0].dtype
+            if dtype == leaves[0].dtype and (whole := host.joined(leaves)) is not None:
+                return whole
             memory = host.empty((len(leaves), *leaves[0].shape), dtype)
 
             def put(place: np.ndarray, leaf: Array) -> None:

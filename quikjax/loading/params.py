@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
@@ -14,7 +15,7 @@ from quikjax.loading.names import HEAD, is_computed, quantized_with
 from quikjax.loading.source import Source
 from quikjax.models.base import Transformer
 from quikjax.models.registry import dotted, nested, pure_params
-from quikjax.weights.host import adopt
+from quikjax.weights.host import adopt, empty, empty_parts
 
 _EMBEDDING = re.compile(r"(^|\.)(embed_tokens|word_embeddings|wte)\.weight$")
 
@@ -101,10 +102,30 @@ def load_params(
         found = _below(found, list(names))
     _check_tied(source, found, type(model))
     turned = type(model).lies_transposed
+    places = _places(source, found, type(model), dtype) if jax.default_backend() == "cpu" else {}
     # NumPy lets go of Python's lock while it reads and converts.
     with ThreadPoolExecutor(_AT_ONCE) as pool:
-        converted = pool.map(lambda path: _convert(source, found[path], dtype, transposed=turned(path)), found)
+        converted = pool.map(
+            lambda path: _convert(source, found[path], dtype, transposed=turned(path), place=places.pop(path, None)), list(found)
+        )
         return nested(dict(zip(found, converted, strict=True)))
+
+
+def _places(source: Source, found: Mapping[str, str], family: type[Transformer], dtype: Any) -> dict[str, np.ndarray]:
+    """Memory for the parameters that several blocks have in one shape, those of neighbours one behind the other."""
+    alike: dict[Any, list[str]] = {}
+    for path, name in found.items():
+        block = family.block_of(path)
+        if block is not None:
+            stack, _, _ = block.rpartition(".")
+            alike.setdefault((stack, path.removeprefix(block), source.shape(name)), []).append(path)
+    places: dict[str, np.ndarray] = {}
+    for (_, _, shape), paths in alike.items():
+        if len(paths) > 1:
+            paths.sort(key=lambda path: int(str(family.block_of(path)).rpartition(".")[2]))
+            turned = family.lies_transposed(paths[0])
+            places |= zip(paths, empty_parts(len(paths), shape[::-1] if turned else shape, dtype), strict=True)
+    return places
 
 
 def verify(source: Source, model: Transformer) -> None:
@@ -145,16 +166,19 @@ def _below(found: Mapping[str, str], names: list[str]) -> dict[str, str]:
     return chosen
 
 
-def _convert(source: Source, name: str, dtype: Any, *, transposed: bool) -> Float[Array, "..."]:
+def _convert(source: Source, name: str, dtype: Any, *, transposed: bool, place: np.ndarray | None = None) -> Float[Array, "..."]:
+    """A tensor as a parameter; in the memory `place`, where one is given."""
     array = source.read(name)
     if transposed:
-        array = np.ascontiguousarray(array.T)
-    if array.dtype == dtype:
-        return adopt(array)
+        array = array.T
+    if place is None:
+        if array.dtype == dtype:
+            return adopt(np.ascontiguousarray(array))
+        place = empty(array.shape, dtype)
     with np.errstate(over="ignore"):  # reported below, by name
-        converted = array.astype(dtype)
-    if jnp.finfo(dtype).max < jnp.finfo(array.dtype).max and not np.isfinite(converted).all():
+        place[...] = array
+    if jnp.finfo(dtype).max < jnp.finfo(array.dtype).max and not np.isfinite(place).all():
         raise QuikError(
             f"{source.where}: tensor {name} has values beyond the range of {jnp.dtype(dtype)}; use float32 or bfloat16"
         )
-    return adopt(converted)
+    return adopt(place)
