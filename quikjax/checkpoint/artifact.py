@@ -85,13 +85,16 @@ def _with_stops(generation_config: Mapping[str, Any] | None, stops: tuple[int, .
     return fields or None
 
 
-def restore(path: str | os.PathLike[str], *, verify: bool = True, context: int | None = None) -> tuple[Transformer, Any]:
+def restore(
+    path: str | os.PathLike[str], *, verify: bool = True, context: int | None = None, plain_tokenizer: bool = False
+) -> tuple[Transformer, Any]:
     """The model and the tokenizer (or `None`) of an artifact. The bits of every weight are those that were saved.
 
     Args:
         path: the artifact's directory, or its hub name "org/name".
         verify: compare the SHA-256 of every file and every array with the manifest; without, names, sizes, dtypes and shapes.
         context: longest text in tokens, in place of what the configuration declares.
+        plain_tokenizer: see `quikjax.load`.
 
     Raises:
         QuikError: there is no artifact, or something in it is not as it was saved, which is named. Nothing is handed out then.
@@ -102,7 +105,7 @@ def restore(path: str | os.PathLike[str], *, verify: bool = True, context: int |
     abstract = abstract_model(reader.manifest.config, reader.manifest.dtype, context=context)
     held = {name: shape for part in reader.parts.values() for name, shape in stored_shapes(part).items()}
     check_parameters(shapes_of(abstract), held, whole=True)
-    tokenizer = reader.tokenizer()
+    tokenizer = reader.tokenizer(plain=plain_tokenizer)
     abstract.stops = stops_of(reader.manifest.config, reader.generation_config(), tokenizer, str(reader.path))
     return nnx.merge(nnx.split(abstract)[0], _params(reader)), tokenizer
 

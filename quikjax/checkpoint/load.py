@@ -12,7 +12,9 @@ from quikjax.models.base import Transformer
 from quikjax.models.dtypes import floating_dtype
 
 
-def load(model: str | Path, *, dtype: Any = jnp.float32, context: int | None = None) -> tuple[Transformer, Any | None]:
+def load(
+    model: str | Path, *, dtype: Any = jnp.float32, context: int | None = None, plain_tokenizer: bool = False
+) -> tuple[Transformer, Any | None]:
     """A model with its parameters, and its tokenizer, or None where the checkpoint has none.
 
     Args:
@@ -20,6 +22,8 @@ def load(model: str | Path, *, dtype: Any = jnp.float32, context: int | None = N
         dtype: floating dtype of the parameters, "float32", "bfloat16" or "float16"; an artifact keeps its own.
         context: longest text in tokens, in place of what the model declares. Positions beyond the declared ones are computed as
             they are within, for better or worse; learned ones (OPT) have an end.
+        plain_tokenizer: give a tokenizer that only encodes a text and decodes tokens (`loading.plain_tokenizer`) where it does so
+            exactly as the whole one, of `transformers`, whose import takes a second.
 
     Raises:
         QuikError: whatever is wrong with the checkpoint, in one sentence; everything that headers can tell is found before
@@ -28,5 +32,5 @@ def load(model: str | Path, *, dtype: Any = jnp.float32, context: int | None = N
     dtype = floating_dtype(dtype)
     found = resolve(model)
     if (found.path / ARTIFACT_FILE).is_file():
-        return restore(found.path, context=context)
-    return load_published(found, dtype=dtype, context=context)
+        return restore(found.path, context=context, plain_tokenizer=plain_tokenizer)
+    return load_published(found, dtype=dtype, context=context, plain_tokenizer=plain_tokenizer)

@@ -90,20 +90,20 @@ class Reader:
         with atomic.disk_errors(f"cannot read {self.path}"):
             return parts.read(self.path / ARRAYS, name, self.parts[name], verify=self.verify)
 
-    def tokenizer(self) -> Any:
-        """The tokenizer, or `None` if the artifact has none."""
+    def tokenizer(self, *, plain: bool = False) -> Any:
+        """The tokenizer, or `None` if the artifact has none. `plain`: see `read_tokenizer`."""
         listed = [path for path in self.manifest.files if path.startswith(f"{TOKENIZER}/")]
         if not listed:
             return None
         if len(listed) == len(atomic.files_below(self.path / TOKENIZER)):
-            return read_tokenizer(self.path / TOKENIZER, self.manifest.config)
+            return read_tokenizer(self.path / TOKENIZER, self.manifest.config, plain=plain)
         # A file that was not there at saving must not change what the others say, whatever its name means to transformers.
         with tempfile.TemporaryDirectory(prefix="quikjax-tokenizer-") as apart:
             for path in listed:
                 copy = Path(apart) / path
                 copy.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(self.path / path, copy)
-            return read_tokenizer(Path(apart) / TOKENIZER, self.manifest.config)
+            return read_tokenizer(Path(apart) / TOKENIZER, self.manifest.config, plain=plain)
 
     def generation_config(self) -> Json | None:
         """The content of the source's `generation_config.json`, or `None` if the artifact has none."""

@@ -52,7 +52,7 @@ def generate(
     from quikjax.generation.chat import render
     from quikjax.texts import tokenize
 
-    network, tokenizer = running.load(model)
+    network, tokenizer = running.load(model, plain_tokenizer=not chat)
     if tokenizer is None:
         raise QuikError(f"{model} has no tokenizer, so it cannot read text; put its tokenizer.json beside it")
     generator = generator_of(network, tokenizer=tokenizer, cache=running.kv_cache, deterministic=deterministic, release=True)

@@ -94,7 +94,7 @@ class RunningOptions:
         if self.context is not None and self.context < 2:
             raise QuikError(f"the context is at least 2 tokens, not {self.context}")
 
-    def load(self, model: str) -> tuple[Any, Any]:
+    def load(self, model: str, *, plain_tokenizer: bool = False) -> tuple[Any, Any]:
         """A model and its tokenizer, or `None`; what is compiled for it is kept.
 
         Raises:
@@ -104,7 +104,7 @@ class RunningOptions:
         from quikjax.generation.executables import keep_executables
 
         keep_executables(self.cache_dir)
-        return load(model, dtype=parse_dtype(self.dtype), context=self.context)
+        return load(model, dtype=parse_dtype(self.dtype), context=self.context, plain_tokenizer=plain_tokenizer)
 
 
 _GROUPS = (DrawingOptions, RunningOptions)

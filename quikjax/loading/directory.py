@@ -43,10 +43,10 @@ class DirectorySource(Source, abc.ABC):
             names = ("decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id")
             self.config |= {name: generation[name] for name in names if generation.get(name) is not None}
 
-    def tokenizer(self) -> Any | None:
+    def tokenizer(self, *, plain: bool = False) -> Any | None:
         for path in tokenizer_files(self.directory):
             refuse_lfs_pointer(path)
-        return read_tokenizer(self.directory, self.config)
+        return read_tokenizer(self.directory, self.config, plain=plain)
 
     def tokenizer_files(self) -> tuple[Path, ...]:
         return tokenizer_files(self.directory)

@@ -63,7 +63,7 @@ class GGUFSource(Source):
     def tensors(self) -> dict[str, TensorInfo]:
         return self._tensors
 
-    def tokenizer(self) -> Any | None:
+    def tokenizer(self, *, plain: bool = False) -> Any | None:
         from quikjax.loading.gguf_tokenizer import rebuild_tokenizer
 
         for key in ("tokens", "merges"):
@@ -72,7 +72,7 @@ class GGUFSource(Source):
                     text.encode()
                 except UnicodeEncodeError:  # a byte that is not UTF-8 was read as half of a surrogate pair
                     raise QuikError(f"{self.where}: number {number} of tokenizer.ggml.{key} is not UTF-8 text") from None
-        return rebuild_tokenizer(self.where, self.metadata)
+        return rebuild_tokenizer(self.where, self.metadata, plain=plain)
 
     def generation_config(self) -> dict[str, Any] | None:
         return generation_config(self.metadata)

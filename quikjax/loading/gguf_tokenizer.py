@@ -16,8 +16,10 @@ from quikjax.loading.tokenizer import add_borders, wrap
 _PREFIX = "tokenizer.ggml."
 
 
-def rebuild_tokenizer(where: str, metadata: Mapping[str, Any]) -> Any | None:
+def rebuild_tokenizer(where: str, metadata: Mapping[str, Any], *, plain: bool = False) -> Any | None:
     """The file's tokenizer as a `transformers.PreTrainedTokenizerFast`, or None where its metadata has none.
+
+    With `plain`, a `PlainTokenizer` where it gives the same tokens and texts.
 
     Raises:
         QuikError: a kind or a split that is not known, or metadata that contradicts itself.
@@ -50,6 +52,7 @@ def rebuild_tokenizer(where: str, metadata: Mapping[str, Any]) -> Any | None:
         tokenizer,
         special,
         metadata.get("tokenizer.chat_template"),
+        plain=plain,
         clean_up_tokenization_spaces=False,
         model_max_length=_context(metadata),
     )

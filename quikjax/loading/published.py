@@ -15,7 +15,7 @@ from quikjax.models.registry import abstract_model
 
 
 def load_published(
-    model: str | Path | Found, *, dtype: Any = jnp.float32, context: int | None = None
+    model: str | Path | Found, *, dtype: Any = jnp.float32, context: int | None = None, plain_tokenizer: bool = False
 ) -> tuple[Transformer, Any | None]:
     """A published model with its parameters, and its tokenizer, or None where the checkpoint has none.
 
@@ -25,6 +25,7 @@ def load_published(
         model: whatever `open_source` takes, or what `resolve` found.
         dtype: floating dtype of the parameters.
         context: longest text, in place of what the checkpoint declares.
+        plain_tokenizer: see `quikjax.load`.
 
     Raises:
         QuikError: whatever is wrong with the checkpoint, in one sentence; everything that headers can tell is found before
@@ -34,6 +35,6 @@ def load_published(
     source = open_found(model if isinstance(model, Found) else resolve(model))
     abstract = abstract_model(source.config, dtype, context=context)
     match(source, abstract)
-    tokenizer = source.tokenizer()
+    tokenizer = source.tokenizer(plain=plain_tokenizer)
     abstract.stops = source.stops(tokenizer)
     return nnx.merge(nnx.graphdef(abstract), load_params(source, abstract, dtype=dtype)), tokenizer

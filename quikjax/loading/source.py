@@ -51,8 +51,10 @@ class Source(abc.ABC):
         """The tensor `name`, of the shape and dtype that `tensors` promises."""
 
     @abc.abstractmethod
-    def tokenizer(self) -> Any | None:
+    def tokenizer(self, *, plain: bool = False) -> Any | None:
         """The checkpoint's tokenizer (a `transformers` fast tokenizer), or None where it has none.
+
+        With `plain`, a `PlainTokenizer` where it gives the same tokens and texts.
 
         Raises:
             QuikError: there is one, and it cannot be rebuilt exactly.

@@ -15,6 +15,7 @@ from typing import Any
 from quikjax.errors import QuikError
 from quikjax.files import read_json, read_text
 from quikjax.loading.byte_level import build_byte_level
+from quikjax.loading.plain_tokenizer import PlainTokenizer, is_enough
 from quikjax.loading.sentencepiece_model import read_model
 from quikjax.loading.sentencepiece_tokenizer import Prefix, build_sentencepiece
 from quikjax.loading.tokenizer_settings import Settings, read_settings
@@ -70,12 +71,13 @@ def tokenizer_files(directory: Path) -> tuple[Path, ...]:
     return (*(directory / name for name in sorted(_FILES) if (directory / name).is_file()), *sorted(directory.glob(_TEMPLATES)))
 
 
-def read_tokenizer(directory: Path, config: Mapping[str, Any] | None = None) -> Any | None:
+def read_tokenizer(directory: Path, config: Mapping[str, Any] | None = None, *, plain: bool = False) -> Any | None:
     """The tokenizer in a Hugging Face directory, or None where there is none. Nothing is downloaded, no remote code is run.
 
     Args:
         directory: where its files are.
         config: the model's configuration, which says what kind of tokenizer this is where its own files do not.
+        plain: a `PlainTokenizer` is enough, where it gives the same tokens and texts.
 
     Raises:
         QuikError: its files are there and cannot be read, or not so that its tokens are right.
@@ -91,17 +93,24 @@ def read_tokenizer(directory: Path, config: Mapping[str, Any] | None = None) -> 
     settings, config = read_settings(directory), config or {}
     label = settings.fields.get("tokenizer_class") or config.get("tokenizer_class")
     if (directory / "tokenizer.json").exists():
-        return _from_json(directory, settings, config.get("vocab_size"))
+        return _from_json(directory, settings, config.get("vocab_size"), plain=plain)
     if (directory / "tokenizer.model").exists():
-        return _from_sentencepiece(directory, settings, label)
+        return _from_sentencepiece(directory, settings, label, plain=plain)
     is_gpt2 = label in _GPT2 or (label is None and config.get("model_type") not in _NOT_GPT2)
     if (directory / "vocab.json").exists() and (directory / "merges.txt").exists() and is_gpt2:
-        return _from_merges(directory, settings)
+        return _from_merges(directory, settings, plain=plain)
     return _by_class(directory, config)
 
 
-def wrap(core: Any, special: Mapping[str, str], chat_template: str | dict[str, str] | None, **fields: Any) -> Any:
-    """A `tokenizers.Tokenizer` as a `transformers.PreTrainedTokenizerFast`, with special tokens by role and a chat template."""
+def wrap(
+    core: Any, special: Mapping[str, str], chat_template: str | dict[str, str] | None, *, plain: bool = False, **fields: Any
+) -> Any:
+    """A `tokenizers.Tokenizer` as a `transformers.PreTrainedTokenizerFast`, with special tokens by role and a chat template.
+
+    With `plain`, a `PlainTokenizer` where it gives the same tokens and texts.
+    """
+    if plain and is_enough(core, special, fields):
+        return PlainTokenizer(core, special)
     try:
         wrapped = import_transformers().PreTrainedTokenizerFast(tokenizer_object=core, **special, **fields)
     except (TypeError, ValueError) as problem:
@@ -143,7 +152,7 @@ def _by_class(directory: Path, config: Mapping[str, Any]) -> Any:
         raise _unreadable(directory, problem) from None
 
 
-def _from_json(directory: Path, settings: Settings, rows: int | None) -> Any:
+def _from_json(directory: Path, settings: Settings, rows: int | None, *, plain: bool) -> Any:
     """`tokenizer.json` as it is, and tokens that were added beside it. A special token without an id is none: another would
     take its id.
     """
@@ -159,7 +168,9 @@ def _from_json(directory: Path, settings: Settings, rows: int | None) -> Any:
     core.no_truncation()
     core.no_padding()
     special, fields = _known(core, settings, settings.special)
-    wrapped = wrap(core, special, settings.chat_template, **fields)
+    wrapped = wrap(core, special, settings.chat_template, plain=plain, **fields)
+    if isinstance(wrapped, PlainTokenizer):
+        return wrapped
     # The wrapper has let its special tokens part a text, also where the file does not, and may have put in a border of its own.
     wrapped._tokenizer = core
     return wrapped
@@ -190,7 +201,7 @@ def _added_token(entry: Mapping[str, Any], read: Sequence[str] = (), **fields: A
     return tokenizers.AddedToken(entry["content"], **fields | {name: entry[name] for name in flags if name in entry})
 
 
-def _from_sentencepiece(directory: Path, settings: Settings, label: str | None) -> Any:
+def _from_sentencepiece(directory: Path, settings: Settings, label: str | None, *, plain: bool) -> Any:
     """`tokenizer.model`, and what its publisher added around it. LLaMA's puts BOS in front unless told not to."""
     model = read_model(directory / "tokenizer.model")
     fields, tokens = settings.fields, model.pieces.tokens
@@ -214,10 +225,10 @@ def _from_sentencepiece(directory: Path, settings: Settings, label: str | None) 
     except Exception as problem:  # tokenizers raises bare Exception
         raise _unreadable(directory, problem) from None
     default_bos = not str(label or "Llama").startswith(_WITHOUT_BOS)
-    return _completed(core, directory, settings, special, default_bos=default_bos, normalized=prefix == "first")
+    return _completed(core, directory, settings, special, default_bos=default_bos, normalized=prefix == "first", plain=plain)
 
 
-def _from_merges(directory: Path, settings: Settings) -> Any:
+def _from_merges(directory: Path, settings: Settings, *, plain: bool) -> Any:
     """`vocab.json` and `merges.txt`, as OPT publishes its tokenizer."""
     from tokenizers import pre_tokenizers
 
@@ -232,7 +243,7 @@ def _from_merges(directory: Path, settings: Settings) -> Any:
         core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     end = "<|endoftext|>"  # GPT-2's, where nothing else is said
     ends = ("bos_token", "eos_token", "unk_token") if core.token_to_id(end) is not None else ()
-    return _completed(core, directory, settings, dict.fromkeys(ends, end) | settings.special, default_bos=False)
+    return _completed(core, directory, settings, dict.fromkeys(ends, end) | settings.special, default_bos=False, plain=plain)
 
 
 def _completed(
@@ -243,6 +254,7 @@ def _completed(
     *,
     default_bos: bool,
     normalized: bool = False,
+    plain: bool,
 ) -> Any:
     """A rebuilt tokenizer with the tokens that its publisher added, BOS and EOS around a text where wanted, wrapped.
 
@@ -265,7 +277,7 @@ def _completed(
         bos=known.get("bos_token") if _flag(settings, "add_bos_token", default_bos) else None,
         eos=known.get("eos_token") if _flag(settings, "add_eos_token", False) else None,
     )
-    return wrap(core, known, settings.chat_template, **fields)
+    return wrap(core, known, settings.chat_template, plain=plain, **fields)
 
 
 def _known(core: Any, settings: Settings, special: Mapping[str, str]) -> tuple[dict[str, str], dict[str, Any]]:

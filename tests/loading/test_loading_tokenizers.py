@@ -28,8 +28,8 @@ def _letters() -> list[str]:
     return [chr(byte) if byte in plain else chr(next(others)) for byte in range(256)]
 
 
-def _byte_level(split: str | None, words: list[str] | None = None, **more: Any) -> Any:
-    """A rebuilt byte-level tokenizer whose vocabulary is the bytes, a few merges and two special tokens."""
+def byte_level_metadata(split: str | None, words: list[str] | None = None, **more: Any) -> dict[str, Any]:
+    """A byte-level tokenizer in a GGUF file: its vocabulary is the bytes, a few merges and two special tokens."""
     letters = _letters()
     merges = ["1 2", "12 3", "Ġ 1", "h e", "he l", "' s", "Ċ Ċ"]
     tokens = [*letters, *(merge.replace(" ", "") for merge in merges), *(words or []), "<|end|>", "<extra>"]
@@ -45,7 +45,12 @@ def _byte_level(split: str | None, words: list[str] | None = None, **more: Any) 
     }
     if split is not None:
         metadata["tokenizer.ggml.pre"] = split
-    return rebuild_tokenizer("test.gguf", metadata)
+    return metadata
+
+
+def _byte_level(split: str | None, words: list[str] | None = None, **more: Any) -> Any:
+    """`byte_level_metadata`, rebuilt."""
+    return rebuild_tokenizer("test.gguf", byte_level_metadata(split, words, **more))
 
 
 def _pieces(tokenizer: Any, text: str) -> list[str]:
