@@ -92,6 +92,8 @@ def load_params(
     Returns:
         Nested dictionaries with the model's full paths, limited to `names`: for one block
         `load_params(source, model, ["model.layers.3"])["model"]["layers"]["3"]`.
+        On a CPU what several blocks have alike lies in one memory, so that it is stacked without a copy; it is freed when the
+        last of them is.
 
     Raises:
         QuikError: whatever `match` finds, before any tensor is read; a name of `names` that is no parameter's path; NaN or

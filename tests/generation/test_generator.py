@@ -1,6 +1,7 @@
 """A generator against reading everything again: ragged prompts, buckets, caches, determinism, stops, and no compiling twice."""
 
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from quikjax.checkpoint.load import load
 from quikjax.errors import QuikError
 from quikjax.generation import Generator, Sampling
 from quikjax.generation.cache_error import cache_error
@@ -20,7 +22,7 @@ from quikjax.models.base import CausalLM
 from quikjax.models.registry import pure_params
 from quikjax.quantizing.params import quantize_params
 from quikjax.quantizing.recipe import Recipe, Rule
-from quikjax.testing import tiny_model, tiny_tokenizer
+from quikjax.testing import tiny_model, tiny_tokenizer, write_tiny_checkpoint
 
 RNG = np.random.default_rng(0)
 PROMPTS = [RNG.integers(0, 256, length).tolist() for length in (3, 40, 17, 9, 16, 1, 70, 25, 5, 11)]
@@ -269,6 +271,16 @@ def test_releasing_frees_the_blocks_and_nothing_else() -> None:
     _, params = stacked.stack(model, release=True)
     assert all(leaf.is_deleted() for leaf in blocks)
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(params))
+
+
+def test_blocks_that_were_read_are_stacked_where_they_lie(tmp_path: Path) -> None:
+    model, _ = load(write_tiny_checkpoint(tmp_path, tokenizer=False))
+    held = [nnx.to_pure_dict(nnx.split(block)[1]) for block in model.blocks.values()]
+    whole = jax.tree.map(lambda *parts: np.stack(parts), *held)
+    first = jax.tree.map(lambda part: part.unsafe_buffer_pointer(), held[0])
+    _, params = stacked.stack(model, release=True)
+    assert jax.tree.map(lambda part: part.unsafe_buffer_pointer(), params["runs"]["0"]) == first
+    jax.tree.map(np.testing.assert_array_equal, params["runs"]["0"], whole)
 
 
 def test_buckets_waste_at_most_half() -> None:
