@@ -140,14 +140,17 @@ def _widened(leaf: Any) -> Any:
 
 def _stacked(members: list[dict[str, Any]], release: bool, widen: bool) -> Any:
     def join(*leaves: Any) -> Any:
+        if widen and isinstance(leaves[0], QuikWeight):
+            # Its codes in whole bytes from the start: NumPy unpacks them many times faster than XLA.
+            return widened(jax.tree.map(lambda *parts: join_arrays(*parts, dtype=_in_bytes(parts[0].dtype)), *leaves))
         if _is_packed(leaves[0]):
-            joined = jax.tree.map(join_arrays, *leaves)
-            return widened(joined) if widen and isinstance(joined, QuikWeight) else joined
-        return join_arrays(*leaves, wide=widen)
+            return jax.tree.map(join_arrays, *leaves)
+        wide = widen and leaves[0].ndim > 1 and leaves[0].dtype.itemsize == 2
+        return join_arrays(*leaves, dtype=jnp.float32 if wide else None)
 
-    def join_arrays(*leaves: Array, wide: bool = False) -> Array:
-        if _in_host_memory(leaves):
-            dtype = jnp.float32 if wide and leaves[0].ndim > 1 and leaves[0].dtype.itemsize == 2 else leaves[0].dtype
+    def join_arrays(*leaves: Array, dtype: Any = None) -> Array:
+        dtype = leaves[0].dtype if dtype is None else jnp.dtype(dtype)
+        if dtype != jnp.int4 and _in_host_memory(leaves):
             if dtype == leaves[0].dtype and (whole := host.joined(leaves)) is not None:
                 if release:
                     for leaf in leaves:
@@ -162,7 +165,7 @@ def _stacked(members: list[dict[str, Any]], release: bool, widen: bool) -> Any:
 
             list(pool.map(put, memory, leaves))
             return host.adopt(memory)
-        joined = jnp.stack([_widened(leaf) for leaf in leaves] if wide else leaves)
+        joined = jnp.stack([leaf.astype(dtype) for leaf in leaves])
         if release:
             joined.block_until_ready()
             for leaf in leaves:
@@ -174,14 +177,14 @@ def _stacked(members: list[dict[str, Any]], release: bool, widen: bool) -> Any:
         return jax.tree.map(join, *members, is_leaf=_is_packed)
 
 
+def _in_bytes(dtype: Any) -> Any:
+    return jnp.int8 if dtype == jnp.int4 else dtype
+
+
 def _in_host_memory(leaves: tuple[Any, ...]) -> bool:
     """Whether arrays are where NumPy can copy them: several times faster than XLA, whose memory is in small pages."""
     return jax.default_backend() == "cpu" and all(
-        isinstance(leaf, jax.Array)
-        and not isinstance(leaf, jax.core.Tracer)
-        and leaf.ndim > 0
-        and leaf.dtype != jnp.int4
-        and len(leaf.devices()) == 1
+        isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer) and leaf.ndim > 0 and len(leaf.devices()) == 1
         for leaf in leaves
     )
 
