@@ -52,7 +52,9 @@ def empty_parts(count: int, shape: tuple[int, ...], dtype: Any) -> list[np.ndarr
     memory = empty((count, *shape), dtype)
     if memory[0].nbytes % _ALIGNMENT == 0:
         # A view holds the array that owns its memory, not the view that it was made of.
-        _HOMES.update((part.ctypes.data, memory.base) for part in memory)
+        home = memory.base
+        assert home is not None
+        _HOMES.update((part.ctypes.data, home) for part in memory)
     return list(memory)
 
 
