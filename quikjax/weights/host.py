@@ -65,4 +65,6 @@ def joined(parts: Sequence[jax.Array]) -> jax.Array | None:
     if home is None or any(part.unsafe_buffer_pointer() != first + i * size for i, part in enumerate(parts)):
         return None
     begin = first - home.ctypes.data
+    if begin + len(parts) * size > home.nbytes:
+        return None  # the next memory happens to begin where this one ends
     return adopt(home[begin : begin + len(parts) * size].view(parts[0].dtype).reshape(len(parts), *parts[0].shape))

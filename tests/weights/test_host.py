@@ -57,3 +57,11 @@ def test_memory_is_freed_with_the_last_array_in_it() -> None:
     del whole
     gc.collect()
     assert len(host._HOMES) == before
+
+
+def test_memory_that_goes_on_behind_its_end_is_not_joined(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = host.empty((2, 16), jnp.float32)
+    whole[...] = 0
+    # As if another memory began right behind the first row.
+    monkeypatch.setattr(host, "_HOMES", {whole[0].ctypes.data: whole[0], whole[1].ctypes.data: whole[1]})
+    assert host.joined([host.adopt(row) for row in whole]) is None
