@@ -20,13 +20,17 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "False"  # see `compilation`
 
+from quikjax.generation.executables import keep_executables
+
 # What XLA compiles is shared by all test processes and the commands that they start, and gone with the last of them. The first
-# process to come here makes the folder; the others inherit its name.
+# process to come here makes the folder; the others inherit its name. It is the one in which commands keep their programs.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="quikjax-tests-")
+    os.environ["QUIKJAX_CACHE"] = tempfile.mkdtemp(prefix="quikjax-tests-")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(keep_executables())
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
-    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+    atexit.register(shutil.rmtree, os.environ["QUIKJAX_CACHE"], ignore_errors=True)
+os.environ.setdefault("QUIKJAX_CACHE", os.environ["JAX_COMPILATION_CACHE_DIR"])
 
 # A shell that starts the tests in the background leaves Ctrl-C ignored, in every process below them too; some send it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -123,7 +127,6 @@ def quikjax_command() -> Run:
             # A command keeps its compiled programs where the user's are; here they stay among the tests' own.
             for name in ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs"):
                 stack.callback(jax.config.update, name, getattr(jax.config, name))
-            stack.enter_context(mock.patch.dict(os.environ, {"QUIKJAX_CACHE": os.environ["JAX_COMPILATION_CACHE_DIR"]}))
             for name, value in (("argv", typed), ("stdin", read), ("stdout", out), ("stderr", said)):
                 stack.enter_context(mock.patch.object(sys, name, value))
             stack.enter_context(mock.patch.object(warnings, "formatwarning", warnings.formatwarning))

@@ -21,15 +21,9 @@ Run = Callable[..., "subprocess.CompletedProcess[str]"]
 TEMPLATE = "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}\n{% endfor %}a:"
 
 
-@pytest.fixture(scope="module")
-def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return {"QUIKJAX_CACHE": str(tmp_path_factory.mktemp("executables"))}
-
-
 @pytest.mark.long
-def test_prompts_of_a_file_with_samples(
-    quikjax_process: Run, tiny_checkpoint: Path, tmp_path: Path, environment: dict[str, str]
-) -> None:
+def test_prompts_of_a_file_with_samples(quikjax_process: Run, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    environment = {"QUIKJAX_CACHE": str(tmp_path / "executables")}
     (tmp_path / "prompts").write_text("one\na longer one\n")
     arguments = ("generate", tiny_checkpoint, "--prompt-file", tmp_path / "prompts", "--max-new-tokens", "6", "--top-k", "50")
     done = quikjax_process(*arguments, "--samples", "2", "--json", "--logprobs", "--kv-cache", "int8", env=environment)
@@ -45,12 +39,13 @@ def test_prompts_of_a_file_with_samples(
     assert set(Path(environment["QUIKJAX_CACHE"]).rglob("*-cache")) == set(kept)
 
 
-def test_ctrl_c_keeps_the_text_and_ends_with_130(tiny_checkpoint: Path, environment: dict[str, str]) -> None:
+@pytest.mark.long
+def test_ctrl_c_keeps_the_text_and_ends_with_130(tiny_checkpoint: Path) -> None:
     process = subprocess.Popen(
         [sys.executable, "-m", "quikjax.cli", "generate", str(tiny_checkpoint), "hello", "--max-new-tokens", "250"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        env={**os.environ, **environment, "PYTHONUNBUFFERED": "1"},
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
     )
     assert process.stdout is not None
     first = process.stdout.read(1)
@@ -61,7 +56,7 @@ def test_ctrl_c_keeps_the_text_and_ends_with_130(tiny_checkpoint: Path, environm
     assert b"Traceback" not in errors
 
 
-def test_a_chat_from_standard_input(tiny_checkpoint: Path, tmp_path: Path, environment: dict[str, str]) -> None:
+def test_a_chat_from_standard_input(tiny_checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "template").write_text(TEMPLATE, encoding="utf-8-sig")
     arguments = ("chat", tiny_checkpoint, "--template", tmp_path / "template", "--max-new-tokens", "5")
     talk = b"hello\r\n/nothing\ncaf\xe9\n/system be brief\nhello\n/reset\n" + b"x" * 300 + b"\n/quit\nnever read\n"
@@ -69,7 +64,6 @@ def test_a_chat_from_standard_input(tiny_checkpoint: Path, tmp_path: Path, envir
         [sys.executable, "-m", "quikjax.cli", *map(str, arguments)],
         input=talk,
         capture_output=True,
-        env={**os.environ, **environment},
         timeout=300,
         check=False,
     )

@@ -11,10 +11,10 @@ Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
 @pytest.fixture(scope="module")
-def artifact(quikjax_process: Run, tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def artifact(quikjax_command: Run, tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("artifacts") / "quik-4b"
     arguments = ("--samples", "4", "--seqlen", "64", "--activation-memory", "0.0003", "--json")
-    done = quikjax_process("quantize", tiny_checkpoint, "--out", out, *arguments)
+    done = quikjax_command("quantize", tiny_checkpoint, "--out", out, *arguments)
     assert done.returncode == 0, done.stderr
     figures = json.loads(done.stdout)
     assert figures["quantized_layers"] == 21
