@@ -99,8 +99,8 @@ def _step(cache: StackedCache, heads: int, length: int, dtype: Any, rope: Rope |
     ("kind", "dtype", "group", "length", "rope", "alibi", "key_block"),
     [
         ("float32", "float32", 3, 1, Rope(), False, 0),
-        ("float16", "float16", 2, 1, None, True, 0),
-        ("float32", "bfloat16", 19, 1, None, False, 8),
+        pytest.param("float16", "float16", 2, 1, None, True, 0, marks=pytest.mark.long),
+        pytest.param("float32", "bfloat16", 19, 1, None, False, 8, marks=pytest.mark.long),
         ("int8", "float32", 2, 1, Rope(), False, 0),
         ("bfloat16", "bfloat16", 3, 7, None, True, 8),
     ],
@@ -159,7 +159,7 @@ def test_a_text_alone_gives_the_bits_it_gives_among_others(on_a_gpu: Any) -> Non
     ("dtype", "group", "length", "causal", "alibi"),
     [
         ("bfloat16", 3, 37, True, False),
-        ("float16", 1, 20, True, True),
+        pytest.param("float16", 1, 20, True, True, marks=pytest.mark.long),
         ("bfloat16", 2, 20, False, False),
     ],
 )
@@ -266,11 +266,11 @@ compiles = pytest.mark.skipif(absent_gpu.missing() is not None, reason=str(absen
     ("name", "gpu"),
     [
         ("LLaMA-2-7B, one row", "h100"),
-        ("LLaMA-2-7B, int8 cache", "a100"),
-        ("LLaMA-2-70B, prompt", "h100"),
+        # Compiled by `make gpu-compile`, and so in each run of CI, as all others are.
+        pytest.param("LLaMA-2-7B, int8 cache", "a100", marks=pytest.mark.slow),
+        pytest.param("LLaMA-2-70B, prompt", "h100", marks=pytest.mark.slow),
     ],
 )
 def test_kernels_compile_without_spills_onto_the_tensor_cores(name: str, gpu: str) -> None:
-    """The others: `make gpu-compile`."""
     (case,) = (case for case in attention_cases.CASES if case.name == name)
     assert compile_attention.problems(case, gpu) == []

@@ -120,8 +120,8 @@ MATMULS = [
     (3, 192, 576, 36, 4, 4, True, MatmulTiles(64, 8, 3, 1, 1)),
     (17, 264, 640, 0, 4, 4, False, MatmulTiles(64, 32, 4, 1, 2)),
     (8, 128, 1024, 130, 4, 8, True, MatmulTiles(64, 8, 2, 1, 4)),
-    (40, 576, 640, 64, 8, 8, False, MatmulTiles(64, 16, 3, 2, 1)),
-    (130, 320, 384, 36, 4, 4, False, MatmulTiles(128, 64, 5, 8, 1)),
+    pytest.param((40, 576, 640, 64, 8, 8, False, MatmulTiles(64, 16, 3, 2, 1)), marks=pytest.mark.long),
+    pytest.param((130, 320, 384, 36, 4, 4, False, MatmulTiles(128, 64, 5, 8, 1)), marks=pytest.mark.long),
     (5, 256, 1024, 64, 4, 16, True, MatmulTiles(64, 8, 4, 1, 2)),
     (70, 192, 576, 36, 8, 16, False, MatmulTiles(64, 32, 3, 2, 1)),
 ]
