@@ -28,7 +28,7 @@ IDS = np.arange(24).reshape(2, 12)
 
 
 @pytest.mark.parametrize("quantized", [True, False])
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, pytest.param(jnp.float16, marks=pytest.mark.long)])
 def test_restored_logits_are_bit_identical(tmp_path: Path, quantized: bool, dtype: Any) -> None:
     model = build(random_params(packed=quantized, dtype=dtype))
     fingerprint = checkpoint.save(tmp_path / "a", model, recipe={"name": "by hand"})
@@ -69,6 +69,7 @@ def test_each_array_keeps_its_own_dtype(tmp_path: Path) -> None:
     assert_same_bits(params, restored)
 
 
+@pytest.mark.long
 def test_a_process_that_never_saw_the_model_gets_the_same_logits(tmp_path: Path) -> None:
     model = build(random_params())
     checkpoint.save(tmp_path / "a", model, tokenizer=tiny_tokenizer())
@@ -239,9 +240,23 @@ codebook = st.builds(
 names = st.text("abcdefgh_0123456789", min_size=1, max_size=5)
 
 
-@settings(max_examples=40, deadline=None)
-@given(st.dictionaries(names, st.dictionaries(names, dense | packed | codebook, max_size=4), max_size=3), st.integers(0, 2**32))
+trees = st.dictionaries(names, st.dictionaries(names, dense | packed | codebook, max_size=4), max_size=3)
+
+
+@settings(max_examples=12, deadline=None)
+@given(trees, st.integers(0, 2**32))
 def test_any_tree_comes_back(kinds: dict[str, dict[str, Dense | Packed | Codebook]], seed: int) -> None:
+    _comes_back(kinds, seed)
+
+
+@pytest.mark.long
+@settings(max_examples=40, deadline=None)
+@given(trees, st.integers(0, 2**32))
+def test_many_trees_come_back(kinds: dict[str, dict[str, Dense | Packed | Codebook]], seed: int) -> None:
+    _comes_back(kinds, seed)
+
+
+def _comes_back(kinds: dict[str, dict[str, Dense | Packed | Codebook]], seed: int) -> None:
     rng = np.random.default_rng(seed)
     tree = {name: {key: kind.make(rng) for key, kind in members.items()} for name, members in kinds.items()}
     with tempfile.TemporaryDirectory() as place:

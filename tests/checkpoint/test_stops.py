@@ -8,21 +8,22 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 import quikjax
 from quikjax import checkpoint
 from quikjax.checkpoint.export.dequantized import export_safetensors
 from quikjax.errors import QuikError
-from quikjax.generation import generate
+from quikjax.generation import Generator
+from quikjax.generation.programs import Programs
 from quikjax.models.base import Transformer
-from quikjax.models.registry import pure_params
 from quikjax.quantizing.checkpoint import quantize_checkpoint
 from quikjax.testing import chain_config, chain_model, chain_weights, forward, tiny_model, write_chain_checkpoint
 
 sys.path.append(str(Path(__file__).parents[1] / "loading"))
 from loading_ggufs import write_gguf
 
+# What the generators of all chains here compile.
+PROGRAMS = Programs()
 RING = [1, 2, 3, 4, 5, 6, 7, 8, 9, 0]
 WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "lazy", "dog", "and", "so"]
 
@@ -40,7 +41,7 @@ def word_tokenizer(end: str | None = None) -> Any:
 
 def said(model: Transformer, start: int = 0, stop: Any = None) -> list[int]:
     """The tokens that a model of `RING` says behind `start`, at most 12."""
-    out = generate(nnx.split(model)[0], pure_params(model), [[start]], max_new_tokens=12, stop=stop)
+    out = Generator(model, programs=PROGRAMS).generate([[start]], max_new_tokens=12, stop=stop)
     return out.tokens[0, : out.lengths[0]].tolist()
 
 
@@ -81,36 +82,42 @@ def test_one_stop_or_several_or_the_models_own() -> None:
 
 def test_rows_that_end_at_different_stops() -> None:
     model = chain_model(RING, eos_token_id=[5, 9])
-    out = generate(nnx.split(model)[0], pure_params(model), [[0], [6], [5], [8]], max_new_tokens=8)
+    out = Generator(model, programs=PROGRAMS).generate([[0], [6], [5], [8]], max_new_tokens=8)
     np.testing.assert_array_equal(out.lengths, [4, 2, 3, 0])
     rows = [row[:length].tolist() for row, length in zip(out.tokens, out.lengths, strict=True)]
     assert rows == [[1, 2, 3, 4], [7, 8], [6, 7, 8], []]
     assert all(np.isin(row[length:], [5, 9]).all() for row, length in zip(out.tokens, out.lengths, strict=True))
 
 
+# Configuration, generation configuration, the tokenizer's end, and what they come to.
+ENDS: list[tuple[Any, Any, str | None, tuple[int, ...]]] = [
+    (None, None, None, ()),
+    (None, None, "dog", (7,)),
+    ([9], {"eos_token_id": [8, 9], "temperature": 0.6}, "lazy", (6, 8, 9)),
+    (None, {"eos_token_id": None}, None, ()),
+    (3, {"temperature": 0.6}, None, (3,)),
+    (7, None, None, (7,)),
+    ([7, 5], None, None, (5, 7)),
+    (None, {"eos_token_id": 6}, None, (6,)),
+    (None, {"eos_token_id": [6, 3]}, None, (3, 6)),
+    (3, None, "dog", (3, 7)),
+    (-1, {"eos_token_id": [-1, 4]}, None, (4,)),
+    (99, None, None, ()),  # beyond the vocabulary: nothing ends with it
+]
+
+
+@pytest.mark.parametrize(("config", "generation", "end", "stops"), ENDS)
+def test_every_file_is_heard(tmp_path: Path, config: Any, generation: Any, end: str | None, stops: tuple[int, ...]) -> None:
+    assert quikjax.load(published(tmp_path / "source", config, generation, end))[0].stops == stops
+
+
 @pytest.mark.parametrize(
     ("config", "generation", "end", "stops"),
-    [
-        (None, None, None, ()),
-        (7, None, None, (7,)),
-        ([7, 5], None, None, (5, 7)),
-        (None, {"eos_token_id": 6}, None, (6,)),
-        (None, {"eos_token_id": [6, 3]}, None, (3, 6)),
-        (None, None, "dog", (7,)),
-        (3, None, "dog", (3, 7)),
-        ([9], {"eos_token_id": [8, 9], "temperature": 0.6}, "lazy", (6, 8, 9)),
-        (None, {"eos_token_id": None}, None, ()),
-        (-1, {"eos_token_id": [-1, 4]}, None, (4,)),
-        (3, {"temperature": 0.6}, None, (3,)),
-        (99, None, None, ()),  # beyond the vocabulary: nothing ends with it
-    ],
+    [*ENDS[:5], *(pytest.param(*row, marks=pytest.mark.long) for row in ENDS[5:])],
 )
-def test_every_file_is_heard_and_remembered(
-    tmp_path: Path, config: Any, generation: Any, end: str | None, stops: tuple[int, ...]
-) -> None:
+def test_every_file_is_remembered(tmp_path: Path, config: Any, generation: Any, end: str | None, stops: tuple[int, ...]) -> None:
     source = published(tmp_path / "source", config, generation, end)
     model, tokenizer = quikjax.load(source)
-    assert model.stops == stops
     quantize_checkpoint(source, tmp_path / "artifact", "fp")
     export_safetensors(tmp_path / "artifact", tmp_path / "export")
     checkpoint.save(tmp_path / "saved", model, tokenizer=tokenizer)

@@ -62,9 +62,8 @@ def quantized(model: CausalLM) -> CausalLM:
     return nnx.merge(nnx.split(model)[0], quantize_params(pure_params(model), Recipe(name="test", rules=rules)))
 
 
-@pytest.mark.parametrize(
-    ("packed", "dtype", "cache"), [pytest.param(False, "bfloat16", None, marks=pytest.mark.long), (True, "float32", "int8")]
-)
+@pytest.mark.long
+@pytest.mark.parametrize(("packed", "dtype", "cache"), [(False, "bfloat16", None), (True, "float32", "int8")])
 def test_a_process_without_the_package_gives_the_tokens_of_generate(
     tmp_path: Path, packed: bool, dtype: str, cache: str | None
 ) -> None:

@@ -83,10 +83,11 @@ def _open(name: str, cache: Path, **environment: str) -> "subprocess.CompletedPr
     program = (
         "import sys\n"
         "from quikjax.errors import QuikError\n"
-        "from quikjax.checkpoint.load import load\n"
         "from quikjax.loading import open_source\n"
         "try:\n"
-        "    source = open_source(sys.argv[1]); load(sys.argv[1])\n"
+        "    source = open_source(sys.argv[1])\n"
+        "    from quikjax.checkpoint.load import load\n"
+        "    load(sys.argv[1])\n"
         "    print(source.revision, source.fingerprint())\n"
         "except QuikError as problem:\n"
         "    print('refused:', problem)\n"

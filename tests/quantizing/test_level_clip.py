@@ -63,7 +63,7 @@ def test_layers_that_share_an_input_share_the_level_clip(
     x = rng.normal(size=(128, 256)).astype(np.float32)
     stats = observe(empty_stats(256, group="in"), jnp.asarray(x), rows=128)
     tree = {name: {"kernel": jnp.asarray(rng.normal(size=(256, 16)), jnp.float32)} for name in "ab"}
-    rule = Rule(match="kernel", outliers=4, level_clip=asked, outlier_score="range")
+    rule = Rule(match="kernel", method="rtn", outliers=4, level_clip=asked, outlier_score="range")
     seen: list[LayerResult] = []
     packed = quantize_params(
         tree, Recipe(name="x", rules=(rule,)), dict.fromkeys(("a.kernel", "b.kernel"), stats), on_layer=seen.append

@@ -20,7 +20,7 @@ from quikjax.quantizing.checkpoint import quantize_checkpoint
 from quikjax.quantizing.group_rule import GroupRule
 from quikjax.quantizing.recipe import RECIPES, Recipe, Rule, find_recipe
 from quikjax.reports.artifact import read_report
-from quikjax.testing import forward, tiny_config
+from quikjax.testing import forward, tiny_config, write_tiny_checkpoint
 from quikjax.weights.formats import dequantize_params
 from quikjax.weights.groups import GroupWeight
 from quikjax.weights.quik import QuikWeight
@@ -32,11 +32,12 @@ KINDS = {"quik-4b-sparse-mlp": {QuikWeight, SparseWeight}, "gptq-w4a16-g128-stat
 
 
 @pytest.mark.parametrize("recipe", [SPARSE, pytest.param(STATIC, marks=pytest.mark.long)], ids=lambda recipe: recipe.name)
-def test_from_a_published_directory_to_disk_and_back(recipe: Recipe, tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_from_a_published_directory_to_disk_and_back(recipe: Recipe, tmp_path: Path) -> None:
+    source = write_tiny_checkpoint(tmp_path / "published", num_hidden_layers=2)
     ids = np.random.default_rng(0).integers(0, 256, (2, 64)).astype(np.int32)
     out = tmp_path / "packed"
-    quantize_checkpoint(tiny_checkpoint, out, recipe, lambda _: ids)
-    plan, found = make_plan(tiny_config(), recipe, memory_bytes=10**9), read_report(out)
+    quantize_checkpoint(source, out, recipe, lambda _: ids)
+    plan, found = make_plan(tiny_config(num_hidden_layers=2), recipe, memory_bytes=10**9), read_report(out)
     assert ["no kernel multiplies them" in note for note in plan.notes] == [True] * (recipe is SPARSE)
     assert plan.notes == found.notes == tuple(found.as_json()["notes"])
     assert plan.quantized_bytes * 8 == checkpoint.sizes(out).linear_bits
@@ -51,7 +52,7 @@ def test_from_a_published_directory_to_disk_and_back(recipe: Recipe, tiny_checkp
             assert "mlp" in path
             assert leaf.base % 4 == 0
     # Dense weights of the same numbers, in another product; activations are rounded in one of the two.
-    abstract = abstract_model(open_source(tiny_checkpoint).config)
+    abstract = abstract_model(open_source(source).config)
     export_safetensors(out, tmp_path / "hf", dtype="float32")
     again: Any = load_params(open_source(tmp_path / "hf"), abstract, list(dotted(pure_params(abstract))), jnp.float32)
     for path, leaf in dotted(dequantize_params(params)).items():
