@@ -63,7 +63,7 @@ def run(
 SHAPES = [
     # outputs, inputs, base, bits, block
     (5, 40, 36, 4, 128),  # less than a block
-    (24, 128, 128, 4, 128),  # one block, no outliers
+    pytest.param(24, 128, 128, 4, 128, marks=pytest.mark.long),  # one block, no outliers
     pytest.param(24, 256, 240, 8, 128, marks=pytest.mark.long),
     pytest.param(17, 300, 290, 4, 128, marks=pytest.mark.long),  # no multiple of anything
     (9, 300, 1, 4, 128),  # a single base column

@@ -41,8 +41,8 @@ def run(W: np.ndarray, H: np.ndarray, base: int, bits: int, *, clip: bool = Fals
     [
         (5, 40, 36, 4, 128),  # less than a block
         (24, 128, 128, 4, 128),  # one block, no outliers
-        (24, 256, 240, 8, 128),
-        (17, 300, 290, 4, 128),  # no multiple of anything
+        pytest.param(24, 256, 240, 8, 128, marks=pytest.mark.long),
+        pytest.param(17, 300, 290, 4, 128, marks=pytest.mark.long),  # no multiple of anything
         (9, 300, 1, 4, 128),  # a single base column
         (33, 700, 513, 4, 128),  # the base ends one column into a block
         (8, 200, 180, 4, 32),  # many small blocks: all four phases

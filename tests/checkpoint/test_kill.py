@@ -94,6 +94,7 @@ def test_a_killed_save_leaves_a_whole_artifact_or_none(tmp_path: Path) -> None:
     check_kills(tmp_path, kills=12, seed=0)
 
 
+@pytest.mark.long
 def test_a_killed_run_resumes_to_the_same_bytes(tmp_path: Path) -> None:
     check_resumes(tmp_path, kills=6, seed=0)
 

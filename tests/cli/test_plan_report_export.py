@@ -170,11 +170,18 @@ def test_an_export_in_shards_is_read_by_others(artifact: Path, tmp_path: Path) -
 @pytest.mark.parametrize(
     "fields",
     [
-        {"model_type": "opt", "hidden_size": 32, "ffn_dim": 64, "word_embed_proj_dim": 16, "do_layer_norm_before": False},
-        {"model_type": "gpt2", "n_embd": 32, "n_layer": 11, "n_head": 4},
-        {"model_type": "falcon", "hidden_size": 32, "num_kv_heads": 2, "new_decoder_architecture": True},
+        pytest.param(
+            {"model_type": "opt", "hidden_size": 32, "ffn_dim": 64, "word_embed_proj_dim": 16, "do_layer_norm_before": False},
+            id="opt",
+            marks=pytest.mark.long,
+        ),
+        pytest.param({"model_type": "gpt2", "n_embd": 32, "n_layer": 11, "n_head": 4}, id="gpt2"),
+        pytest.param(
+            {"model_type": "falcon", "hidden_size": 32, "num_kv_heads": 2, "new_decoder_architecture": True},
+            id="falcon",
+            marks=pytest.mark.long,
+        ),
     ],
-    ids=lambda fields: fields["model_type"],
 )
 def test_an_export_of_another_family_loads_under_its_names(tmp_path: Path, fields: dict[str, Any]) -> None:
     depth = {"num_hidden_layers": 11, "num_attention_heads": 4, "max_position_embeddings": 64}

@@ -207,9 +207,19 @@ def layer_in_numpy(x: np.ndarray, packed: api.Packed, bias: np.ndarray | None, b
     return np.asarray(sum(parts)), np.asarray(magnitude)
 
 
-@pytest.mark.parametrize(("bits", "clip"), [(4, None), (8, None), (4, (17, 1)), (4, (16, -8)), (8, (256, -128))])
-@pytest.mark.parametrize("outliers", [0, 1, 36, 96, 256], ids=lambda o: f"{o}-outliers")
-@pytest.mark.parametrize("batch", [(1,), (2, 3), (17,)])
+# Every pair of widths and outliers with one form of batch in the fast tests, and with each of them in the long ones.
+LAYERS = [
+    pytest.param(*layer, batch, id=f"{batch}-{layer[2]}-outliers-{layer[0]}-{layer[1]}", marks=[pytest.mark.long] * bool(far % 3))
+    for number, layer in enumerate(
+        (bits, clip, outliers)
+        for bits, clip in [(4, None), (8, None), (4, (17, 1)), (4, (16, -8)), (8, (256, -128))]
+        for outliers in (0, 1, 36, 96, 256)
+    )
+    for far, batch in enumerate([(1,), (2, 3), (17,)], number)
+]
+
+
+@pytest.mark.parametrize(("bits", "clip", "outliers", "batch"), LAYERS)
 def test_layer_against_float64(bits: int, clip: tuple[int, int] | None, outliers: int, batch: tuple[int, ...]) -> None:
     """Float32 epilogue: within 32 roundings of the magnitudes added. 256 of 256 columns is the layer without a base."""
     packed = kernel_cases.weight(outliers, 40, 256, outliers, bits)

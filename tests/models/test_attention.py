@@ -31,10 +31,17 @@ def expected(q: Any, k: Any, v: Any, positions: Any, scale: float, slopes: Any) 
     return out
 
 
-@pytest.mark.parametrize("jitted", [False, True])
+# One operation after the other, long texts compile much that a program of their own does not.
 @pytest.mark.parametrize(
-    ("batch", "length", "padding", "alibi"),
-    [(2, 9, 3, False), (1, 63, 0, True), (1, 64, 5, False), (2, 512, 300, False), (1, 513, 0, False), (1, 1100, 7, True)],
+    ("batch", "length", "padding", "alibi", "jitted"),
+    [
+        pytest.param(*case, jitted, marks=[pytest.mark.long] * (case[1] > 64 and not jitted))
+        for case in [
+            *[(2, 9, 3, False), (1, 63, 0, True), (1, 64, 5, False)],
+            *[(2, 512, 300, False), (1, 513, 0, False), (1, 1100, 7, True)],
+        ]
+        for jitted in (False, True)
+    ],
 )
 def test_against_the_definition(batch: int, length: int, padding: int, alibi: bool, jitted: bool) -> None:
     rng = np.random.default_rng(length)
@@ -85,7 +92,7 @@ def test_gradients_flow_through_the_pieces() -> None:
     np.testing.assert_allclose(jnp.vdot(gradient, step), slope, rtol=1e-2)
 
 
-@pytest.mark.parametrize("jitted", [False, True])
+@pytest.mark.parametrize("jitted", [pytest.param(False, marks=pytest.mark.long), True])
 def test_many_positions_turn_as_each_alone(jitted: bool) -> None:
     x = jnp.asarray(np.random.default_rng(2).normal(size=(2, 100, 3, HEAD)), jnp.float32)
     positions = jnp.asarray(np.stack([np.arange(100), np.arange(100) + 3000]), jnp.int32)

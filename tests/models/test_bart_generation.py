@@ -39,17 +39,18 @@ def writer(model: BartForConditionalGeneration) -> TextToText:
     return TextToText(model, tokenizer=tiny_tokenizer(), programs=PROGRAMS)
 
 
-@pytest.mark.parametrize("name", ["bart-summarizer", "bart-distilled"])
+@pytest.mark.parametrize("name", ["bart-summarizer", pytest.param("bart-distilled", marks=pytest.mark.long)])
 def test_greedy_tokens_are_those_of_transformers(name: str) -> None:
     """Of two texts at once, one of them padded; the first token is forced, and the end where there is no more room."""
     golden, model = load(name)
     texts = [ids[mask == 1].tolist() for ids, mask in zip(golden["ids"], golden["mask"], strict=True)]
     penalized = Sampling(repetition_penalty=float(golden["penalty"]))
     new = golden["tokens"].shape[1]
-    made = TextToText(model).generate(texts, max_new_tokens=new, sampling=penalized, stop=[])
+    writer = TextToText(model)
+    made = writer.generate(texts, max_new_tokens=new, sampling=penalized, stop=[])
     np.testing.assert_array_equal(made.tokens, golden["tokens"])
     assert made.tokens[:, 0].tolist() == [model.config.first] * 2
-    ended = TextToText(model).generate(texts, max_new_tokens=new, sampling=penalized)
+    ended = writer.generate(texts, max_new_tokens=new, sampling=penalized)
     assert ended.lengths.tolist() == [new - 1] * 2
     assert ended.finished == ("stop", "stop")
 

@@ -128,7 +128,9 @@ def windows(model: Transformer, tokenizer: Any) -> np.ndarray:
     return calibration_tokens(model, tokenizer, "What a text says, an encoder reads at once. " * 9, 3, 32)
 
 
-@pytest.fixture(scope="module", params=[FIELDS, DISTIL], ids=["bert", "distilbert"])
+@pytest.fixture(
+    scope="module", params=[pytest.param(FIELDS, id="bert"), pytest.param(DISTIL, id="distilbert", marks=pytest.mark.long)]
+)
 def place(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A published directory, and its QUIK-4B artifact beside it."""
     place = tmp_path_factory.mktemp("encoder")

@@ -85,7 +85,12 @@ def test_bits_are_those_of_the_file_and_perplexity_that_of_the_artifact(
 
 @pytest.mark.parametrize(
     ("data_type", "bits", "block", "proxy"),
-    [("int", 3, 64, 0.1), ("float", 5, 7, 0.0), ("quantile", 6, "tensor", 0.1), ("dynamic", 8, 100, 0.0)],
+    [
+        ("int", 3, 64, 0.1),
+        pytest.param("float", 5, 7, 0.0, marks=pytest.mark.long),
+        pytest.param("quantile", 6, "tensor", 0.1, marks=pytest.mark.long),
+        ("dynamic", 8, 100, 0.0),
+    ],
 )
 def test_a_cells_weights_are_those_of_the_packed_layers_bit_for_bit(
     models: list[str], data_type: str, bits: int, block: int | str, proxy: float

@@ -89,7 +89,7 @@ def quantize(model: CausalLM, match: str = "", activation_bits: int = 8) -> Any:
 
 
 @pytest.mark.parametrize(
-    "name", ["llama-2-70b", *(pytest.param(name, marks=pytest.mark.long) for name in ("opt-350m", "gpt2")), "falcon-7b"]
+    "name", ["llama-2-70b", *(pytest.param(name, marks=pytest.mark.long) for name in ("opt-350m", "gpt2", "falcon-7b"))]
 )
 def test_every_family_computes_what_it_computes(name: str) -> None:
     model = build(name)

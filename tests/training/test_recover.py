@@ -161,6 +161,7 @@ def test_a_loss_that_is_not_finite_ends_it(place: Path, monkeypatch: pytest.Monk
     assert Reader(place / "stopped").manifest.provenance["recovered"]["stopped"].endswith("not finite at step 7")
 
 
+@pytest.mark.long
 def test_a_disk_that_fills_is_said_and_gone_on_from(place: Path, done: Recovered, monkeypatch: pytest.MonkeyPatch) -> None:
     write, written = parts.write, []
 
