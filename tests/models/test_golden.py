@@ -116,8 +116,7 @@ def test_a_padded_row(case: Case, side: str) -> None:
     ids, positions, real = ids.copy(), positions.copy(), (ids[1, :short].copy(), positions[1, :short].copy())
     ids[1], positions[1] = 7, PADDING
     ids[1, there], positions[1, there] = real
-    logits = case.forward(case.params, ids, positions)
-    logits = np.asarray(logits)
+    logits = np.asarray(case.forward(case.params, ids, positions))
     assert_close(logits[1, there], case.golden[side])
     assert_close(logits[0, case.golden["kept"]], case.golden["logits"][0])
 
