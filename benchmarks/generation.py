@@ -1,6 +1,6 @@
 """Decoding side by side: float32, bfloat16 and QUIK-4B here, and Hugging Face's PyTorch `generate` where it is installed.
 
-    python benchmarks/generation.py [--model smollm2-135m] [--batches 1 8] [--tokens 64] [--rounds 5]
+    python benchmarks/generation.py [--model smollm2-135m] [--batches 1 8] [--tokens 64] [--rounds 5] [--unrolled]
     python benchmarks/generation.py --compile-growth     # seconds to compile 8 and 32 equal blocks
 
 Everything takes turns, so that whatever else the machine does meets all of it; medians are reported, compilation is apart. Packed
@@ -83,6 +83,9 @@ def decoding(arguments: argparse.Namespace) -> dict[str, Any]:
         arguments.recipe: packed(model, tokens, arguments.recipe),
     }
     generators = {name: Generator(one, batch_size=max(arguments.batches)) for name, one in models.items()}
+    if arguments.unrolled:
+        again = {name: Generator(one, batch_size=max(arguments.batches), unrolled=True) for name, one in models.items()}
+        generators |= {f"{name}, unrolled": generator for name, generator in again.items()}
 
     def ours(generator: Generator) -> Callable[[np.ndarray, int], np.ndarray]:
         return lambda prompts, count: generator.generate(prompts, max_new_tokens=count, stop=()).tokens
@@ -142,6 +145,7 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--unrolled", action="store_true", help="beside blocks that are scanned, blocks compiled one by one")
     parser.add_argument("--compile-growth", action="store_true")
     arguments = parser.parse_args()
     figures = growth(arguments.rounds) if arguments.compile_growth else decoding(arguments)

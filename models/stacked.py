@@ -4,10 +4,11 @@ Blocks are alike where their layers, shapes, dtypes and the static fields of the
 form a run. On a CPU each run is one scan over stacked parameters, so that compiling does not grow with the depth, and a model
 whose outlier counts change from block to block has more runs and compiles longer.
 
-On a GPU a scan copies every packed weight for every token: kernels are custom calls, and XLA hands them a part of a stacked
-array only as an array of its own, written once and read once more before the kernel reads it. There blocks are unrolled: each
-keeps its own arrays, which kernels read where they lie, and XLA compiles every block (`benchmarks/counted.py --decode` counts
-both sides of that trade). The parameters that users see keep their published names; this is a second form, made once for running.
+A scan copies weights for every token: a product is a call of a kernel or of a library, and XLA hands it a part of a stacked array
+only as an array of its own, written once and read once more. On a GPU blocks are therefore unrolled: each keeps its own arrays,
+which kernels read where they lie, and XLA compiles every block (`benchmarks/counted.py --decode` counts both sides of that
+trade). On a CPU they can be (`benchmarks/generation.py --unrolled` times both). The parameters that users see keep their
+published names; this is a second form, made once for running.
 """
 
 import dataclasses
@@ -90,6 +91,8 @@ def stack(
         block_graphdef, block_state = nnx.split(block)
         given = nnx.to_pure_dict(block_state)
         tree = join_groups(put_on_device(given), type(block).groups.values())
+        if widen and unrolled:
+            tree = jax.tree.map(_widened_alone, tree, is_leaf=_is_packed)
         if release and unrolled:
             _free(given, tree)
         alike = (block_graphdef, jax.tree.structure(tree), [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(tree)])
@@ -136,6 +139,23 @@ def _is_packed(leaf: Any) -> bool:
 def _widened(leaf: Any) -> Any:
     """A dense matrix of 16 bits in float32; anything else as it is."""
     return leaf if _is_packed(leaf) or leaf.ndim < 2 or leaf.dtype.itemsize != 2 else leaf.astype(jnp.float32)
+
+
+def _widened_alone(leaf: Any) -> Any:
+    """`_widened`, of packed weights too; by NumPy where it can, as `_stacked` does."""
+
+    def converted(array: Array, dtype: Any) -> Array:
+        if array.dtype == dtype or not _in_host_memory((array,)):
+            return array.astype(dtype)
+        memory = host.empty(array.shape, dtype)
+        memory[...] = np.asarray(array)
+        return host.adopt(memory)
+
+    if isinstance(leaf, QuikWeight):
+        return widened(jax.tree.map(lambda part: converted(part, _in_bytes(part.dtype)), leaf))
+    if _is_packed(leaf) or leaf.ndim < 2 or leaf.dtype.itemsize != 2:
+        return leaf
+    return converted(leaf, jnp.float32)
 
 
 def _stacked(members: list[dict[str, Any]], release: bool, widen: bool) -> Any:

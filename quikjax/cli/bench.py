@@ -56,7 +56,7 @@ def bench(
     generators = {}
     for name in dict.fromkeys([model, *([against] if against else [])]):
         network, tokenizer = running.load(name)
-        generators[name] = Generator(network, cache=running.kv_cache, release=True)
+        generators[name] = Generator(network, cache=running.kv_cache, unrolled=running.unroll, release=True)
         held = sum(leaf.nbytes for leaf in _leaves(generators[name].params))
         say(f"{name}: parameters take {size(held)} of memory, KV cache in {generators[name].cache}")
         if (off := _cache_error(generators[name], tokenizer)) is not None:

@@ -39,7 +39,7 @@ def chat(
     from quikjax.generation.chat import Conversation
 
     network, tokenizer = running.load(model)
-    generator = Generator(network, tokenizer=tokenizer, cache=running.kv_cache, release=True)
+    generator = Generator(network, tokenizer=tokenizer, cache=running.kv_cache, unrolled=running.unroll, release=True)
     conversation = Conversation(generator, template=chat_template, system=drawing.system)
     say(HELP)
     turn = 0

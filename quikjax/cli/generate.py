@@ -55,7 +55,9 @@ def generate(
     network, tokenizer = running.load(model, plain_tokenizer=not chat)
     if tokenizer is None:
         raise QuikError(f"{model} has no tokenizer, so it cannot read text; put its tokenizer.json beside it")
-    generator = generator_of(network, tokenizer=tokenizer, cache=running.kv_cache, deterministic=deterministic, release=True)
+    generator = generator_of(
+        network, tokenizer=tokenizer, cache=running.kv_cache, deterministic=deterministic, unrolled=running.unroll, release=True
+    )
     reads = isinstance(generator, TextToText)
     if chat and reads:
         raise QuikError(f"{model} reads one text and writes another, and has no turns of a chat; leave --chat out")

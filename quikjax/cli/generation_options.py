@@ -79,6 +79,12 @@ class RunningOptions:
     context: Context = None
     kv_cache: KvCache = None
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16, for models that are not artifacts.")] = "float32"
+    unroll: Annotated[
+        bool,
+        typer.Option(
+            "--unroll", help="Compile every block by itself: longer, but an unquantized model then decodes faster on a CPU."
+        ),
+    ] = False
     cache_dir: Annotated[
         Path | None,
         typer.Option(help="Folder where compiled programs are kept [default: $QUIKJAX_CACHE, or ~/.cache/quikjax]."),

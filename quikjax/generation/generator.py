@@ -169,6 +169,8 @@ class Generator:
         release: free the model's own block parameters as they are stacked; the model cannot be used afterwards. Without it the
             blocks are held twice (on a GPU, where blocks are not stacked, what its kernels read in another form). On a CPU dense
             matrices of 16 bits are held in float32, which it multiplies faster.
+        unrolled: compile every block by itself, as on a GPU anyway. On a CPU an unquantized model decodes faster then, as no
+            weight is copied out of stacked ones for every token, and compiling takes longer by the number of blocks.
         programs: those of another generator, whose models of the same shapes then need no compiling.
 
     Raises:
@@ -185,6 +187,7 @@ class Generator:
         deterministic: bool = False,
         batch_size: int = 8,
         release: bool = False,
+        unrolled: bool = False,
         programs: Programs | None = None,
     ) -> None:
         model = self.checked(model)
@@ -204,7 +207,7 @@ class Generator:
         self.batch_size = batch_size
         self.programs = Programs() if programs is None else programs
         cpu = jax.default_backend() == "cpu"
-        self.layout, self.params = stacked.stack(model, release=release, widen=cpu)
+        self.layout, self.params = stacked.stack(model, release=release, widen=cpu, unrolled=unrolled or None)
         self.cache = cache or ("float32" if cpu else self.layout.dtype)
         by_blocks = deterministic or cpu
         self.key_block = KEY_BLOCK if by_blocks else 0

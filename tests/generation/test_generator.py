@@ -142,6 +142,29 @@ def test_codes_in_whole_bytes_multiply_to_the_same_bits() -> None:
     np.testing.assert_array_equal(logits[0], logits[1])
 
 
+def test_blocks_compiled_one_by_one_write_the_same() -> None:
+    model = packed_model(QUANTIZED, num_hidden_layers=2)
+    narrow = nnx.merge(
+        nnx.split(model)[0],
+        jax.tree.map(
+            lambda leaf: leaf.astype(jnp.bfloat16) if leaf.ndim == 2 and leaf.dtype == jnp.float32 else leaf, pure_params(model)
+        ),
+    )
+    codes = [leaf for leaf in jax.tree.leaves(pure_params(narrow)) if leaf.dtype == jnp.int4]
+    scanned, unrolled = Generator(narrow, programs=PROGRAMS), Generator(narrow, unrolled=True, release=True, programs=PROGRAMS)
+    assert (scanned.layout.unrolled, unrolled.layout.unrolled) == (False, True)
+    # Held as a CPU multiplies them, in either form, and what they were made of is free.
+    assert {leaf.dtype for leaf in jax.tree.leaves(unrolled.params["runs"])} == {
+        jnp.dtype(name) for name in ("float32", "float16", "int8", "int32")
+    }
+    assert all(leaf.is_deleted() for leaf in codes)
+    one, other = (g.generate(PROMPTS[:3], max_new_tokens=8, logprobs=True) for g in (scanned, unrolled))
+    np.testing.assert_array_equal(one.tokens, other.tokens)
+    assert one.logprobs is not None
+    assert other.logprobs is not None
+    np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-3)
+
+
 def test_int8_codes_are_within_half_a_step() -> None:
     x = jnp.asarray(RNG.normal(size=(2, 5, 3, 16)), jnp.float32).at[0, 0, 0].set(0)
     codes, scale = caches.encode(x)
