@@ -246,17 +246,17 @@ trees = st.dictionaries(names, st.dictionaries(names, dense | packed | codebook,
 @settings(max_examples=12, deadline=None)
 @given(trees, st.integers(0, 2**32))
 def test_any_tree_comes_back(kinds: dict[str, dict[str, Dense | Packed | Codebook]], seed: int) -> None:
-    _comes_back(kinds, seed)
+    check_comes_back(kinds, seed)
 
 
 @pytest.mark.long
 @settings(max_examples=40, deadline=None)
 @given(trees, st.integers(0, 2**32))
 def test_many_trees_come_back(kinds: dict[str, dict[str, Dense | Packed | Codebook]], seed: int) -> None:
-    _comes_back(kinds, seed)
+    check_comes_back(kinds, seed)
 
 
-def _comes_back(kinds: dict[str, dict[str, Dense | Packed | Codebook]], seed: int) -> None:
+def check_comes_back(kinds: dict[str, dict[str, Dense | Packed | Codebook]], seed: int) -> None:
     rng = np.random.default_rng(seed)
     tree = {name: {key: kind.make(rng) for key, kind in members.items()} for name, members in kinds.items()}
     with tempfile.TemporaryDirectory() as place:
