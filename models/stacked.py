@@ -92,7 +92,7 @@ def stack(
         given = nnx.to_pure_dict(block_state)
         tree = join_groups(put_on_device(given), type(block).groups.values())
         if widen and unrolled:
-            tree = jax.tree.map(_widened_alone, tree, is_leaf=_is_packed)
+            tree = jax.tree.map(_widened, tree, is_leaf=_is_packed)
         if release and unrolled:
             _free(given, tree)
         alike = (block_graphdef, jax.tree.structure(tree), [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(tree)])
@@ -137,12 +137,7 @@ def _is_packed(leaf: Any) -> bool:
 
 
 def _widened(leaf: Any) -> Any:
-    """A dense matrix of 16 bits in float32; anything else as it is."""
-    return leaf if _is_packed(leaf) or leaf.ndim < 2 or leaf.dtype.itemsize != 2 else leaf.astype(jnp.float32)
-
-
-def _widened_alone(leaf: Any) -> Any:
-    """`_widened`, of packed weights too; by NumPy where it can, as `_stacked` does."""
+    """A dense matrix of 16 bits in float32, packed codes of 4 bits in bytes, by NumPy where it can; anything else as it is."""
 
     def converted(array: Array, dtype: Any) -> Array:
         if array.dtype == dtype or not _in_host_memory((array,)):

@@ -29,7 +29,7 @@ def empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     """Memory for an array `shape` of `dtype`, aligned so that `adopt` need not copy it."""
     dtype = np.dtype(dtype)
     size = math.prod(shape) * dtype.itemsize
-    if size >= _MAPPED:
+    if size >= _MAPPED and hasattr(mmap, "MAP_PRIVATE"):  # Windows has no such maps
         mapped = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         return np.frombuffer(mapped, np.uint8).view(dtype).reshape(shape)
     memory = np.empty(size + _ALIGNMENT, np.uint8)
