@@ -27,8 +27,8 @@ from quikjax.models.base import CausalLM, Transformer
 from quikjax.models.registry import pure_params
 from quikjax.models.tokens import checked_model, whole_number
 
-# Short windows go through a model together, up to this many tokens.
-BATCH_TOKENS = 4096
+# Short windows go through a model together, up to this many tokens. More cost a CPU's caches more than they save.
+BATCH_TOKENS = 2048
 
 # Told after every batch: windows done, windows in all, the perplexity so far.
 OnBatch = Callable[[int, int, float], None]
@@ -143,7 +143,8 @@ def evaluate(
         ids: `windows` of a text, `[count, length]`.
         against: the original. As a model it runs beside this one, and only a batch is held; as a `Reference` it has run already.
         stride: what `windows` was given; of every window but the first, only the last `stride` tokens count.
-        batch: windows that go through the model together; left out, as many as make `BATCH_TOKENS` tokens.
+        batch: at most so many windows go through the model together; left out, as many as make `BATCH_TOKENS` tokens. 4-bit
+            activations on a boundary fall to either side with it, so that figures differ far within their error.
         on_batch: told of the progress.
 
     `seconds` and `tokens_per_second` are of the model's own forward passes, compilation not counted.
@@ -169,7 +170,7 @@ def evaluate(
                 "they cannot be compared token by token"
             )
     original = None if other is None else (nnx.split(other)[0], pure_params(other))
-    size = min(count, batch or max(1, BATCH_TOKENS // length))
+    size = batch_size(count, batch or max(1, BATCH_TOKENS // length))
     losses: list[np.ndarray] = []
     distances: list[TokenDistances] = []
     seconds, timed = 0.0, 0
@@ -214,6 +215,11 @@ def evaluate(
         positions=tuple(by_position(loss, position[counts], None if joined is None else joined.original_loss)),
         distance=None if joined is None else summarize(loss, joined),
     )
+
+
+def batch_size(count: int, most: int) -> int:
+    """Windows a batch: at most `most`, as even as can be, because the last batch is filled up to the size of the others."""
+    return -(-count // -(-count // most))
 
 
 def _targets(ids: Int[np.ndarray, "batch length"]) -> Int32[Array, " predicted"]:

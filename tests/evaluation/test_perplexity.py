@@ -9,6 +9,7 @@ import pytest
 from quikjax.errors import QuikError
 from quikjax.evaluation import Evaluation, evaluate, reference, windows
 from quikjax.evaluation.distance import ln_ratio_by_kl
+from quikjax.evaluation.perplexity import batch_size
 from quikjax.models.base import CausalLM
 from quikjax.testing import forward, tiny_model
 
@@ -150,3 +151,12 @@ def test_what_a_model_cannot_evaluate(models: tuple[CausalLM, CausalLM]) -> None
         evaluate(model, np.full((1, 8), 257, np.int32))
     with pytest.raises(QuikError, match="vocabularies of 257 and 258 tokens"):
         evaluate(model, np.zeros((1, 8), np.int32), tiny_model(vocab_size=258))
+
+
+@pytest.mark.parametrize(
+    ("count", "most", "size"), [(1, 4, 1), (3, 1, 1), (3, 2, 2), (5, 4, 3), (9, 4, 3), (8, 4, 4), (16, 5, 4)]
+)
+def test_batches_are_even(count: int, most: int, size: int) -> None:
+    assert batch_size(count, most) == size
+    padded = size * -(-count // size)
+    assert padded - count < -(-count // most), "less than one window a batch is filling"
