@@ -17,6 +17,7 @@ from quikjax.loading import open_source
 from quikjax.models.registry import abstract_model
 from quikjax.quantizing.calibration import calibration_tokens
 from quikjax.quantizing.checkpoint import quantize_checkpoint
+from quikjax.quantizing.recipe import find_recipe
 from quikjax.reports.sizes import size_of_artifact, sizes_of_layers
 from quikjax.texts import calibration_text, evaluation_text
 
@@ -68,7 +69,9 @@ Everything is on this machine; nothing is downloaded. Progress is on stderr, res
     rows, shown = [], {"original": original[0]}
     for title, name in RECIPES:
         say(f"\n== {title}: calibrating and quantizing")
-        made = quantize_checkpoint(source, directory / name, name, tokens, progress=ProgressLines(layers=False))
+        made = quantize_checkpoint(
+            source, directory / name, name, tokens, progress=ProgressLines(find_recipe(name), layers=False)
+        )
         size, layers = size_of_artifact(directory / name), sizes_of_layers(made.layers)
         say(f"saved {directory / name}, {megabytes(size)}, in {duration(made.seconds)}")
         found = _embedded(directory / name, measured)

@@ -19,6 +19,7 @@ from quikjax.generation import generate
 from quikjax.loading import open_source
 from quikjax.models.registry import pure_params
 from quikjax.quantizing.checkpoint import QuantizedCheckpoint, quantize_checkpoint
+from quikjax.quantizing.recipe import find_recipe
 from quikjax.reports.sizes import size_of_artifact, sizes_of_layers
 from quikjax.texts import calibration_text, calibration_windows, continuation, evaluation_text, tokenize
 
@@ -59,9 +60,8 @@ Everything is on this machine; nothing is downloaded. Progress is on stderr, res
         def tokens(tokenizer: Any) -> np.ndarray:
             return calibration_windows(tokenize(tokenizer, calibration.content), samples, seqlen)
 
-        converted[name] = quantize_checkpoint(
-            source, directory / name, name, tokens, progress=ProgressLines(layers=name == "quik-4b+")
-        )
+        progress = ProgressLines(find_recipe(name), layers=name == "quik-4b+")
+        converted[name] = quantize_checkpoint(source, directory / name, name, tokens, progress=progress)
         size = size_of_artifact(directory / name)
         say(f"saved {directory / name}, {megabytes(size)}, in {duration(converted[name].seconds)}")
 

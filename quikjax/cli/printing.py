@@ -17,6 +17,7 @@ from quikjax.reports.tables import with_clip
 if TYPE_CHECKING:
     from quikjax.quantizing.distillation import DistillationStep
     from quikjax.quantizing.params import LayerResult
+    from quikjax.quantizing.recipe import Recipe
 
 __all__ = [
     "ProgressLines",
@@ -81,10 +82,14 @@ def megabytes(size: int | float) -> str:
 
 
 class ProgressLines:
-    """Progress of a conversion as lines: one per layer, and what is left after each block."""
+    """Progress of a conversion as lines: one per layer, and what is left after each block.
 
-    def __init__(self, *, layers: bool = True) -> None:
+    `recipe` tells which dampings were asked for; of one that GPTQ had to take in its place a layer's line says so.
+    """
+
+    def __init__(self, recipe: "Recipe", *, layers: bool = True) -> None:
         self._layers = layers
+        self._dampings = {None, *(rule.damping for rule in recipe.rules)}
         self._blocks = 0
         self._said = time.perf_counter()
 
@@ -97,7 +102,7 @@ class ProgressLines:
     def layer(self, layer: "LayerResult", seconds: float) -> None:
         if self._layers:
             width = with_clip(layer.format, layer.level_clip)
-            damping = "" if layer.damping is None or layer.damping in (0.01, 0.5) else f"  damping {layer.damping:g}"
+            damping = "" if layer.damping in self._dampings else f"  damping {layer.damping:g}"
             say(
                 f"{layer.path.removesuffix('.weight'):<44} {width:<10} {layer.outliers:>8} {layer.relative_error:>10.4f} "
                 f"{decibels(layer.snr_db, layer.relative_error):>8} {seconds:>6.1f} s{damping}"

@@ -101,7 +101,7 @@ def quantize(
             force=force,
             restart=restart,
             activation_bytes=activation_bytes,
-            progress=ProgressLines(),
+            progress=ProgressLines(chosen),
             context=context,
         )
     except KeyboardInterrupt:

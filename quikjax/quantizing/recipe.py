@@ -242,18 +242,18 @@ _LAYERS = rf"(?<!classifier)(?<!classification_head)\.({_HEADS}|{_ENCODER_HEADS}
 _ATTENTION = rf"\.({_HEADS}|{_ENCODER_HEADS}|self_attention\.(query_key_value|dense))\.weight$"
 
 
-def _rules(wide: Rule, other: Rule) -> tuple[Rule, ...]:
+def _rules(wide: Rule, other: Rule, damping: float = 0.01) -> tuple[Rule, ...]:
     """One rule for the layers with a wide input (8-bit in QUIK-4B), one for the others; Falcon's damping is the paper's 0.5."""
 
     def at(rule: Rule, match: str, damping: float) -> Rule:
         return rule.model_copy(update={"match": match, "damping": damping})
 
     wide = wide.model_copy(update={"scale_outliers": True})
-    return (at(wide, _FALCON_WIDE, 0.5), at(other, _FALCON, 0.5), at(wide, _WIDE, 0.01), at(other, _LAYERS, 0.01))
+    return (at(wide, _FALCON_WIDE, 0.5), at(other, _FALCON, 0.5), at(wide, _WIDE, damping), at(other, _LAYERS, damping))
 
 
-def _uniform(name: str, rule: Rule) -> Recipe:
-    return Recipe(name=name, rules=_rules(rule, rule))
+def _uniform(name: str, rule: Rule, damping: float = 0.01) -> Recipe:
+    return Recipe(name=name, rules=_rules(rule, rule, damping))
 
 
 def codebook_recipe(data_type: DataType, bits: int, **fields: Any) -> Recipe:
@@ -333,7 +333,9 @@ def _group_recipes() -> tuple[Recipe, ...]:
 _W4A4 = Rule(match="", weight_bits=4, activation_bits=4)
 _W8A8 = Rule(match="", weight_bits=8, activation_bits=8)
 _NEAREST: dict[str, Any] = {"method": "rtn", "outliers": 0, "clip": False}
-# What pays without training (benchmarks/notes-accuracy.md): finer steps, outliers that many tokens share, better codes.
+# What pays without training (benchmarks/notes-accuracy.md): finer steps, outliers that many tokens share, better codes, and a
+# Hessian that is trusted less than the paper does on large models.
+_PLUS_DAMPING = 0.1
 _W4A4_PLUS = _W4A4.model_copy(update={"level_clip": (17, 1), "outlier_score": "range", "sweeps": 2})
 
 _QUIK_4B = Recipe(name="quik-4b", rules=_rules(wide=_W8A8, other=_W4A4))
@@ -343,10 +345,10 @@ RECIPES: dict[str, Recipe] = {
     for recipe in (
         _QUIK_4B,
         # The same size and speed as the paper's, nearer the original.
-        Recipe(name="quik-4b+", rules=_rules(wide=_W8A8, other=_W4A4_PLUS)),
+        Recipe(name="quik-4b+", rules=_rules(wide=_W8A8, other=_W4A4_PLUS, damping=_PLUS_DAMPING)),
         _uniform("quik-8b", _W8A8),
         # Eight bits bear a wide range of activations; what is lost is lost in the weights, for whose sake outliers are kept here.
-        _uniform("w4a8", Rule(match="", weight_bits=4, activation_bits=8, outlier_score="mean_square", sweeps=8)),
+        _uniform("w4a8", Rule(match="", weight_bits=4, activation_bits=8, outlier_score="mean_square", sweeps=8), _PLUS_DAMPING),
         _uniform("rtn-w4a4", _W4A4.model_copy(update=_NEAREST)),
         # Activations rounded as in the released code of arXiv 2301.12017.
         _uniform("rtn-w4a4-sym", _W4A4.model_copy(update={**_NEAREST, "level_clip": "symmetric"})),

@@ -97,6 +97,7 @@ def test_every_result_goes_through_show() -> None:
 def test_exact_is_exact_in_both_places(capsys: pytest.CaptureFixture[str]) -> None:
     from quikjax.cli.report import _error_cells
     from quikjax.quantizing.params import LayerResult
+    from quikjax.quantizing.recipe import find_recipe
 
     for error, snr, shown in ((0.0, float("inf"), "exact"), (float("nan"), float("nan"), "?"), (0.1, 20.0, "20.0 dB")):
         result = LayerResult(
@@ -113,7 +114,7 @@ def test_exact_is_exact_in_both_places(capsys: pytest.CaptureFixture[str]) -> No
             damping=None,
             bits_per_weight=5.0,
         )
-        printing.ProgressLines().layer(result, 1.0)
+        printing.ProgressLines(find_recipe("rtn-w4a4")).layer(result, 1.0)
         assert capsys.readouterr().err.split()[4:-2] == shown.split()
         stored = None if error != error else error  # as a report keeps it
 
@@ -123,6 +124,29 @@ def test_exact_is_exact_in_both_places(capsys: pytest.CaptureFixture[str]) -> No
                 return 20.0 if error else None
 
         assert _error_cells(Report, stored)[1] == shown  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("recipe", "said"), [("quik-4b", True), ("quik-4b+", False)])
+def test_a_damping_that_no_rule_asked_for_is_said(recipe: str, said: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    from quikjax.quantizing.params import LayerResult
+    from quikjax.quantizing.recipe import find_recipe
+
+    result = LayerResult(
+        path="model.layers.0.mlp.up_proj.weight",
+        format="W4A4",
+        outputs=8,
+        inputs=16,
+        method="gptq",
+        weight_bits=4,
+        activation_bits=4,
+        outliers=0,
+        relative_error=0.1,
+        snr_db=20.0,
+        damping=0.1,
+        bits_per_weight=5.0,
+    )
+    printing.ProgressLines(find_recipe(recipe)).layer(result, 1.0)
+    assert capsys.readouterr().err.endswith("damping 0.1\n") == said
 
 
 def test_interrupts_end_alike(quikjax_command: Run) -> None:

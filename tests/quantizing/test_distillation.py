@@ -222,7 +222,7 @@ def test_an_artifact_of_the_same_format_that_is_nearer_and_the_same_twice(
     resumed = quantize_checkpoint(tiny_checkpoint, tmp_path / "b", recipe, windows, progress=again, activation_bytes=100_000)
     assert {step.block for step in again.steps} == {"model.layers.1"}
     assert (resumed.fingerprint, contents(tmp_path / "b")) == (done.fingerprint, contents(tmp_path / "a"))
-    lines = ProgressLines()
+    lines = ProgressLines(recipe)
     for step in watch.steps:
         lines.distilling(step)
     ends = [line for line in capsys.readouterr().err.splitlines() if "after 6 of 6 steps of distillation" in line]

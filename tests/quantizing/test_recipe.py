@@ -42,6 +42,13 @@ def test_quik_4b_is_the_papers_choice_for_each_family(path: str, bits: int, damp
     assert (rule.weight_bits, rule.activation_bits, rule.damping, rule.scale_outliers) == (bits, bits, damping, scaled)
 
 
+@pytest.mark.parametrize("name", ["quik-4b+", "w4a8"])
+def test_what_is_better_than_the_papers_damps_more_but_on_falcon(name: str) -> None:
+    paths = {LLAMA: 0.1, "model.layers.3.self_attn.q_proj.weight": 0.1, "transformer.h.0.self_attention.dense.weight": 0.5}
+    rules = {path: RECIPES[name].rule_for(path) for path in paths}
+    assert {path: rule.damping for path, rule in rules.items() if rule is not None} == paths
+
+
 @pytest.mark.parametrize(
     ("path", "attention"),
     [
