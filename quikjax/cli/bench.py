@@ -1,8 +1,6 @@
-"""`quikjax bench`: how fast a model reads and decodes here, beside the unquantized one."""
+"""`quikjax bench`: how fast a model is here, beside the unquantized one: a decoder reads and decodes, an encoder reads."""
 
-import csv
-import io
-import json
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -12,9 +10,11 @@ from quikjax.cli.options import Model, check_models
 from quikjax.errors import QuikError, did_you_mean
 
 if TYPE_CHECKING:
+    from quikjax.cli.bench_tables import Row
+    from quikjax.encoding.speed import RunningEncoder
     from quikjax.generation import Generator
     from quikjax.generation.cache_error import CacheError
-    from quikjax.generation.speed import Speed
+    from quikjax.generation.speed_tests import EncoderTest, Test
 
 FORMATS = ("md", "json", "jsonl", "csv")
 _ERROR_TOKENS = 160  # of the demo text, on which a narrow KV cache is compared with a float32 one
@@ -26,17 +26,28 @@ def bench(
     test: Annotated[
         list[str] | None,
         typer.Option(
-            "--test", "-t", help="pp512, tg128, pp512+tg128, with @ 1024 a depth; several times. [default: these three]"
+            "--test",
+            "-t",
+            help="pp512, tg128, pp512+tg128, with @ 1024 a depth; of an encoder en128, texts of 128 tokens; several times. "
+            "[default: these three, or en32 and en128]",
         ),
     ] = None,
     batch: Annotated[list[int] | None, typer.Option("--batch", "-b", help="Texts at a time; several times. [default: 1]")] = None,
     rounds: Annotated[int, typer.Option("--rounds", "-r", help="Measured rounds, after one that is not.")] = 5,
     against: Annotated[str | None, typer.Option(help="A second model that takes turns, such as the unquantized one.")] = None,
-    output: Annotated[str, typer.Option("--output", "-o", help="md, json, jsonl or csv.")] = "md",
+    output: Annotated[
+        str,
+        typer.Option(
+            "--output", "-o", help="md, json, jsonl or csv; all but csv have the products of an encoder with packed weights."
+        ),
+    ] = "md",
     *,
     running: RunningOptions,
 ) -> None:
-    """Measure tokens per second: pp reads a prompt, tg decodes; models take turns, compiling is apart."""
+    """Measure tokens per second: pp reads a prompt, tg decodes, en encodes; models take turns, compiling is apart.
+
+    Of an encoder with packed weights each product of a block is timed as quantized and in floats.
+    """
     check_models(model, against)
     running.check()
     if output not in FORMATS:
@@ -48,55 +59,105 @@ def bench(
 
     from quikjax.generation.speed_tests import parse_test
 
-    tests = [parse_test(name, b) for b in batch or [1] for name in test or ["pp512", "tg128", "pp512+tg128"]]
+    batches = batch or [1]
+    tests = [parse_test(name, b) for b in batches for name in test or []]
 
-    from quikjax.cli.printing import say, show, size, table
-    from quikjax.generation import Generator, speed
+    from quikjax.cli.bench_tables import compared, written
+    from quikjax.cli.printing import show
+    from quikjax.models.encoder import Encoder
 
-    generators = {}
+    runners: dict[str, Any] = {}
     for name in dict.fromkeys([model, *([against] if against else [])]):
         network, tokenizer = running.load(name)
-        generators[name] = Generator(network, cache=running.kv_cache, unrolled=running.unroll, release=True)
-        held = sum(leaf.nbytes for leaf in _leaves(generators[name].params))
-        say(f"{name}: parameters take {size(held)} of memory, KV cache in {generators[name].cache}")
-        if (off := _cache_error(generators[name], tokenizer)) is not None:
-            say(
-                f"{name}: against a float32 cache, keys are off by {off.keys:.2%}, values by {off.values:.2%}, "
-                f"and the next token's distribution by KL {off.kl:.1e} ({off.tokens} tokens of the demo text)"
-            )
-    rate = speed.bandwidth()
-    say(f"this device copies at {rate / 1e9:.1f} GB/s")
-    results = speed.measure(generators, tests, rounds)
-    rows = [
-        _row(name, one) | _reading(speed.bytes_per_token(generators[name], one.test), one, rate)
+        if name == model:
+            encodes = isinstance(network, Encoder)
+        elif isinstance(network, Encoder) != encodes:
+            raise QuikError(f"an encoder and a model that decodes have no test in common; {model} and {against} take no turns")
+        _check(network, encodes, tests, running)
+        runners[name] = _encoder(name, network) if encodes else _generator(name, network, tokenizer, running)
+    rows = (_encoder_rows if encodes else _decoder_rows)(runners, tests, batches, rounds)
+    show(written(compared(rows, against), output, against))
+
+
+def _check(network: Any, encodes: bool, tests: "Sequence[Test | EncoderTest]", running: RunningOptions) -> None:
+    """Refuse tests and options that are for models of the other kind.
+
+    Raises:
+        QuikError: naming the first of them.
+    """
+    from quikjax.generation.speed_tests import EncoderTest
+
+    name = type(network).__name__
+    for test in tests:
+        if encodes and not isinstance(test, EncoderTest):
+            raise QuikError(f"{name} is an encoder and does not decode, as {test.name} does; give tests such as en32 and en128")
+        if not encodes and isinstance(test, EncoderTest):
+            raise QuikError(f"{test.name} is a test of encoders, and {name} is none; give tests such as pp512 and tg128")
+    if encodes and (running.kv_cache is not None or running.unroll):
+        raise QuikError(f"--kv-cache and --unroll are for models that decode, and {name} is an encoder; leave them out")
+
+
+def _encoder(name: str, network: Any) -> "RunningEncoder":
+    from quikjax.cli.printing import say, size
+    from quikjax.encoding.speed import RunningEncoder
+
+    encoder = RunningEncoder(network)
+    say(f"{name}: parameters take {size(_bytes(encoder.params))} of memory")
+    return encoder
+
+
+def _generator(name: str, network: Any, tokenizer: Any, running: RunningOptions) -> "Generator":
+    from quikjax.cli.printing import say, size
+    from quikjax.generation import Generator
+
+    generator = Generator(network, cache=running.kv_cache, unrolled=running.unroll, release=True)
+    say(f"{name}: parameters take {size(_bytes(generator.params))} of memory, KV cache in {generator.cache}")
+    if (off := _cache_error(generator, tokenizer)) is not None:
+        say(
+            f"{name}: against a float32 cache, keys are off by {off.keys:.2%}, values by {off.values:.2%}, "
+            f"and the next token's distribution by KL {off.kl:.1e} ({off.tokens} tokens of the demo text)"
+        )
+    return generator
+
+
+def _encoder_rows(
+    encoders: "Mapping[str, RunningEncoder]", tests: "Sequence[EncoderTest]", batches: Sequence[int], rounds: int
+) -> "list[Row]":
+    from quikjax.cli.bench_tables import product_fields, speed_row
+    from quikjax.encoding import speed
+    from quikjax.generation.speed_tests import encoder_tests
+
+    reach = min(encoder.config.context_length for encoder in encoders.values())
+    tests = tests or encoder_tests(batches, reach)
+    results = speed.measure(encoders, tests, rounds)
+    products = {
+        (name, rows): product_fields(speed.product_speeds(encoder, rows, rounds))
+        for name, encoder in encoders.items()
+        for rows in dict.fromkeys(test.batch * test.length for test in tests)
+    }
+    return [
+        speed_row(name, one) | products[name, one.test.batch * one.test.length]
         for name, speeds in results.items()
         for one in speeds
     ]
-    for row in rows if against else []:
-        base = next(r for r in rows if r["model"] == against and (r["test"], r["batch"]) == (row["test"], row["batch"]))
-        row["over_against"] = row["mean"] / base["mean"]
-    if output == "json":
-        show(json.dumps(rows, indent=2))
-    elif output == "jsonl":
-        show("\n".join(json.dumps(row) for row in rows))
-    elif output == "csv":
-        text = io.StringIO()
-        writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows({**row, "samples": " ".join(map(str, row["samples"]))} for row in rows)
-        show(text.getvalue(), end="")
-    else:
-        head = [
-            "model",
-            "batch",
-            "test",
-            "tokens/s",
-            "compiled in s",
-            "memory",
-            "of the bandwidth",
-            *([f"over {against}"] if against else []),
-        ]
-        show(table(head, [_cells(row) for row in rows]))
+
+
+def _decoder_rows(
+    generators: "Mapping[str, Generator]", tests: "Sequence[Test]", batches: Sequence[int], rounds: int
+) -> "list[Row]":
+    from quikjax.cli.bench_tables import bandwidth_fields, speed_row
+    from quikjax.cli.printing import say
+    from quikjax.generation import speed
+    from quikjax.generation.speed_tests import decoder_tests
+
+    rate = speed.bandwidth()
+    say(f"this device copies at {rate / 1e9:.1f} GB/s")
+    tests = tests or decoder_tests(batches)
+    return [
+        speed_row(name, one) | bandwidth_fields(speed.bytes_per_token(generators[name], one.test), one, rate)
+        for name, speeds in speed.measure(generators, tests, rounds).items()
+        for one in speeds
+    ]
 
 
 def _cache_error(generator: "Generator", tokenizer: Any) -> "CacheError | None":
@@ -110,43 +171,7 @@ def _cache_error(generator: "Generator", tokenizer: Any) -> "CacheError | None":
     return cache_error.cache_error(generator, tokenize(tokenizer, calibration_text("pydoc").content)[:tokens])
 
 
-def _leaves(params: Any) -> list[Any]:
+def _bytes(params: Any) -> int:
     import jax
 
-    return jax.tree.leaves(params)
-
-
-def _row(name: str, one: "Speed") -> dict[str, Any]:
-    return {
-        "model": name,
-        "batch": one.test.batch,
-        "test": one.test.name,
-        "mean": one.mean,
-        "deviation": one.deviation,
-        "samples": list(one.rounds),
-        "compile_seconds": one.compile_seconds,
-        "peak_bytes": one.peak_bytes or None,
-    }
-
-
-def _reading(count: int, one: Any, rate: float) -> dict[str, Any]:
-    """Bytes that decoding reads, against what the device could; only a test that does nothing else says something about it."""
-    if one.test.prompt:
-        return {"bytes_per_step": None, "share_of_bandwidth": None}
-    return {"bytes_per_step": count, "share_of_bandwidth": count * one.mean / one.test.batch / rate}
-
-
-def _cells(row: dict[str, Any]) -> list[str]:
-    from quikjax.cli.printing import size
-
-    share = row["share_of_bandwidth"]
-    return [
-        row["model"],
-        str(row["batch"]),
-        row["test"],
-        f"{row['mean']:.2f} ± {row['deviation']:.2f}",
-        f"{row['compile_seconds']:.2f}",
-        "" if row["peak_bytes"] is None else size(row["peak_bytes"]),
-        "" if share is None else f"{share:.0%}",
-        *([f"{row['over_against']:.2f}x"] if "over_against" in row else []),
-    ]
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(params))

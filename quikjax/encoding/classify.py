@@ -63,7 +63,7 @@ def classify_with(encoder: TextEncoder, texts: Sequence[Any], *, labels: Sequenc
         QuikError: as `classify`.
     """
     names = class_names(encoder.model, labels)
-    logits, work = encoder.run(texts, _logits)
+    logits, work = encoder.run(texts, class_logits)
     # In float64: a sum of probabilities is 1 to the last digit that is printed.
     wide = logits.astype(np.float64)
     problem = encoder.config.problem
@@ -104,7 +104,7 @@ def class_names(model: Encoder | Reader, labels: Sequence[str] | None = None) ->
     )
 
 
-def _logits(
+def class_logits(
     model: Encoder | Reader, hidden: Float[Array, "batch state hidden"], positions: Int32[Array, "batch length"]
 ) -> Float32[Array, "batch labels"]:
     found: Array = model.head(hidden, positions)

@@ -71,12 +71,12 @@ def embed_with(encoder: TextEncoder, texts: Sequence[Any], *, pooling: str = "me
         raise QuikError(f"{type(encoder.model).__name__} classifies texts and does not embed them; use it with: quikjax classify")
     if pooling not in POOLINGS:
         raise QuikError(f'there is no pooling "{pooling}"; {did_you_mean(str(pooling), POOLINGS)}')
-    vectors, work = encoder.run(texts, _head(pooling, normalize))
+    vectors, work = encoder.run(texts, embedding_head(pooling, normalize))
     return Embeddings(vectors, work)
 
 
 @functools.cache
-def _head(pooling: str, normalize: bool) -> Head:
+def embedding_head(pooling: str, normalize: bool) -> Head:
     """One function for each choice, so that its programs are found again."""
 
     def head(

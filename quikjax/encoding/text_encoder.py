@@ -170,7 +170,7 @@ class TextEncoder:
         key = (head, *shape)
         if key not in self._programs:
             began = time.perf_counter()
-            traced = jax.jit(functools.partial(_encode, self._layout, head, bool(self.config.token_types)))
+            traced = jax.jit(functools.partial(encode_texts, self._layout, head, bool(self.config.token_types)))
             like = jax.ShapeDtypeStruct(shape, jnp.int32)
             lengths = jax.ShapeDtypeStruct(shape[:1], jnp.int32)
             self._programs[key] = traced.lower(self._params, like, lengths, like).compile()
@@ -187,7 +187,7 @@ def bucket(length: int, longest: int) -> int:
     return min(max(SHORTEST, 1 << (length - 1).bit_length()), longest)
 
 
-def _encode(
+def encode_texts(
     layout: Layout,
     head: Head,
     typed: bool,

@@ -1,10 +1,14 @@
-"""How fast a model reads and decodes, in the tests that llama-bench made known: `pp512`, `tg128`, `pp512+tg128 @ depth`."""
+"""How fast a model reads and decodes, in the tests that llama-bench made known: `pp512`, `tg128`, `pp512+tg128 @ depth`.
+
+Encoders are measured by `encoding.speed`, in the same rounds.
+"""
 
 import dataclasses
+import functools
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -17,13 +21,15 @@ from quikjax.generation.settings import Sampling
 from quikjax.generation.speed_tests import Test
 from quikjax.models import stacked
 
+T = TypeVar("T")  # a kind of test
+
 
 @dataclasses.dataclass(frozen=True)
-class Speed:
+class Speed(Generic[T]):
     """A test's tokens per second in each round, the seconds its programs took to compile before, and their peak memory in bytes
     (parameters and cache included, by the compiler's account; 0: it keeps none)."""
 
-    test: Test
+    test: T
     rounds: tuple[float, ...]
     compile_seconds: float
     peak_bytes: int
@@ -39,45 +45,68 @@ class Speed:
         return statistics.stdev(self.rounds) if len(self.rounds) > 1 else 0.0
 
 
-def measure(generators: Mapping[str, Generator], tests: Sequence[Test], rounds: int) -> dict[str, list[Speed]]:
+class Prepared(NamedTuple):
+    """A model made ready for a test and warmed up: `run` runs it once and returns its seconds; the rest as in `Speed`."""
+
+    run: Callable[[], float]
+    compile_seconds: float
+    peak_bytes: int
+
+
+def in_turn(runs: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each run in each round: in a round each has its turn, so that what slows this machine down slows all of them."""
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            seconds[name].append(run())
+    return seconds
+
+
+def speeds(
+    tests: Sequence[T], prepare: Mapping[str, Callable[[T], Prepared]], tokens: Callable[[T], int], rounds: int
+) -> dict[str, list[Speed[T]]]:
+    """Every model in every test, in the order of the tests: all are made ready, then run in turn, `rounds` times.
+
+    Args:
+        tests: of any kind.
+        prepare: for each model by name, what makes it ready for a test and runs it once to warm up.
+        tokens: how many tokens a run of a test counts for.
+        rounds: measured runs of each.
+
+    Raises:
+        QuikError: `rounds` is not positive.
+    """
+    if rounds < 1:
+        raise QuikError(f"at least 1 round is measured, not {rounds}")
+    results: dict[str, list[Speed[T]]] = {name: [] for name in prepare}
+    for test in tests:
+        ready = {name: make(test) for name, make in prepare.items()}
+        for name, seconds in in_turn({name: one.run for name, one in ready.items()}, rounds).items():
+            each = tuple(tokens(test) / one for one in seconds)
+            results[name].append(Speed(test, each, ready[name].compile_seconds, ready[name].peak_bytes))
+    return results
+
+
+def measure(generators: Mapping[str, Generator], tests: Sequence[Test], rounds: int) -> dict[str, list[Speed[Test]]]:
     """Every model in every test: one run to warm up, then the models in turn, `rounds` times.
 
     Raises:
         QuikError: a test does not fit a model's context or memory, or `rounds` is not positive.
     """
-    if rounds < 1:
-        raise QuikError(f"at least 1 round is measured, not {rounds}")
     for generator in generators.values():
         for test in tests:
             if test.depth + test.prompt + test.new > generator.context:
                 raise QuikError(f"{test.name} exceeds the context of {generator.context} tokens; give a smaller test")
             generator.check_memory(_slots(test), test.batch)
-    results: dict[str, list[Speed]] = {name: [] for name in generators}
-    for test in tests:
-        runs: dict[str, Callable[[], float]] = {}
-        compiled: dict[str, float] = {}
-        peaks: dict[str, int] = {}
-        for name, generator in generators.items():
-            before, generator.programs.largest = generator.programs.seconds, 0
-            runs[name] = _prepared(generator, test)
-            runs[name]()
-            compiled[name] = generator.programs.seconds - before
-            peaks[name] = generator.programs.largest
-        samples: dict[str, list[float]] = {name: [] for name in generators}
-        for _ in range(rounds):
-            for name, run in runs.items():
-                samples[name].append(test.batch * (test.prompt + test.new) / run())
-        for name in generators:
-            results[name].append(Speed(test, tuple(samples[name]), compiled[name], peaks[name]))
-    return results
+    prepare = {name: functools.partial(_prepared, generator) for name, generator in generators.items()}
+    return speeds(tests, prepare, lambda test: test.batch * (test.prompt + test.new), rounds)
 
 
 def _slots(test: Test) -> int:
     return test.depth + (bucket(test.prompt) if test.prompt else 0) + test.new + 1
 
 
-def _prepared(generator: Generator, test: Test) -> Callable[[], float]:
-    """A function that runs the test once and returns its seconds."""
+def _prepared(generator: Generator, test: Test) -> Prepared:
     batch, run = test.batch, generator.programs.run
     rng = np.random.default_rng(0)
     lengths = np.full((batch,), test.prompt, np.int32)
@@ -110,7 +139,9 @@ def _prepared(generator: Generator, test: Test) -> Callable[[], float]:
             jax.block_until_ready((logits, cache))
         return time.perf_counter() - begin - (generator.programs.seconds - compiling)
 
-    return once
+    before, generator.programs.largest = generator.programs.seconds, 0
+    once()
+    return Prepared(once, generator.programs.seconds - before, generator.programs.largest)
 
 
 def bytes_per_token(generator: Generator, test: Test) -> int:

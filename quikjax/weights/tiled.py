@@ -182,14 +182,14 @@ def join_groups(params: dict[str, Any], groups: Iterable[tuple[str, ...]]) -> di
     Groups whose layers differ in format, or that no kernel runs, stay as they are.
     """
     for layers in groups:
-        weights = [_node_at(params, layer)["weight"] for layer in layers]
+        weights = [node_at(params, layer)["weight"] for layer in layers]
         if len(weights) > 1 and all(isinstance(w, TiledWeight) and isinstance(w.tiles, api.Tiled) for w in weights):
             formats = {
                 (w.group, w.activation_bits, w.in_shape, w.base, w.level_clip, w.tiles.qweight.dtype, w.tiles.outliers.dtype)
                 for w in weights
             }
             if len(formats) == 1 and weights[0].group is not None and all(w.outputs % 8 == 0 for w in weights):
-                biases: list[Any] = [_node_at(params, layer).get("bias") for layer in layers]
+                biases: list[Any] = [node_at(params, layer).get("bias") for layer in layers]
                 for number, layer in enumerate(layers):
                     params = _with(params, layer.split("."), weight=_joined(weights, number))
                 if all(bias is not None for bias in biases):
@@ -224,7 +224,8 @@ def own_biases(weights: Sequence[Any], biases: Sequence[Any]) -> list[Any]:
     return found
 
 
-def _node_at(params: dict[str, Any], layer: str) -> dict[str, Any]:
+def node_at(params: dict[str, Any], layer: str) -> dict[str, Any]:
+    """The parameters of the layer at a path such as `mlp.gate_proj`."""
     return functools.reduce(lambda node, name: node[name], layer.split("."), params)
 
 

@@ -35,7 +35,9 @@ def _program(depth: int) -> hlo.Program:
     with tracing_for(H100):
         params = jax.eval_shape(build)
         ids, lengths = jax.ShapeDtypeStruct((2, 32), jnp.int32), jax.ShapeDtypeStruct((2,), jnp.int32)
-        encode = functools.partial(text_encoder._encode, made["model"].layout, lambda rest, hidden, positions: hidden[:, 0], True)
+        encode = functools.partial(
+            text_encoder.encode_texts, made["model"].layout, lambda rest, hidden, positions: hidden[:, 0], True
+        )
         return hlo.Program(absent_gpu.compile_lowered(absent_gpu.lower("h100", encode, params, ids, lengths, ids)).hlo)
 
 
