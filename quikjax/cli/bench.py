@@ -60,19 +60,19 @@ def bench(
     from quikjax.generation.speed_tests import parse_test
 
     batches = batch or [1]
-    tests = [parse_test(name, b) for b in batches for name in test or []]
+    tests: list[Any] = [parse_test(name, b) for b in batches for name in test or []]  # all of one kind, or refused below
 
     from quikjax.cli.bench_tables import compared, written
     from quikjax.cli.printing import show
     from quikjax.models.encoder import Encoder
 
     runners: dict[str, Any] = {}
+    encodes: bool | None = None
     for name in dict.fromkeys([model, *([against] if against else [])]):
         network, tokenizer = running.load(name)
-        if name == model:
-            encodes = isinstance(network, Encoder)
-        elif isinstance(network, Encoder) != encodes:
+        if encodes not in (None, isinstance(network, Encoder)):
             raise QuikError(f"an encoder and a model that decodes have no test in common; {model} and {against} take no turns")
+        encodes = isinstance(network, Encoder)
         _check(network, encodes, tests, running)
         runners[name] = _encoder(name, network) if encodes else _generator(name, network, tokenizer, running)
     rows = (_encoder_rows if encodes else _decoder_rows)(runners, tests, batches, rounds)

@@ -2,7 +2,6 @@
 
 import copy
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
+from tiny_encoder import VARIANTS, build
 
 import quikjax
 from quikjax.cli import classify as classify_command
@@ -23,24 +22,11 @@ from quikjax.errors import QuikError
 from quikjax.loading.tokenizer import add_borders
 from quikjax.models import stacked
 from quikjax.models.encoder import Encoder, masked_positions
-from quikjax.models.registry import abstract_model, dotted, nested, pure_params
 from quikjax.testing import END, tiny_model, tiny_tokenizer
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
-from encoder_variants import VARIANTS
-from random_weights import random_weights
 
 # Most of the time would go into optimizing code that runs once.
 QUICK = {"xla_backend_optimization_level": 0}
 TEXTS = ["a", "a longer text of some words", "b", "x" * 45, "the last one"]
-
-
-def build(name: str, **fields: Any) -> Encoder:
-    abstract = abstract_model({**VARIANTS[name], "vocab_size": 257, **fields})
-    assert isinstance(abstract, Encoder)
-    shapes = {path: tuple(leaf.shape) for path, leaf in dotted(pure_params(abstract)).items()}
-    weights = {path: jnp.asarray(weight) for path, weight in random_weights(shapes, 2).items()}
-    return nnx.merge(nnx.split(abstract)[0], nested(weights))
 
 
 def tokens_of_bytes() -> Any:
