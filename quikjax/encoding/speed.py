@@ -193,7 +193,7 @@ def float_layers(encoder: RunningEncoder, blocks: Sequence[Any], layers: Sequenc
 
 
 def product(x: Float[Array, "rows k"], layers: Layers) -> list[Float[Array, "rows _"]]:
-    """What the layers give for the tensor that all of them read."""
+    """The results of layers that read one tensor."""
     return linears(x, [layer["weight"] for layer in layers], [layer.get("bias") for layer in layers])
 
 
