@@ -29,6 +29,7 @@ from quikjax.generation.speed import Prepared, Speed, in_turn, speeds
 from quikjax.generation.speed_tests import EncoderTest
 from quikjax.models import stacked
 from quikjax.models.encoder import CLASSIFIER, Encoder
+from quikjax.models.stacked import Layout
 from quikjax.weights.formats import dequantize, is_packed
 from quikjax.weights.linear import linears
 from quikjax.weights.tiled import node_at
@@ -135,18 +136,18 @@ def product_speeds(encoder: RunningEncoder, rows: int, rounds: int) -> tuple[Pro
         return ()
     number, blocks = found
     packed, wide = encoder.params["runs"][str(number)], [nnx.to_pure_dict(nnx.state(block)) for block in blocks]
-    speeds = []
+    timed = []
     for group, layers in blocks[0].groups.items():
         weights = [node_at(wide[0], layer)["weight"] for layer in layers]
         if not any(map(is_packed, weights)):
             continue
         outputs, (inputs, *_) = zip(*map(_shape, weights), strict=True)
         x = jax.random.normal(jax.random.key(0), (rows, inputs), jnp.dtype(encoder.layout.dtype))
-        forms = {"quantized": running_layers(encoder, packed, layers), "floats": float_layers(encoder, wide, layers)}
+        forms = {"quantized": running_layers(encoder.layout, packed, layers), "floats": float_layers(encoder, wide, layers)}
         runs = {name: _repeated(encoder, x, form) for name, form in forms.items()}
-        micro = {name: statistics.median(found) / len(blocks) * 1e6 for name, found in in_turn(runs, rounds).items()}
-        speeds.append(ProductSpeed(group=group, layers=layers, outputs=outputs, inputs=inputs, rows=rows, **micro))
-    return tuple(speeds)
+        micro = {name: statistics.median(samples) / len(blocks) * 1e6 for name, samples in in_turn(runs, rounds).items()}
+        timed.append(ProductSpeed(group=group, layers=layers, outputs=outputs, inputs=inputs, rows=rows, **micro))
+    return tuple(timed)
 
 
 def keep_pattern(layers: Iterable[str]) -> str:
@@ -172,9 +173,9 @@ def first_packed_run(encoder: RunningEncoder) -> tuple[int, list[Any]] | None:
     return None
 
 
-def running_layers(encoder: RunningEncoder, params: Any, layers: Sequence[str]) -> Layers | list[Layers]:
+def running_layers(layout: Layout, params: Any, layers: Sequence[str]) -> Layers | list[Layers]:
     """The parameters of a product as the model runs them: those of a run of blocks stacked or, unrolled, of each block."""
-    if encoder.layout.unrolled:
+    if layout.unrolled:
         return [[node_at(params[str(i)], layer) for layer in layers] for i in range(len(params))]
     return [node_at(params, layer) for layer in layers]
 

@@ -90,7 +90,7 @@ def test_the_timed_product_is_the_models_layer(quantized: Encoder, unrolled: boo
         as_quantized = jax.jit(lambda x, layers=layers: project(x, *layers))(x)
         in_floats = [x @ dequantize(layer.weight.get_value()).T + layer.bias.get_value() for layer in layers]
         made = (
-            (speed.running_layers(encoder, encoder.params["runs"]["0"], names), as_quantized),
+            (speed.running_layers(encoder.layout, encoder.params["runs"]["0"], names), as_quantized),
             (speed.float_layers(encoder, params, names), in_floats),
         )
         for form, expected in made:
