@@ -17,8 +17,9 @@ from jaxtyping import Array, Bool, Float32, Int8, Int32, UInt8
 
 from quikjax.algorithms.gptq import PANEL, PRUNED, compensate
 from quikjax.algorithms.numerics import clipped_scales, codes, largest_code, row_scales
+from quikjax.algorithms.pruning import KEPT, largest_of_four
 
-GROUP, KEPT = PRUNED, 2
+GROUP = PRUNED
 # Two bits tell a place among four, so a byte has as many places.
 PLACES = 4
 
@@ -61,11 +62,7 @@ def sparse_gptq(
 
 def kept_of_four(part: Float32[Array, "four n"], diagonal: Float32[Array, " four"]) -> Bool[Array, "four n"]:
     """Choose, for each row of `W` (a column here), the two columns of four with the largest `w^2 / U_jj^2`; ties to the first."""
-    score = (part / diagonal[:, None]) ** 2
-    first = jnp.arange(GROUP)
-    # How many of the four come before each: those that score more, and of equal ones the first.
-    before = (score[:, None] > score) | ((score[:, None] == score) & (first[:, None] < first)[..., None])
-    return jnp.sum(before, axis=0) < KEPT
+    return largest_of_four((part / diagonal[:, None]) ** 2)
 
 
 def compress(codes: Int8[Array, "n base"]) -> tuple[Int8[Array, "n half"], UInt8[Array, "n places"]]:
@@ -75,7 +72,9 @@ def compress(codes: Int8[Array, "n base"]) -> tuple[Int8[Array, "n half"], UInt8
     """
     n, base = codes.shape
     fours = codes.reshape(n, base // GROUP, GROUP)
-    places = jnp.sort(jnp.argsort(fours == 0, axis=2, stable=True)[..., :KEPT], axis=2)
+    marked = largest_of_four(jnp.moveaxis(fours != 0, 2, 0))
+    # The first and the last that is marked: two of every four are.
+    places = jnp.stack([jnp.argmax(marked, axis=0), GROUP - 1 - jnp.argmax(marked[::-1], axis=0)], axis=2)
     kept = jnp.take_along_axis(fours, places, axis=2).reshape(n, base // GROUP * KEPT)
     flat = places.astype(jnp.uint8).reshape(kept.shape)
     bytes_of = jnp.pad(flat, ((0, 0), (0, -kept.shape[1] % PLACES))).reshape(n, -(-kept.shape[1] // PLACES), PLACES)

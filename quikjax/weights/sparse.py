@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float32
 
-from quikjax.algorithms.sparsegpt import GROUP, KEPT, PLACES, compress, decompress, read_places
+from quikjax.algorithms.pruning import KEPT
+from quikjax.algorithms.sparsegpt import GROUP, PLACES, compress, decompress, read_places
 from quikjax.errors import QuikError
 from quikjax.weights import quik
 from quikjax.weights.kernel import Kernel
