@@ -1,6 +1,6 @@
 """What quantization leaves of a sentence encoder's similarities.
 
-    python benchmarks/encoder_similarity.py sst2_dev.tsv [--recipes quik-4b,quik-8b,w4a8,rtn-w4a4] [--count 500]
+    python benchmarks/encoder_similarity.py sst2_dev.tsv [--recipes quik-4b,quik-4b+,quik-8b,w4a8,rtn-w4a4] [--count 500]
 
 The first `--count` sentences of a file (one a line; of a .tsv the column `sentence`, or its longest one) are embedded by the
 original and by each recipe's model, mean over the tokens, normalized. Reported are
@@ -33,7 +33,7 @@ from quikjax.reports.tables import markdown_table
 from quikjax.texts import calibration_text
 from quikjax.weights.formats import is_packed
 
-RECIPES = "quik-4b,quik-8b,w4a8,rtn-w4a4"
+RECIPES = "quik-4b,quik-4b+,quik-8b,w4a8,rtn-w4a4"
 
 
 def sentences(path: Path, count: int) -> list[str]:

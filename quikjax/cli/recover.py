@@ -25,7 +25,7 @@ def recover(
     evaluate_every: Annotated[int, typer.Option(help="Steps between evaluations on them.")] = 25,
     seed: Annotated[int, typer.Option(help="Of the order of the windows.")] = 0,
     scale_rate: Annotated[float, typer.Option(help="Largest rate of the logarithms of scales.")] = 1e-3,
-    norm_rate: Annotated[float, typer.Option(help="Largest rate of norms.")] = 2e-3,
+    norm_rate: Annotated[float, typer.Option(help="Largest rate of norms.")] = 5e-4,
     outlier_rate: Annotated[float, typer.Option(help="Largest rate of outlier columns.")] = 1e-4,
     codes: Annotated[bool, typer.Option("--codes", help="Let codes move too (experimental, several times the memory).")] = False,
     code_rate: Annotated[float, typer.Option(help="Largest rate of codes, in steps of a code.")] = 5e-3,

@@ -39,7 +39,7 @@ class RecoverySettings(BaseModel):
     evaluate_every: int = Field(25, ge=1)
     seed: int = Field(0, ge=0)
     sigma_rate: float = Field(1e-3, ge=0)
-    norm_rate: float = Field(2e-3, ge=0)
+    norm_rate: float = Field(5e-4, ge=0)
     outlier_rate: float = Field(1e-4, ge=0)
     code_rate: float = Field(5e-3, ge=0)
     codes: bool = False
