@@ -94,26 +94,33 @@ def test_every_result_goes_through_show() -> None:
                 assert to_stderr or path.name in ("printing.py", "app.py"), f"{path.name}:{node.lineno}"
 
 
+def layer_result(**fields: Any) -> Any:
+    """A layer of W4A4, with these fields in place of its own."""
+    from quikjax.quantizing.params import LayerResult
+
+    own: dict[str, Any] = {
+        "path": "model.layers.0.mlp.up_proj.weight",
+        "format": "W4A4",
+        "outputs": 8,
+        "inputs": 16,
+        "method": "rtn",
+        "weight_bits": 4,
+        "activation_bits": 4,
+        "outliers": 0,
+        "relative_error": 0.1,
+        "snr_db": 20.0,
+        "damping": None,
+        "bits_per_weight": 5.0,
+    }
+    return LayerResult(**{**own, **fields})
+
+
 def test_exact_is_exact_in_both_places(capsys: pytest.CaptureFixture[str]) -> None:
     from quikjax.cli.report import _error_cells
-    from quikjax.quantizing.params import LayerResult
     from quikjax.quantizing.recipe import find_recipe
 
     for error, snr, shown in ((0.0, float("inf"), "exact"), (float("nan"), float("nan"), "?"), (0.1, 20.0, "20.0 dB")):
-        result = LayerResult(
-            path="model.layers.0.mlp.up_proj.weight",
-            format="W4A4",
-            outputs=8,
-            inputs=16,
-            method="rtn",
-            weight_bits=4,
-            activation_bits=4,
-            outliers=0,
-            relative_error=error,
-            snr_db=snr,
-            damping=None,
-            bits_per_weight=5.0,
-        )
+        result = layer_result(relative_error=error, snr_db=snr)
         printing.ProgressLines(find_recipe("rtn-w4a4")).layer(result, 1.0)
         assert capsys.readouterr().err.split()[4:-2] == shown.split()
         stored = None if error != error else error  # as a report keeps it
@@ -128,23 +135,9 @@ def test_exact_is_exact_in_both_places(capsys: pytest.CaptureFixture[str]) -> No
 
 @pytest.mark.parametrize(("recipe", "said"), [("quik-4b", True), ("quik-4b+", False)])
 def test_a_damping_that_no_rule_asked_for_is_said(recipe: str, said: bool, capsys: pytest.CaptureFixture[str]) -> None:
-    from quikjax.quantizing.params import LayerResult
     from quikjax.quantizing.recipe import find_recipe
 
-    result = LayerResult(
-        path="model.layers.0.mlp.up_proj.weight",
-        format="W4A4",
-        outputs=8,
-        inputs=16,
-        method="gptq",
-        weight_bits=4,
-        activation_bits=4,
-        outliers=0,
-        relative_error=0.1,
-        snr_db=20.0,
-        damping=0.1,
-        bits_per_weight=5.0,
-    )
+    result = layer_result(method="gptq", damping=0.1)
     printing.ProgressLines(find_recipe(recipe)).layer(result, 1.0)
     assert capsys.readouterr().err.endswith("damping 0.1\n") == said
 
