@@ -151,7 +151,7 @@ def evaluate(
 
     Raises:
         QuikError: a model is an encoder, a window is longer than its context, a token outside its vocabulary, the other model has
-            another vocabulary or has run over other windows, or a logit is not finite.
+            another vocabulary or has run over other windows, `batch` is no positive whole number, or a logit is not finite.
     """
     model = on_device(checked_model(model))
     ids = checked_windows(model, ids)
@@ -170,7 +170,8 @@ def evaluate(
                 "they cannot be compared token by token"
             )
     original = None if other is None else (nnx.split(other)[0], pure_params(other))
-    size = batch_size(count, batch or max(1, BATCH_TOKENS // length))
+    most = max(1, BATCH_TOKENS // length) if batch is None else whole_number(batch, "batch")
+    size = batch_size(count, most)
     losses: list[np.ndarray] = []
     distances: list[TokenDistances] = []
     seconds, timed = 0.0, 0

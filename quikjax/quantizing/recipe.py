@@ -245,8 +245,8 @@ _ATTENTION = rf"\.({_HEADS}|{_ENCODER_HEADS}|self_attention\.(query_key_value|de
 def _rules(wide: Rule, other: Rule, damping: float = 0.01) -> tuple[Rule, ...]:
     """One rule for the layers with a wide input (8-bit in QUIK-4B), one for the others; Falcon's damping is the paper's 0.5."""
 
-    def at(rule: Rule, match: str, damping: float) -> Rule:
-        return rule.model_copy(update={"match": match, "damping": damping})
+    def at(rule: Rule, match: str, its_damping: float) -> Rule:
+        return rule.model_copy(update={"match": match, "damping": its_damping})
 
     wide = wide.model_copy(update={"scale_outliers": True})
     return (at(wide, _FALCON_WIDE, 0.5), at(other, _FALCON, 0.5), at(wide, _WIDE, damping), at(other, _LAYERS, damping))
@@ -333,9 +333,9 @@ def _group_recipes() -> tuple[Recipe, ...]:
 _W4A4 = Rule(match="", weight_bits=4, activation_bits=4)
 _W8A8 = Rule(match="", weight_bits=8, activation_bits=8)
 _NEAREST: dict[str, Any] = {"method": "rtn", "outliers": 0, "clip": False}
-# What pays without training (benchmarks/notes-accuracy.md): finer steps, outliers that many tokens share, better codes, and a
-# Hessian that is trusted less than the paper does on large models.
+# A small model's Hessian is better trusted less than the paper's 0.01 does (benchmarks/notes-accuracy.md, "Damping").
 _PLUS_DAMPING = 0.1
+# What else pays without training (there): finer steps, outliers that many tokens share, better codes.
 _W4A4_PLUS = _W4A4.model_copy(update={"level_clip": (17, 1), "outlier_score": "range", "sweeps": 2})
 
 _QUIK_4B = Recipe(name="quik-4b", rules=_rules(wide=_W8A8, other=_W4A4))
