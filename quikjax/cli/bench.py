@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from quikjax.encoding.speed import RunningEncoder
     from quikjax.generation import Generator
     from quikjax.generation.cache_error import CacheError
-    from quikjax.generation.speed_tests import EncoderTest, Test
+    from quikjax.speed_tests import EncoderTest, Test
 
 FORMATS = ("md", "json", "jsonl", "csv")
 _ERROR_TOKENS = 160  # of the demo text, on which a narrow KV cache is compared with a float32 one
@@ -57,7 +57,7 @@ def bench(
     if rounds < 1:
         raise QuikError(f"at least 1 round is measured, not {rounds}")
 
-    from quikjax.generation.speed_tests import parse_test
+    from quikjax.speed_tests import parse_test
 
     batches = batch or [1]
     tests: list[Any] = [parse_test(name, b) for b in batches for name in test or []]  # all of one kind, or refused below
@@ -85,7 +85,7 @@ def _check(network: Any, encodes: bool, tests: "Sequence[Test | EncoderTest]", r
     Raises:
         QuikError: naming the first of them.
     """
-    from quikjax.generation.speed_tests import EncoderTest
+    from quikjax.speed_tests import EncoderTest
 
     name = type(network).__name__
     for test in tests:
@@ -125,7 +125,7 @@ def _encoder_rows(
 ) -> "list[Row]":
     from quikjax.cli.bench_tables import product_fields, speed_row
     from quikjax.encoding import speed
-    from quikjax.generation.speed_tests import encoder_tests
+    from quikjax.speed_tests import encoder_tests
 
     reach = min(encoder.config.context_length for encoder in encoders.values())
     tests = tests or encoder_tests(batches, reach)
@@ -148,7 +148,7 @@ def _decoder_rows(
     from quikjax.cli.bench_tables import bandwidth_fields, speed_row
     from quikjax.cli.printing import say
     from quikjax.generation import speed
-    from quikjax.generation.speed_tests import decoder_tests
+    from quikjax.speed_tests import decoder_tests
 
     rate = speed.bandwidth()
     say(f"this device copies at {rate / 1e9:.1f} GB/s")

@@ -9,7 +9,7 @@ from quikjax.cli.printing import size, table
 
 if TYPE_CHECKING:
     from quikjax.encoding.speed import ProductSpeed
-    from quikjax.generation.speed import Speed
+    from quikjax.rounds import Speed
 
 Row = dict[str, Any]
 

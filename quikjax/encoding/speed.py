@@ -24,12 +24,11 @@ from quikjax.encoding.classify import class_logits
 from quikjax.encoding.embed import embedding_head
 from quikjax.encoding.text_encoder import encode_texts
 from quikjax.errors import QuikError
-from quikjax.generation.programs import peak_bytes
-from quikjax.generation.speed import Prepared, Speed, in_turn, speeds
-from quikjax.generation.speed_tests import EncoderTest
 from quikjax.models import stacked
 from quikjax.models.encoder import CLASSIFIER, Encoder
 from quikjax.models.stacked import Layout
+from quikjax.rounds import Prepared, Speed, in_turn, peak_bytes, speeds
+from quikjax.speed_tests import EncoderTest
 from quikjax.weights.formats import dequantize, is_packed
 from quikjax.weights.linear import linears
 from quikjax.weights.tiled import node_at

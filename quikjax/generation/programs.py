@@ -7,6 +7,8 @@ from typing import Any
 
 import jax
 
+from quikjax.rounds import peak_bytes
+
 
 class Programs:
     """Executables by name, static arguments and the arguments' shapes. `compiled` counts them, `seconds` is what they took.
@@ -53,12 +55,3 @@ class Programs:
         program, needed = self._kept[key]
         self.largest = max(self.largest, needed)
         return program(*arguments)
-
-
-def peak_bytes(program: Any) -> int:
-    """Bytes of a compiled program's arguments, results and temporary arrays together; 0 where the compiler does not say."""
-    sizes = program.memory_analysis()
-    if sizes is None:
-        return 0
-    held = sizes.argument_size_in_bytes + sizes.output_size_in_bytes + sizes.temp_size_in_bytes - sizes.alias_size_in_bytes
-    return int(held)

@@ -22,13 +22,13 @@ from quikjax.encoding import speed
 from quikjax.encoding.speed import RunningEncoder, keep_pattern, product_speeds
 from quikjax.errors import QuikError
 from quikjax.generation import executables
-from quikjax.generation.speed import Prepared, speeds
-from quikjax.generation.speed_tests import EncoderTest, parse_test
 from quikjax.models.base import project
 from quikjax.models.encoder import Encoder
 from quikjax.models.registry import dotted, pure_params
 from quikjax.quantizing.params import quantize_params
 from quikjax.quantizing.recipe import Recipe, find_recipe
+from quikjax.rounds import Prepared, speeds
+from quikjax.speed_tests import EncoderTest, parse_test
 from quikjax.weights.formats import dequantize
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
