@@ -22,7 +22,7 @@ import numpy as np
 
 from quikjax.checkpoint.load import load
 from quikjax.generation import Generator
-from quikjax.generation.generator import bucket
+from quikjax.generation.rows import bucket
 from quikjax.texts import calibration_text, tokenize
 
 

@@ -31,7 +31,9 @@ from quikjax.testing import tiny_tokenizer
 MASK = "<|mask|>"
 SHARE = 0.15  # of the bytes, as BERT's
 
-PEAK = 1.5e-3  # of the learning rate
+# Of the learning rate, the same for all. At 1.5e-3 the encoder, which learns from 15 % of the bytes, stays for 1500 steps and
+# more where it knows how often each byte occurs (a loss of 3.2) and does not read what is around it.
+PEAK = 5e-4
 MODELS = ("decoder-pre", "decoder-post", "encoder-post")
 
 

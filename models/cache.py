@@ -6,6 +6,7 @@ an earlier text or padding left there.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -170,6 +171,27 @@ def insert(cache: StackedCache, fresh: Fresh, row: Int32[Array, ""]) -> StackedC
         key_scale=put(cache.key_scale, fresh.key_scale),
         value_scale=put(cache.value_scale, fresh.value_scale),
     )
+
+
+def repeat_rows(cache: StackedCache, times: int) -> StackedCache:
+    """The cache with every row, and what it remembers of a text, so many times, one next to the other."""
+    memory = cache.memory
+    if memory is not None:
+        memory = Memory(
+            jax.tree.map(lambda part: jnp.repeat(part, times, axis=2), memory.parts), jnp.repeat(memory.lengths, times)
+        )
+    return dataclasses.replace(_by_row(cache, lambda part: jnp.repeat(part, times, axis=2)), memory=memory)
+
+
+def take_rows(cache: StackedCache, rows: Int32[Array, " batch"]) -> StackedCache:
+    """The cache with row `rows[b]` in place of row `b`. What rows remember of a text stays: they are of the same text."""
+    return _by_row(cache, lambda part: _from_bits(jnp.take(_as_bits(part), rows, axis=2), part.dtype))
+
+
+def _by_row(cache: StackedCache, change: Callable[[Array], Array]) -> StackedCache:
+    parts = (cache.keys, cache.values, cache.key_scale, cache.value_scale)
+    keys, values, key_scale, value_scale = (None if part is None else change(part) for part in parts)
+    return dataclasses.replace(cache, keys=keys, values=values, key_scale=key_scale, value_scale=value_scale)
 
 
 # XLA's CPU backend has no bfloat16 but in products: a slice written into such an array costs a copy of all of it in float32.

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from quikjax.encoding import Classification, Embeddings, TextEncoder, classify, embed
     from quikjax.errors import QuikError
     from quikjax.evaluation import evaluate, reference, windows
-    from quikjax.generation import Generation, Generator, Sampling, TextToText, generate
+    from quikjax.generation import Beams, Generation, Generator, Sampling, TextToText, generate
     from quikjax.quantizing.checkpoint import quantize_checkpoint
     from quikjax.quantizing.codebook_rule import CodebookRule
     from quikjax.quantizing.model import calibrate, quantize_model
@@ -54,6 +54,7 @@ _HOME = {
     "dequantize": "weights.formats",
     "dequantize_params": "weights.formats",
     "evaluate": "evaluation",
+    "Beams": "generation",
     "Generation": "generation",
     "Generator": "generation",
     "Sampling": "generation",
@@ -73,6 +74,7 @@ _HOME = {
 
 __all__ = [
     "RECIPES",
+    "Beams",
     "Classification",
     "CodebookRule",
     "CodebookWeight",

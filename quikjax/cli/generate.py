@@ -1,7 +1,7 @@
 """`quikjax generate`: continue texts."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -9,6 +9,9 @@ from quikjax.cli.generation_options import DrawingOptions, RunningOptions, inter
 from quikjax.cli.options import Json, Model, check_models, read_prompt
 from quikjax.errors import QuikError
 from quikjax.files import read_text, typed_text, user_path
+
+if TYPE_CHECKING:
+    from quikjax.generation.settings import Beams
 
 
 @with_option_groups
@@ -20,6 +23,13 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to add at most.")] = 64,
     prompt_file: Annotated[Path | None, typer.Option(help="Take every line of this file as a prompt.")] = None,
     samples: Annotated[int, typer.Option(help="Texts for each prompt.")] = 1,
+    beams: Annotated[int, typer.Option(help="Search for the most likely text with so many beams; 1: token by token.")] = 1,
+    length_penalty: Annotated[
+        float, typer.Option(help="With beams: above 0 favours long texts, 0 compares sums of log-probabilities.")
+    ] = 1.0,
+    early_stopping: Annotated[
+        bool, typer.Option("--early-stopping", help="With beams: end as soon as so many texts have ended.")
+    ] = False,
     stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be given several times.")] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Put each prompt into the model's chat template.")] = False,
     logprobs: Annotated[bool, typer.Option("--logprobs", help="With --json: the log-probability of each token.")] = False,
@@ -31,13 +41,17 @@ def generate(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Continue a text, greedily unless a temperature is given. Only what is new is printed on stdout, as it is decoded.
+    """Continue a text, greedily unless a temperature or beams are given. Only what is new is printed on stdout, as it is decoded.
 
     A model that reads one text and writes another (BART) gets the prompt as its encoder's input.
     """
     check_models(model)
     running.check()
     sampling = drawing.sampling()
+    searched = _beams(beams, length_penalty, early_stopping)
+    if searched is not None:
+        searched.check(samples, sampling, stop_strings=bool(stop), logprobs=logprobs, deterministic=deterministic)
+    sampling.check_room(max_new_tokens)
     texts = _texts(prompt, prompt_file)
     if (drawing.system is not None or drawing.template is not None) and not chat:
         raise QuikError("--system and --template are parts of a chat; give --chat as well")
@@ -88,6 +102,7 @@ def generate(
             logprobs=logprobs,
             on_text=print_piece if alone else None,
             step=4 if alone else 16,
+            beams=searched,
         )
     assert out.texts is not None
     figures = {
@@ -104,6 +119,7 @@ def generate(
                 "text": text,
                 "new_tokens": int(out.lengths[i]),
                 "finished": out.finished[i],
+                **({"score": float(out.scores[i])} if out.scores is not None else {}),
                 **({"logprobs": out.logprobs[i, : out.lengths[i]].tolist()} if out.logprobs is not None else {}),
             }
             for i, text in enumerate(out.texts)
@@ -119,6 +135,17 @@ def generate(
         f"prefill {out.prompt_tokens} tokens at {out.prefill_tokens_per_second:.0f} tokens/s, "
         f"decode {int(out.lengths.sum())} at {out.decode_tokens_per_second:.1f} tokens/s, compiled in {out.compile_seconds:.1f} s"
     )
+
+
+def _beams(count: int, length_penalty: float, early_stopping: bool) -> "Beams | None":
+    """The search that was asked for; none with one beam, where its other settings mean nothing."""
+    from quikjax.generation.settings import Beams
+
+    if count != 1:
+        return Beams(count=count, length_penalty=length_penalty, early_stopping=early_stopping)
+    if length_penalty != 1.0 or early_stopping:
+        raise QuikError("--length-penalty and --early-stopping are of a search; give --beams 2 or more as well")
+    return None
 
 
 def _texts(prompt: str | None, prompt_file: Path | None) -> list[str]:

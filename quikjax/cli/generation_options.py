@@ -37,6 +37,8 @@ class DrawingOptions:
     top_p: Annotated[float, typer.Option(help="Draw among the fewest tokens with this much probability.")] = 1.0
     min_p: Annotated[float, typer.Option(help="Draw among tokens at least so many times as likely as the likeliest.")] = 0.0
     repetition_penalty: Annotated[float, typer.Option(help="Above 1: tokens of the text so far become less likely.")] = 1.0
+    no_repeat_ngram: Annotated[int, typer.Option(help="No sequence of so many tokens is written twice; 0: any may be.")] = 0
+    min_new_tokens: Annotated[int, typer.Option(help="No text stops before so many tokens are added.")] = 0
     seed: Annotated[int, typer.Option(help="A text depends on its prompt and this number.")] = 0
     system: Annotated[str | None, typer.Option(help="The chat's system message.")] = None
     template: Annotated[Path | None, typer.Option(help="A Jinja chat template in place of the model's own.")] = None
@@ -61,6 +63,8 @@ class DrawingOptions:
             top_p=self.top_p,
             min_p=self.min_p,
             repetition_penalty=self.repetition_penalty,
+            no_repeat_ngram=self.no_repeat_ngram,
+            min_new_tokens=self.min_new_tokens,
         )
 
     def chat_template(self) -> str | None:

@@ -7,13 +7,15 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from quikjax.generation.generator import Generation, Generator
+    from quikjax.generation.generator import Generator
     from quikjax.generation.request import generate, generator_of
-    from quikjax.generation.settings import Sampling
+    from quikjax.generation.rows import Generation
+    from quikjax.generation.settings import Beams, Sampling
     from quikjax.generation.text_to_text import TextToText
 
 _HOME = {
-    "Generation": "generator",
+    "Beams": "settings",
+    "Generation": "rows",
     "Generator": "generator",
     "Sampling": "settings",
     "TextToText": "text_to_text",
@@ -21,7 +23,7 @@ _HOME = {
     "generator_of": "request",
 }
 
-__all__ = ["Generation", "Generator", "Sampling", "TextToText", "generate", "generator_of"]
+__all__ = ["Beams", "Generation", "Generator", "Sampling", "TextToText", "generate", "generator_of"]
 
 
 def __getattr__(name: str) -> Any:

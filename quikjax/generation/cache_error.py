@@ -8,7 +8,8 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from quikjax.errors import QuikError
-from quikjax.generation.generator import Generator, padded
+from quikjax.generation.generator import Generator
+from quikjax.generation.rows import padded
 from quikjax.models import cache as caches
 from quikjax.models import stacked
 from quikjax.models.cache import Fresh, StackedCache

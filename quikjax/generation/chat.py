@@ -114,7 +114,7 @@ class Conversation:
         generator.check_memory(len(ids) + max_new_tokens, 1)
         stops = generator.stops(None)
         ended = frozenset(stops.tolist()) - {NOTHING}
-        kind = Kind(not sampling.greedy, sampling.repetition_penalty != 1)
+        kind = Kind.of(sampling)
         start, compiling = time.perf_counter(), generator.programs.seconds
         decoding = self._prefix.start(row, max_new_tokens, sampling.values(), stops, kind)
         read, compiled = time.perf_counter(), generator.programs.seconds

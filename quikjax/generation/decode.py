@@ -15,8 +15,9 @@ from jaxtyping import Array, Bool, Float32, Int32, Key
 
 from quikjax.generation import sampling
 from quikjax.generation.sampling import Forced, Values
+from quikjax.generation.settings import Sampling
 from quikjax.models import stacked
-from quikjax.models.cache import StackedCache
+from quikjax.models.cache import Fresh, StackedCache, insert
 from quikjax.models.stacked import Layout
 
 CHUNK = 16
@@ -27,19 +28,54 @@ Leaf = Any
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """Choices compiled into a program: whether tokens are drawn, repetitions penalized, log-probabilities returned."""
+    """Choices compiled into a program: whether tokens are drawn, repetitions penalized, log-probabilities returned, sequences of
+    how many tokens may not be repeated (0: any may), and whether there is a least length.
+    """
 
     sampled: bool = False
     penalized: bool = False
     logprobs: bool = False
+    ngram: int = 0
+    least: bool = False
+
+    @classmethod
+    def of(cls, sampling: Sampling, logprobs: bool = False) -> "Kind":
+        """The program that these settings need."""
+        return cls(
+            sampled=not sampling.greedy,
+            penalized=sampling.repetition_penalty != 1,
+            logprobs=logprobs,
+            ngram=int(sampling.no_repeat_ngram),
+            least=sampling.min_new_tokens > 0,
+        )
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Past:
+    """The texts so far, as far as a program asks for them: `seen` bool `[batch, vocab]`, which tokens (`None` without a
+    penalty), and `history` int32 `[batch, slots]`, the token at each position (`None` where sequences may be repeated).
+    """
+
+    seen: Leaf = None
+    history: Leaf = None
+
+    def with_(self, tokens: Int32[Array, " batch"], at: Int32[Array, " batch"], running: Bool[Array, " batch"]) -> "Past":
+        """With a token at position `at` of each row that is `running`."""
+        rows, seen, history = jnp.arange(tokens.shape[0]), self.seen, self.history
+        if seen is not None:
+            seen = seen.at[rows, tokens].set(seen[rows, tokens] | running)
+        if history is not None:
+            history = history.at[rows, jnp.where(running, at, history.shape[1])].set(tokens, mode="drop")
+        return Past(seen=seen, history=history)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class State:
     """Decoding's state, one entry a row: the cache; `last`, the token chosen last, not yet read; `at`, the position where
-    it will stand; `running`; `step`, how many tokens were chosen; `keys`, a PRNG key; `seen`, which tokens the text has (`None`
-    without a penalty); and for all rows `forced`, a `sampling.Forced` (`None` of a model that forces nothing).
+    it will stand; `running`; `step`, how many tokens were chosen; `keys`, a PRNG key; `past`, what its text has; and for all rows
+    `forced`, a `sampling.Forced` (`None` of a model that forces nothing).
     """
 
     cache: StackedCache
@@ -48,15 +84,39 @@ class State:
     running: Leaf
     step: Leaf
     keys: Leaf
-    seen: Leaf = None
+    past: Past = dataclasses.field(default_factory=Past)
     forced: Leaf = None
+
+
+def allowed(
+    logits: Float32[Array, "batch vocab"],
+    step: Int32[Array, " batch"],
+    length: Int32[Array, " batch"],
+    past: Past,
+    stops: Int32[Array, " stops"],
+    values: Values,
+    kind: Kind,
+    forced: Forced | None = None,
+) -> Float32[Array, "batch vocab"]:
+    """Logits of token number `step` of each row, whose text has `length` tokens: repetitions penalized, and `-inf` where a token
+    may not be.
+    """
+    if kind.penalized:
+        logits = sampling.penalized(logits, past.seen, values.repetition_penalty)
+    if kind.ngram:
+        logits = sampling.without_repeated(logits, past.history, length, kind.ngram)
+    if kind.least:
+        logits = sampling.unended(logits, step, stops, values.min_new_tokens)
+    return logits if forced is None else sampling.forced(logits, step, forced)
 
 
 def choose(
     logits: Float32[Array, "batch vocab"],
     keys: Key[Array, " batch"],
     step: Int32[Array, " batch"],
-    seen: Bool[Array, "batch vocab"] | None,
+    length: Int32[Array, " batch"],
+    past: Past,
+    stops: Int32[Array, " stops"],
     values: Values,
     kind: Kind,
     forced: Forced | None = None,
@@ -66,11 +126,7 @@ def choose(
     Token number `step` of a row is drawn with the row's key folded with `step`.
     """
     given = logits
-    if kind.penalized:
-        assert seen is not None
-        logits = sampling.penalized(logits, seen, values.repetition_penalty)
-    if forced is not None:
-        logits = sampling.forced(logits, step, forced)
+    logits = allowed(logits, step, length, past, stops, values, kind, forced)
     if kind.sampled:
         chosen = sampling.draw(sampling.processed(logits, values), jax.vmap(jax.random.fold_in)(keys, step))
     else:
@@ -86,13 +142,20 @@ def is_stop(tokens: Int32[Array, " batch"], stops: Int32[Array, " stops"]) -> Bo
     return (tokens[:, None] == stops).any(axis=1)
 
 
+def place(
+    cache: StackedCache, logits: jax.Array, fresh: Fresh, given: jax.Array, row: jax.Array
+) -> tuple[StackedCache, jax.Array]:
+    """A cache and logits `[batch, vocab]` with those of some prompts put into the rows from `row` on."""
+    return insert(cache, fresh, row), jax.lax.dynamic_update_slice(logits, given, (row, 0))
+
+
 def begin(
     logits: Float32[Array, "batch vocab"],
     cache: StackedCache,
     lengths: Int32[Array, " batch"],
     running: Bool[Array, " batch"],
     keys: Key[Array, " batch"],
-    seen: Bool[Array, "batch vocab"] | None,
+    past: Past,
     stops: Int32[Array, " stops"],
     values: Values,
     forced: Forced | None,
@@ -100,7 +163,7 @@ def begin(
 ) -> tuple[Int32[Array, "batch 1"], Float32[Array, "batch 1"] | None, State]:
     """The first token of each row from the logits behind its prompt, and the state that `chunk` goes on with."""
     step = jnp.zeros_like(lengths)
-    chosen, logprob = choose(logits, keys, step, seen, values, kind, forced)
+    chosen, logprob = choose(logits, keys, step, lengths, past, stops, values, kind, forced)
     tokens = jnp.where(running, chosen, NOTHING)[:, None]
     state = State(
         cache=cache,
@@ -109,7 +172,7 @@ def begin(
         running=running & ~is_stop(chosen, stops),
         step=step + 1,
         keys=keys,
-        seen=None if seen is None else _with(seen, chosen, running),
+        past=past.with_(chosen, lengths, running),
         forced=forced,
     )
     return tokens, None if logprob is None else logprob[:, None], state
@@ -140,7 +203,8 @@ def chunk(
     def advance(carry: Any) -> Any:
         done, tokens, logprobs, state = carry
         logits, cache = stacked.extend(layout, params, state.last[:, None], state.at, one, state.cache)
-        chosen, logprob = choose(logits, state.keys, state.step, state.seen, values, kind, state.forced)
+        length = state.at + 1
+        chosen, logprob = choose(logits, state.keys, state.step, length, state.past, stops, values, kind, state.forced)
         running = state.running
         here = (jnp.int32(0), done)
         tokens = jax.lax.dynamic_update_slice(tokens, jnp.where(running, chosen, NOTHING)[:, None], here)
@@ -154,15 +218,10 @@ def chunk(
             running=running & ~is_stop(chosen, stops),
             step=state.step + running,
             keys=state.keys,
-            seen=None if state.seen is None else _with(state.seen, chosen, running),
+            past=state.past.with_(chosen, length, running),
             forced=state.forced,
         )
         return done + 1, tokens, logprobs, after
 
     _, tokens, logprobs, state = jax.lax.while_loop(alive, advance, (jnp.int32(0), tokens, logprobs, state))
     return tokens, logprobs, state
-
-
-def _with(seen: Bool[Array, "batch vocab"], tokens: Int32[Array, " batch"], running: Bool[Array, " batch"]) -> Array:
-    rows = jnp.arange(tokens.shape[0])
-    return seen.at[rows, tokens].set(seen[rows, tokens] | running)

@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Int32
 
 from quikjax.errors import QuikError, did_you_mean
 from quikjax.generation import decode
-from quikjax.generation.decode import CHUNK, NOTHING, Kind, State
+from quikjax.generation.decode import CHUNK, NOTHING, Kind, Past, State
 from quikjax.generation.generator import KEY_BLOCK
 from quikjax.generation.sampling import row_keys
 from quikjax.generation.settings import Sampling
@@ -190,7 +190,7 @@ class _Shape:
         empty = caches.empty_cache(config.layers, config.kv_heads, batch, self.slots, config.head_size, self.kind, self.key_block)
         cache = caches.insert(empty, fresh, jnp.int32(0))
         values = Sampling().values()
-        tokens, _, state = decode.begin(logits, cache, lengths, running, _keys(batch), None, stops, values, None, Kind())
+        tokens, _, state = decode.begin(logits, cache, lengths, running, _keys(batch), Past(), stops, values, None, Kind())
         return tokens, _apart(state)
 
     def decode(

@@ -5,7 +5,7 @@ import dataclasses
 import operator
 import time
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, SupportsIndex
+from typing import Any, NamedTuple, SupportsIndex
 
 import jax
 import numpy as np
@@ -13,16 +13,18 @@ from jaxtyping import Int
 
 from quikjax.errors import QuikError
 from quikjax.files import described
+from quikjax.generation import beams as search
 from quikjax.generation import decode
-from quikjax.generation.decode import CHUNK, NOTHING, Kind, State
+from quikjax.generation.decode import CHUNK, NOTHING, Kind, Past, State
 from quikjax.generation.programs import Programs
+from quikjax.generation.rows import Generation, Row, bucket, collected, padded
 from quikjax.generation.sampling import Forced, Values, row_keys
-from quikjax.generation.settings import Sampling, check_seed
+from quikjax.generation.settings import Beams, Sampling, check_seed
 from quikjax.generation.text import TextStream
 from quikjax.models import cache as caches
 from quikjax.models import stacked
 from quikjax.models.base import Transformer
-from quikjax.models.cache import Fresh, StackedCache
+from quikjax.models.cache import StackedCache
 from quikjax.models.dtypes import check_cache_kind
 from quikjax.models.memory import device_memory, most_slots
 from quikjax.models.tokens import checked_model, checked_prompts, whole_number
@@ -30,90 +32,17 @@ from quikjax.models.tokens import checked_model, checked_prompts, whole_number
 # Slots that attention takes at a time on a CPU, and everywhere with `deterministic`; a cache is a multiple of it, and more than
 # one: XLA copies the cache for every block of the model where a single step of the loop takes it all.
 KEY_BLOCK = 64
-_SHORTEST = 16
 _STOPS = 8  # stop tokens are padded to a multiple of this
 
 Prompts = Sequence[Sequence[int]] | Int[Any, "rows length"]
 
 
-def bucket(length: int) -> int:
-    """The padded length of a text: 16, 24, 32, 48, 64, 96, ...: at most half as much again is padding.
+class Read(NamedTuple):
+    """Texts read: their tokens, as far as decoding goes on with them, the logits behind each, and the cache that they are in."""
 
-    >>> [bucket(n) for n in (1, 17, 25, 33, 1000)]
-    [16, 24, 32, 48, 1024]
-    """
-    size = _SHORTEST
-    while size < length:
-        size = size * 3 // 2 if size & (size - 1) == 0 else size // 3 * 4
-    return size
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Generation:
-    """Generated tokens and texts, and their speed. A row is one prompt's, or one of its samples, in the order of the prompts.
-
-    `tokens` int32 `[rows, new]`: the continuation of each row, from `lengths[row]` on filled with a stop token (the stop token
-    itself is not counted, nor what a stop string cuts off). `finished` says of each row why it ended: "stop" or "length".
-    `texts` are there where the generator has a tokenizer, `logprobs` float32 `[rows, new]` (0 behind the end) on request: of each
-    token under the model's own distribution, whatever the sampling. Seconds of `prefill` and `decode` are of running alone;
-    `compile` is apart. `decoded` counts the tokens that decoding gave, stop tokens included, without each row's first.
-    """
-
-    tokens: np.ndarray
-    lengths: np.ndarray
-    finished: tuple[str, ...]
-    prompt_tokens: int
-    decoded: int
-    prefill_seconds: float
-    decode_seconds: float
-    compile_seconds: float
-    texts: tuple[str, ...] | None = None
-    logprobs: np.ndarray | None = None
-
-    @property
-    def prefill_tokens_per_second(self) -> float:
-        """Prompt tokens read per second, over all rows."""
-        return self.prompt_tokens / self.prefill_seconds
-
-    @property
-    def decode_tokens_per_second(self) -> float:
-        """Tokens decoded per second, over all rows; 0 where the prefill gave the only one."""
-        return self.decoded / self.decode_seconds if self.decoded else 0.0
-
-
-@dataclasses.dataclass
-class Row:
-    """One row on its way: its prompt and key, the tokens so far, and why it ended."""
-
-    prompt: list[int]
-    seed: int
-    sample: int
-    text: TextStream | None
-    tokens: list[int] = dataclasses.field(default_factory=list)
-    logprobs: list[float] = dataclasses.field(default_factory=list)
-    kept: int = 0
-    finished: str = ""
-
-    def take(self, tokens: Sequence[int], logprobs: Sequence[float] | None, stops: frozenset[int]) -> str:
-        """Add what a chunk gave this row, up to its end; returns the text that became final."""
-        piece = ""
-        for i, token in enumerate(tokens):
-            if self.finished or token == NOTHING:
-                break
-            if token in stops:
-                self.finished = "stop"
-                break
-            self.tokens.append(int(token))
-            if logprobs is not None:
-                self.logprobs.append(float(logprobs[i]))
-            self.kept = len(self.tokens)
-            if self.text is not None:
-                piece += self.text.feed([int(token)])
-                if self.text.stopped:
-                    self.finished, self.kept = "stop", self.text.tokens
-        if self.finished and self.text is not None:
-            piece += self.text.finish()
-        return piece
+    texts: Sequence[Sequence[int]]
+    logits: Any
+    cache: StackedCache
 
 
 @dataclasses.dataclass
@@ -230,6 +159,7 @@ class Generator:
         logprobs: bool = False,
         on_text: Callable[[int, str], None] | None = None,
         step: int = CHUNK,
+        beams: Beams | None = None,
     ) -> Generation:
         """Continue prompts, greedily unless `sampling` says otherwise.
 
@@ -245,16 +175,26 @@ class Generator:
             logprobs: return the log-probability of every token.
             on_text: called with a row's number and the text that became final, as it is decoded.
             step: steps between two looks at stop strings and two calls of `on_text`, at most 16.
+            beams: search for the most likely continuations instead of choosing token by token; `samples` of them, the best
+                first, are returned of each prompt, and `Generation.scores` has their scores. Texts become final as a whole.
 
         Raises:
             QuikError: a prompt is empty, has a token outside the vocabulary, or does not fit the context with what is asked for;
-                a stop token is none of the vocabulary's; the cache does not fit the memory.
+                a stop token is none of the vocabulary's; the cache does not fit the memory; beams are asked for together with
+                drawing, stop strings, log-probabilities or `deterministic`, or fewer of them than samples.
         """
         sampling = Sampling() if sampling is None else sampling
         step = min(whole_number(step, "step"), CHUNK)
-        rows = self.rows(prompts, max_new_tokens, sampling, seed, samples, stop_strings)
+        if beams is not None and not isinstance(beams, Beams):
+            raise QuikError(f"beams is a quikjax.Beams, such as Beams(count=4), not {described(beams)}")
+        rows = self.rows(prompts, max_new_tokens, sampling, seed, 1 if beams else samples, stop_strings)
         stops = self.stops(stop)
-        kind = Kind(not sampling.greedy, sampling.repetition_penalty != 1, logprobs)
+        if beams is not None:
+            samples = whole_number(samples, "the number of samples of each prompt")
+            asked = {"stop_strings": bool(stop_strings), "logprobs": logprobs, "deterministic": self.deterministic}
+            beams.check(samples, sampling, **asked)
+            return self._searched(rows, max_new_tokens, sampling, samples, stops, on_text, beams)
+        kind = Kind.of(sampling, logprobs)
         ended = frozenset(stops.tolist()) - {NOTHING}
         order = sorted(range(len(rows)), key=lambda i: len(rows[i].prompt))
         groups = [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
@@ -284,7 +224,73 @@ class Generator:
                     if row.text is not None and (piece := row.text.finish()) and on_text is not None:
                         on_text(group[b], piece)
             decoding += time.perf_counter() - start - (self.programs.seconds - before)
-        return self._collected(rows, max_new_tokens, stops, logprobs, decoded, prefill, decoding, compiling)
+        return collected(
+            rows,
+            max_new_tokens,
+            max(int(stops[0]), 0),
+            logprobs=logprobs,
+            prompt_tokens=sum(len(row.prompt) for row in rows),
+            decoded=decoded,
+            prefill_seconds=prefill,
+            decode_seconds=decoding,
+            compile_seconds=self.programs.seconds - compiling,
+        )
+
+    def _searched(
+        self,
+        rows: Sequence[Row],
+        max_new_tokens: int,
+        sampling: Sampling,
+        samples: int,
+        stops: np.ndarray,
+        on_text: Callable[[int, str], None] | None,
+        beams: Beams,
+    ) -> Generation:
+        """The best `samples` continuations of each row that a search finds."""
+        values, kind = sampling.values(), Kind.of(sampling)
+        ended = frozenset(stops.tolist()) - {NOTHING}
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i].prompt))
+        together = max(1, self.batch_size // beams.count)
+        longest = max(len(row.prompt) for row in rows)
+        texts = self._padded_rows(min(len(rows), together))
+        self.check_memory(max(longest + max_new_tokens, bucket(longest)), texts * beams.count)
+        found: dict[int, Row] = {}
+        scores = np.zeros(len(rows) * samples, np.float32)
+        compiling, prefill, decoding, decoded = self.programs.seconds, 0.0, 0.0, 0
+        for group in (order[i : i + together] for i in range(0, len(order), together)):
+            start, before = time.perf_counter(), self.programs.seconds
+            batch = self.start_search([rows[i] for i in group], max_new_tokens, values, stops, kind, beams)
+            prefill += time.perf_counter() - start - (self.programs.seconds - before)
+            start, before = time.perf_counter(), self.programs.seconds
+            while not batch.done:
+                batch.advance()
+            best = jax.tree.map(np.asarray, batch.search.ended)
+            decoded += (int(batch.search.step) - 1) * len(group)
+            decoding += time.perf_counter() - start - (self.programs.seconds - before)
+            for b, i in enumerate(group):
+                for sample in range(samples):
+                    at = i * samples + sample
+                    stream = None if self.tokenizer is None else self.stream(rows[i].prompt, ())
+                    row = found[at] = Row(rows[i].prompt, rows[i].seed, sample, stream)
+                    piece = row.take(best.tokens[b, sample, : best.lengths[b, sample]].tolist(), None, ended)
+                    if not row.finished:
+                        row.finished = "length"
+                        piece += "" if row.text is None else row.text.finish()
+                    scores[at] = best.scores[b, sample]
+                    if piece and on_text is not None:
+                        on_text(at, piece)
+        return collected(
+            [found[at] for at in range(len(scores))],
+            max_new_tokens,
+            max(int(stops[0]), 0),
+            logprobs=False,
+            prompt_tokens=sum(len(row.prompt) for row in rows),
+            decoded=decoded,
+            prefill_seconds=prefill,
+            decode_seconds=decoding,
+            compile_seconds=self.programs.seconds - compiling,
+            scores=scores,
+        )
 
     def rows(
         self,
@@ -317,6 +323,7 @@ class Generator:
         if stop_strings and self.tokenizer is None:
             raise QuikError("stop strings need a tokenizer; give one to the Generator, or stop at tokens")
         max_new_tokens = whole_number(max_new_tokens, "max_new_tokens")
+        sampling.check_room(max_new_tokens)
         for prompt in given:
             self.check_prompt(prompt, max_new_tokens)
 
@@ -403,11 +410,42 @@ class Generator:
 
     def start(self, rows: Sequence[Row], max_new_tokens: int, values: Values, stops: np.ndarray, kind: Kind) -> Decoding:
         """Read the rows' prompts and choose their first tokens."""
+        read = self.read(rows, max_new_tokens)
+        batch = read.cache.batch
+        lengths = np.array([len(text) for text in read.texts], np.int32)
+        seeds = np.array([row.seed for row in rows] + [0] * (batch - len(rows)), np.uint32)
+        numbers = np.array([row.sample for row in rows] + [0] * (batch - len(rows)), np.int32)
+        real = np.arange(batch) < len(rows)
+        return self.begin(read.texts, read.logits, read.cache, lengths, real, seeds, numbers, max_new_tokens, values, stops, kind)
+
+    def start_search(
+        self, rows: Sequence[Row], max_new_tokens: int, values: Values, stops: np.ndarray, kind: Kind, beams: Beams
+    ) -> search.Searching:
+        """Read the rows' prompts and choose the first tokens of their beams."""
+        read = self.read(rows, max_new_tokens)
+        lengths = np.array([len(text) for text in read.texts], np.int32)
+        real, past = np.arange(read.cache.batch) < len(rows), self.past(read.texts, read.cache.slots, kind)
+        given = (
+            read.logits,
+            read.cache,
+            lengths,
+            real,
+            past,
+            stops,
+            values,
+            self.forced(max_new_tokens),
+            np.int32(max_new_tokens),
+        )
+        named = {"kind": kind, "beams": beams, "room": bucket(max_new_tokens)}
+        state = self.programs.run(search.begin, (), given, named=named)
+        return search.Searching(self.programs, self.layout, self.params, state, stops, values, max_new_tokens, kind, beams)
+
+    def read(self, rows: Sequence[Row], max_new_tokens: int) -> Read:
+        """Read the rows' prompts, and as many empty ones as make the batch whole, into a cache with room for the tokens."""
         batch = self._padded_rows(len(rows))
         prompts = [row.prompt for row in rows] + [[] for _ in range(batch - len(rows))]
-        lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-        longest = max(int(lengths.max()) + max_new_tokens, bucket(int(lengths.max())))
-        cache = self.new_cache(batch, self.slots(longest))
+        longest = max(len(prompt) for prompt in prompts)
+        cache = self.new_cache(batch, self.slots(max(longest + max_new_tokens, bucket(longest))))
         logits: Any = np.zeros((batch, self.config.vocab_size), np.float32)
         # Prompts together, or each by itself as if it were alone.
         parts = [(b, prompts[b : b + 1]) for b in range(len(rows))] if self.deterministic else [(0, prompts)]
@@ -416,11 +454,21 @@ class Generator:
             given, fresh = self.programs.run(
                 stacked.read, (self.layout,), (self.params, ids, some_lengths), named={"kind": self.cache}
             )
-            cache, logits = self.programs.run(place, (), (cache, logits, fresh, given, np.int32(first)), donate=(0,))
-        real = np.arange(batch) < len(rows)
-        seeds = np.array([row.seed for row in rows] + [0] * (batch - len(rows)), np.uint32)
-        numbers = np.array([row.sample for row in rows] + [0] * (batch - len(rows)), np.int32)
-        return self.begin(prompts, logits, cache, lengths, real, seeds, numbers, max_new_tokens, values, stops, kind)
+            cache, logits = self.programs.run(decode.place, (), (cache, logits, fresh, given, np.int32(first)), donate=(0,))
+        return Read(prompts, logits, cache)
+
+    def past(self, texts: Sequence[Sequence[int]], slots: int, kind: Kind) -> Past:
+        """As much of texts as a program of this kind asks for, in a cache of so many slots."""
+        seen = history = None
+        if kind.penalized:
+            seen = np.zeros((len(texts), self.config.vocab_size), bool)
+            for b, text in enumerate(texts):
+                seen[b, list(text)] = True
+        if kind.ngram:
+            history = np.full((len(texts), max(slots, kind.ngram)), NOTHING, np.int32)
+            for b, text in enumerate(texts):
+                history[b, : len(text)] = text
+        return Past(seen=seen, history=history)
 
     def begin(
         self,
@@ -437,63 +485,14 @@ class Generator:
         kind: Kind,
     ) -> Decoding:
         """Choose the first tokens from the logits behind the prompts, which are in the cache."""
-        seen = None
-        if kind.penalized:
-            seen = np.zeros((len(prompts), self.config.vocab_size), bool)
-            for b, prompt in enumerate(prompts):
-                seen[b, list(prompt)] = True
+        past = self.past(prompts, cache.slots, kind)
         keys = self.programs.run(row_keys, (), (seeds, numbers))
         tokens, logprobs, state = self.programs.run(
             decode.begin,
             (),
-            (logits, cache, lengths, real, keys, seen, stops, values, self.forced(max_new_tokens)),
+            (logits, cache, lengths, real, keys, past, stops, values, self.forced(max_new_tokens)),
             donate=(1,),
             named={"kind": kind},
         )
         first = (np.asarray(tokens), None if logprobs is None else np.asarray(logprobs))
         return Decoding(self, state, stops, values, kind, max_new_tokens - 1, first)
-
-    def _collected(
-        self,
-        rows: Sequence[Row],
-        new: int,
-        stops: np.ndarray,
-        logprobs: bool,
-        decoded: int,
-        prefill: float,
-        decoding: float,
-        compiling: float,
-    ) -> Generation:
-        tokens = np.full((len(rows), new), max(int(stops[0]), 0), np.int32)
-        chances = np.zeros((len(rows), new), np.float32)
-        for i, row in enumerate(rows):
-            tokens[i, : row.kept] = row.tokens[: row.kept]
-            chances[i, : min(row.kept, len(row.logprobs))] = row.logprobs[: row.kept]
-        return Generation(
-            tokens=tokens,
-            lengths=np.array([row.kept for row in rows], np.int32),
-            finished=tuple(row.finished for row in rows),
-            prompt_tokens=sum(len(row.prompt) for row in rows),
-            decoded=decoded,
-            prefill_seconds=prefill,
-            decode_seconds=decoding,
-            compile_seconds=self.programs.seconds - compiling,
-            texts=None if self.tokenizer is None else tuple(row.text.text for row in rows if row.text is not None),
-            logprobs=chances if logprobs else None,
-        )
-
-
-def padded(prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
-    """Prompts as one array, padded on the right to their bucket, and their lengths."""
-    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-    ids = np.zeros((len(prompts), bucket(int(lengths.max(initial=1)))), np.int32)
-    for b, prompt in enumerate(prompts):
-        ids[b, : len(prompt)] = prompt
-    return ids, lengths
-
-
-def place(
-    cache: StackedCache, logits: jax.Array, fresh: Fresh, given: jax.Array, row: jax.Array
-) -> tuple[StackedCache, jax.Array]:
-    """A cache and logits `[batch, vocab]` with those of some prompts put into the rows from `row` on."""
-    return caches.insert(cache, fresh, row), jax.lax.dynamic_update_slice(logits, given, (row, 0))

@@ -5,8 +5,9 @@ from typing import Any
 
 import numpy as np
 
-from quikjax.generation.decode import Kind
-from quikjax.generation.generator import Decoding, Generator, Row, padded, place
+from quikjax.generation.decode import Kind, place
+from quikjax.generation.generator import Decoding, Generator
+from quikjax.generation.rows import Row, padded
 from quikjax.generation.sampling import Values
 from quikjax.models import cache as caches
 from quikjax.models import stacked

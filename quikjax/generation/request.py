@@ -7,7 +7,8 @@ from flax import nnx
 
 from quikjax.errors import QuikError
 from quikjax.files import described
-from quikjax.generation.generator import Generation, Generator, Prompts
+from quikjax.generation.generator import Generator, Prompts
+from quikjax.generation.rows import Generation
 from quikjax.generation.text_to_text import TextToText
 from quikjax.models.encoder_decoder import EncoderDecoder
 

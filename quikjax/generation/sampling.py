@@ -1,6 +1,6 @@
 """How the next token is drawn: pure functions from logits to logits, in the order and with the meaning of transformers' own.
 
-    repetition penalty -> temperature -> top-k -> top-p -> min-p -> draw
+    repetition penalty -> no repeated sequence -> least length -> forced tokens -> temperature -> top-k -> top-p -> min-p -> draw
 
 A token that may not be drawn has the logit `-inf`. Every setting is an argument of the compiled program, so one program
 draws with any settings; those that are off change nothing. No function sorts: that would take a CPU longer than reading a small
@@ -24,6 +24,7 @@ class Values(NamedTuple):
     top_p: Float32[Array | np.float32, ""]
     min_p: Float32[Array | np.float32, ""]
     repetition_penalty: Float32[Array | np.float32, ""]
+    min_new_tokens: Int32[Array | np.int32, ""]
 
 
 class Forced(NamedTuple):
@@ -42,6 +43,29 @@ Logits = Float32[Array, "batch vocab"]
 def penalized(logits: Logits, seen: Bool[Array, "batch vocab"], penalty: Float32[Array | np.float32, ""]) -> Logits:
     """Logits of `seen` tokens divided by `penalty` where positive, multiplied where negative."""
     return jnp.where(seen, jnp.where(logits < 0, logits * penalty, logits / penalty), logits)
+
+
+def without_repeated(logits: Logits, history: Int32[Array, "batch slots"], length: Int32[Array, " batch"], n: int) -> Logits:
+    """Logits without tokens that would end a sequence of `n` tokens which the text, `history[:length]`, has already."""
+    rows, slots = history.shape
+    behind = jnp.arange(n - 1) + (length[:, None] - (n - 1))
+    last = jnp.take_along_axis(history, jnp.maximum(behind, 0), axis=1)
+    starts = slots - n + 1
+    # Where a sequence ends inside the text; a text of fewer than `n` tokens has none.
+    same = jnp.arange(starts) + n - 1 < length[:, None]
+    for i in range(n - 1):
+        same &= history[:, i : i + starts] == last[:, i : i + 1]
+    vocabulary = logits.shape[-1]
+    ends = jnp.where(same, history[:, n - 1 :], vocabulary)
+    return logits.at[jnp.arange(rows)[:, None], ends].set(-jnp.inf, mode="drop")
+
+
+def unended(
+    logits: Logits, step: Int32[Array, " batch"], stops: Int32[Array, " stops"], least: Int32[Array | np.int32, ""]
+) -> Logits:
+    """Logits without stop tokens (padded with negative numbers) in rows to which fewer than `least` tokens were added."""
+    among = jnp.zeros(logits.shape[-1], bool).at[jnp.where(stops < 0, logits.shape[-1], stops)].set(True, mode="drop")
+    return jnp.where(among & (step < least)[:, None], -jnp.inf, logits)
 
 
 def top_k(logits: Logits, k: Int32[Array | np.int32, ""]) -> Logits:

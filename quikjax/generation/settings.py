@@ -27,7 +27,9 @@ class Sampling:
     `temperature` divides the logits, 0 is greedy. `top_k` keeps the most likely `k` tokens, 0 all. `top_p` keeps the fewest most
     likely tokens whose probabilities sum to at least `p` (arXiv 1904.09751), 1 all. `min_p` keeps tokens at least `min_p` times
     as likely as the most likely one (arXiv 2407.01082), 0 all. `repetition_penalty` divides positive logits of tokens that are
-    already in the text by it and multiplies negative ones (arXiv 1909.05858), 1 leaves them.
+    already in the text by it and multiplies negative ones (arXiv 1909.05858), 1 leaves them. `no_repeat_ngram` forbids tokens
+    that would write a sequence of so many tokens a second time, 0 forbids none. `min_new_tokens` forbids stop tokens before so
+    many tokens were added.
     """
 
     temperature: float = 0.0
@@ -35,6 +37,8 @@ class Sampling:
     top_p: float = 1.0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
+    no_repeat_ngram: int = 0
+    min_new_tokens: int = 0
 
     def __post_init__(self) -> None:
         """Refuse what means nothing.
@@ -46,12 +50,17 @@ class Sampling:
             value = getattr(self, field.name)
             if isinstance(value, bool) or not isinstance(value, numbers.Real):
                 raise QuikError(f"{field.name} is a number, not {described(value)}")
-        if int(self.top_k) != self.top_k:
-            raise QuikError(f"top-k keeps that many tokens, a whole number, not {self.top_k}")
+        counts = (
+            ("top_k", "top-k keeps that many tokens"),
+            ("no_repeat_ngram", "no-repeat-ngram is the length of what is not repeated in tokens"),
+            ("min_new_tokens", "min-new-tokens is how many are added at least"),
+        )
+        for name, meaning in counts:
+            value = getattr(self, name)
+            if not math.isfinite(value) or int(value) != value or value < 0:
+                raise QuikError(f"{meaning}, a whole number, 0 for no limit, not {value}")
         if not (0 <= self.temperature < math.inf):
             raise QuikError(f"the temperature is 0 (the most likely token, always) or more, not {self.temperature:g}")
-        if self.top_k < 0:
-            raise QuikError(f"top-k keeps that many tokens, 0 for all of them, not {self.top_k}")
         if not 0 < self.top_p <= 1:
             raise QuikError(f"top-p is a probability above 0 and up to 1, not {self.top_p:g}")
         if not 0 <= self.min_p <= 1:
@@ -60,6 +69,11 @@ class Sampling:
             raise QuikError(f"the repetition penalty is above 0, 1 for none, not {self.repetition_penalty:g}")
         if self.greedy and (self.top_k or self.top_p < 1 or self.min_p):
             raise QuikError("top-k, top-p and min-p choose among tokens to draw; give a temperature above 0 as well")
+
+    def check_room(self, max_new_tokens: int) -> None:
+        """Raise `QuikError` if a text must be longer than it may be."""
+        if self.min_new_tokens > max_new_tokens:
+            raise QuikError(f"min-new-tokens is {self.min_new_tokens}, and at most {max_new_tokens} may be added; ask for more")
 
     @property
     def greedy(self) -> bool:
@@ -78,4 +92,48 @@ class Sampling:
             np.float32(self.top_p),
             np.float32(self.min_p),
             np.float32(self.repetition_penalty),
+            np.int32(self.min_new_tokens),
         )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Beams:
+    """Beam search: of each text the `count` most likely continuations are followed side by side.
+
+    A continuation that has ended is judged by the sum of its tokens' log-probabilities over `length ** length_penalty`, its stop
+    token counted (arXiv 1609.08144): 0 is the sum itself, which favours short texts, 1 the mean. The search of a text ends when
+    `count` continuations have ended (`early_stopping` true), or when no open one is expected to become better than the worst of
+    those (false: at the length that it has; "never": at the length that would suit it best). The terms are transformers'.
+    """
+
+    count: int
+    length_penalty: float = 1.0
+    early_stopping: bool | str = False
+
+    def __post_init__(self) -> None:
+        """Refuse what means nothing.
+
+        Raises:
+            QuikError: naming the setting and what it may be.
+        """
+        if isinstance(self.count, bool) or not isinstance(self.count, numbers.Integral) or self.count < 2:
+            raise QuikError(f"a search follows 2 beams or more, not {self.count}; without beams a text is greedy or drawn")
+        if isinstance(self.length_penalty, bool) or not isinstance(self.length_penalty, numbers.Real):
+            raise QuikError(f"the length penalty is a number, not {described(self.length_penalty)}")
+        if not math.isfinite(self.length_penalty):
+            raise QuikError(f"the length penalty is a finite number, not {self.length_penalty}")
+        if not isinstance(self.early_stopping, bool) and self.early_stopping != "never":
+            raise QuikError(f"early_stopping is True, False or 'never', not {self.early_stopping!r}")
+
+    def check(self, samples: int, sampling: Sampling, *, stop_strings: bool, logprobs: bool, deterministic: bool) -> None:
+        """Raise `QuikError` if a search is asked for what it does not give."""
+        if not sampling.greedy:
+            raise QuikError("beams are searched and not drawn; leave the temperature at 0, or the beams out")
+        if samples > self.count:
+            raise QuikError(f"a search with {self.count} beams finds so many texts of a prompt, not {samples}")
+        if stop_strings:
+            raise QuikError("beams are compared as tokens and have no text before they end; give stop tokens, or no beams")
+        if logprobs:
+            raise QuikError("log-probabilities are of tokens chosen one by one; a search gives each text's score")
+        if deterministic:
+            raise QuikError("beams of a text are decoded together; deterministic is for tokens chosen one by one")

@@ -14,7 +14,8 @@ import numpy as np
 
 from quikjax.errors import QuikError
 from quikjax.generation.decode import NOTHING, Kind
-from quikjax.generation.generator import Generator, bucket
+from quikjax.generation.generator import Generator
+from quikjax.generation.rows import bucket
 from quikjax.generation.settings import Sampling
 from quikjax.models import stacked
 from quikjax.rounds import Prepared, Speed, speeds

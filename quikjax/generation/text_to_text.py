@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 
 from quikjax.errors import QuikError
-from quikjax.generation.decode import NOTHING, Kind
-from quikjax.generation.generator import Decoding, Generator, Row, padded
-from quikjax.generation.sampling import Forced, Values
+from quikjax.generation.decode import NOTHING
+from quikjax.generation.generator import Generator, Read
+from quikjax.generation.rows import Row, padded
+from quikjax.generation.sampling import Forced
 from quikjax.generation.text import TextStream
 from quikjax.models import stacked
 from quikjax.models.base import Transformer
@@ -59,8 +60,8 @@ class TextToText(Generator):
         first, last = (NOTHING if token is None else token for token in (self.config.first, self.config.last))
         return Forced(np.int32(first), np.int32(last), np.int32(max_new_tokens - 1))
 
-    def start(self, rows: Sequence[Row], max_new_tokens: int, values: Values, stops: np.ndarray, kind: Kind) -> Decoding:
-        """Read the rows' texts and choose their first tokens."""
+    def read(self, rows: Sequence[Row], max_new_tokens: int) -> Read:
+        """Read the rows' texts, and the token that the decoder begins with."""
         batch = self._padded_rows(len(rows))
         ids, lengths = padded([row.prompt for row in rows] + [[] for _ in range(batch - len(rows))])
         run = self.programs.run
@@ -68,7 +69,4 @@ class TextToText(Generator):
         cache = dataclasses.replace(self.new_cache(batch, self.slots(max_new_tokens)), memory=memory)
         starts, at, ones = np.full((batch, 1), self.config.start, np.int32), np.zeros(batch, np.int32), np.ones(batch, np.int32)
         logits, cache = run(stacked.extend, (self.layout,), (self.params, starts, at, ones, cache), donate=(4,))
-        seeds = np.array([row.seed for row in rows] + [0] * (batch - len(rows)), np.uint32)
-        numbers = np.array([row.sample for row in rows] + [0] * (batch - len(rows)), np.int32)
-        real = np.arange(batch) < len(rows)
-        return self.begin(starts.tolist(), logits, cache, ones, real, seeds, numbers, max_new_tokens, values, stops, kind)
+        return Read(starts.tolist(), logits, cache)

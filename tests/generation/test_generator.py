@@ -14,8 +14,8 @@ from quikjax.checkpoint.load import load
 from quikjax.errors import QuikError
 from quikjax.generation import Generator, Sampling
 from quikjax.generation.cache_error import cache_error
-from quikjax.generation.generator import bucket
 from quikjax.generation.programs import Programs
+from quikjax.generation.rows import bucket
 from quikjax.models import cache as caches
 from quikjax.models import stacked
 from quikjax.models.base import CausalLM

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 
 from quikjax.errors import QuikError
 from quikjax.generation import sampling
@@ -65,7 +66,30 @@ def test_min_p_is_relative_to_the_most_likely(logits: np.ndarray, share: float) 
     np.testing.assert_array_equal(kept[clear], (ratio >= share)[clear])
 
 
+WITHOUT_REPEATED = jax.jit(sampling.without_repeated, static_argnums=3)
 TOP_K, TOP_P, MIN_P = jax.jit(sampling.top_k), jax.jit(sampling.top_p), jax.jit(sampling.min_p)
+
+
+@given(
+    history=arrays(np.int32, (2, 10), elements=st.integers(0, 3)),
+    length=arrays(np.int32, (2,), elements=st.integers(1, 10)),
+    n=st.integers(1, 4),
+)
+def test_no_sequence_is_written_twice(history: np.ndarray, length: np.ndarray, n: int) -> None:
+    """What may follow is every token but those that end a sequence of `n` which stands in the text already."""
+    kept = np.isfinite(np.asarray(WITHOUT_REPEATED(jnp.zeros((2, 5)), history, length, n)))
+    for row in range(2):
+        text = history[row, : length[row]].tolist()
+        written = {tuple(text[i : i + n]) for i in range(len(text) - n + 1)}
+        before = tuple(text[len(text) - n + 1 :]) if n > 1 else ()
+        forbidden = {token for token in range(5) if (*before, token) in written} if len(text) >= n - 1 else set()
+        assert set(np.flatnonzero(~kept[row])) == forbidden
+
+
+def test_a_text_does_not_stop_before_its_least_length() -> None:
+    logits, stops = jnp.zeros((2, 6)), jnp.asarray([1, 4, -1, -1])
+    kept = np.isfinite(np.asarray(sampling.unended(logits, jnp.asarray([2, 3]), stops, np.int32(3))))
+    assert kept.tolist() == [[True, False, True, True, False, True], [True] * 6]
 
 
 def test_settings_that_are_off_change_nothing() -> None:
@@ -92,6 +116,8 @@ def test_draws_follow_the_probabilities_and_each_row_its_own_key() -> None:
         ({"temperature": float("nan")}, "the temperature is 0"),
         ({"temperature": float("inf")}, "the temperature is 0"),
         ({"temperature": 1.0, "top_k": -1}, "top-k keeps that many"),
+        ({"no_repeat_ngram": -2}, "no-repeat-ngram is the length"),
+        ({"min_new_tokens": -1}, "min-new-tokens is how many"),
         ({"temperature": 1.0, "top_p": 0.0}, "top-p is a probability"),
         ({"temperature": 1.0, "min_p": 1.5}, "min-p is a share"),
         ({"repetition_penalty": 0.0}, "the repetition penalty is above 0"),

@@ -70,18 +70,23 @@ def load(name: str) -> Case:
     with np.load(GOLDEN / f"{name}.npz") as file:
         golden = dict(file)
     assert json.loads(str(golden["config"])) == VARIANTS[name], "the golden file is older than its row: run make_golden.py"
-    graphdef, _ = nnx.split(model := abstract_model(VARIANTS[name]))
-    turned = {path: -1 if type(model).lies_transposed(path) else 1 for path in dotted(pure_params(model))}
-    shapes = {path: leaf.shape[:: turned[path]] for path, leaf in dotted(pure_params(model)).items()}
-    weights = random_weights(shapes, int(golden["seed"]))
-    assert checksum(weights) == int(golden["checksum"]), "names, shapes or NumPy's random numbers differ from PyTorch's side"
-    weights = {path: weight.T if turned[path] < 0 else weight for path, weight in weights.items()}
+    graphdef, weights = random_model(name, int(golden["seed"]), int(golden["checksum"]))
 
     def plain(params: dict[str, Any], ids: jax.Array, positions: jax.Array) -> jax.Array:
         return nnx.merge(graphdef, params)(ids, positions)
 
     forward = jax.jit(plain, compiler_options=None if name in HALF_VARIANTS else QUICK)
-    return Case(golden, graphdef, nested(weights), forward, jax.jit(plain, compiler_options=QUICK))
+    return Case(golden, graphdef, weights, forward, jax.jit(plain, compiler_options=QUICK))
+
+
+def random_model(name: str, seed: int, crc: int) -> tuple[Any, dict[str, Any]]:
+    """A variant's definition and its random weights, which must have this checksum."""
+    graphdef, _ = nnx.split(model := abstract_model(VARIANTS[name]))
+    turned = {path: -1 if type(model).lies_transposed(path) else 1 for path in dotted(pure_params(model))}
+    shapes = {path: leaf.shape[:: turned[path]] for path, leaf in dotted(pure_params(model)).items()}
+    weights = random_weights(shapes, seed)
+    assert checksum(weights) == crc, "names, shapes or NumPy's random numbers differ from PyTorch's side"
+    return graphdef, nested({path: weight.T if turned[path] < 0 else weight for path, weight in weights.items()})
 
 
 def assert_close(logits: Any, expected: np.ndarray) -> None:
