@@ -465,7 +465,7 @@ class Generator:
             for b, text in enumerate(texts):
                 seen[b, list(text)] = True
         if kind.ngram:
-            history = np.full((len(texts), max(slots, kind.ngram)), NOTHING, np.int32)
+            history = np.full((len(texts), slots), NOTHING, np.int32)
             for b, text in enumerate(texts):
                 history[b, : len(text)] = text
         return Past(seen=seen, history=history)

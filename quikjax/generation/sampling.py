@@ -48,13 +48,20 @@ def penalized(logits: Logits, seen: Bool[Array, "batch vocab"], penalty: Float32
 def without_repeated(logits: Logits, history: Int32[Array, "batch slots"], length: Int32[Array, " batch"], n: int) -> Logits:
     """Logits without tokens that would end a sequence of `n` tokens which the text, `history[:length]`, has already."""
     rows, slots = history.shape
+    if n > slots:
+        return logits
     behind = jnp.arange(n - 1) + (length[:, None] - (n - 1))
     last = jnp.take_along_axis(history, jnp.maximum(behind, 0), axis=1)
     starts = slots - n + 1
     # Where a sequence ends inside the text; a text of fewer than `n` tokens has none.
     same = jnp.arange(starts) + n - 1 < length[:, None]
-    for i in range(n - 1):
-        same &= history[:, i : i + starts] == last[:, i : i + 1]
+
+    def also(i: Array, same: Bool[Array, "batch starts"]) -> Bool[Array, "batch starts"]:
+        here = jax.lax.dynamic_slice_in_dim(history, i, starts, axis=1)
+        return same & (here == jax.lax.dynamic_slice_in_dim(last, i, 1, axis=1))
+
+    if n > 1:
+        same = jax.lax.fori_loop(0, n - 1, also, same)
     vocabulary = logits.shape[-1]
     ends = jnp.where(same, history[:, n - 1 :], vocabulary)
     return logits.at[jnp.arange(rows)[:, None], ends].set(-jnp.inf, mode="drop")

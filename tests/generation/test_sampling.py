@@ -73,7 +73,7 @@ TOP_K, TOP_P, MIN_P = jax.jit(sampling.top_k), jax.jit(sampling.top_p), jax.jit(
 @given(
     history=arrays(np.int32, (2, 10), elements=st.integers(0, 3)),
     length=arrays(np.int32, (2,), elements=st.integers(1, 10)),
-    n=st.integers(1, 4),
+    n=st.integers(1, 4) | st.just(11),
 )
 def test_no_sequence_is_written_twice(history: np.ndarray, length: np.ndarray, n: int) -> None:
     """What may follow is every token but those that end a sequence of `n` which stands in the text already."""
