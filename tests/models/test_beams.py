@@ -139,6 +139,21 @@ def test_a_search_compiles_once_and_gives_texts() -> None:
     np.testing.assert_array_equal(one.tokens, found.tokens[[6, 0]])
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("kind", ["bfloat16", "int8"])
+def test_beams_are_followed_in_smaller_caches(kind: str) -> None:
+    """Rows of every array of a cache go with their beams: scores are near those of float32, and of the same texts."""
+    beams, model, prompts = Beams(count=3), tiny_model(), [[5, 6, 7], [8, 9]]
+    exact, small = (
+        Generator(model, cache=cache).generate(prompts, max_new_tokens=9, beams=beams, samples=3, stop=[])
+        for cache in ("float32", kind)
+    )
+    assert exact.scores is not None
+    assert small.scores is not None
+    difference = np.abs(exact.scores - small.scores).max()
+    assert 0 < difference < 0.05
+
+
 def test_what_a_search_does_not_do_is_said() -> None:
     made = Generator(tiny_model(), tokenizer=tiny_tokenizer())
     two = Beams(count=2)
