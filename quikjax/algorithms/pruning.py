@@ -34,8 +34,13 @@ def semi_structured(W: Float32[Array, "n k"]) -> Int8[Array, "n k"]:
 def unstructured(W: Float32[Array, "n k"], share: float) -> Int8[Array, "n k"]:
     """Without the `share` of the matrix that is smallest in magnitude; of equal ones the last are dropped first."""
     dropped = round(W.size * share)
-    rank = jnp.argsort(jnp.argsort(-jnp.abs(W).reshape(-1), stable=True), stable=True)
-    return (rank < W.size - dropped).astype(jnp.int8).reshape(W.shape)
+    if dropped == W.size:
+        return jnp.zeros(W.shape, jnp.int8)
+    sizes = jnp.abs(W).reshape(-1)
+    least = jnp.sort(sizes)[dropped]  # of those that stay
+    above, equal = sizes > least, sizes == least
+    kept = above | (equal & (jnp.cumsum(equal) <= W.size - dropped - jnp.sum(above)))
+    return kept.astype(jnp.int8).reshape(W.shape)
 
 
 def structured(W: Float32[Array, "n k"], share: float, width: int = 1) -> Int8[Array, "n k"]:
