@@ -58,7 +58,7 @@ class Sampling:
         for name, meaning in counts:
             value = getattr(self, name)
             if not math.isfinite(value) or int(value) != value or value < 0:
-                raise QuikError(f"{meaning}, a whole number, 0 for no limit, not {value}")
+                raise QuikError(f"{meaning}, a whole number, not {value}; 0 sets no limit")
         if not (0 <= self.temperature < math.inf):
             raise QuikError(f"the temperature is 0 (the most likely token, always) or more, not {self.temperature:g}")
         if not 0 < self.top_p <= 1:
