@@ -87,7 +87,7 @@ def masked_loss(
 
 def main() -> None:
     parser = options(__doc__)
-    parser.set_defaults(steps=2000, batch=4)
+    parser.set_defaults(steps=4000, batch=32, length=64)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--width", type=int, default=128)
     args = parser.parse_args(namespace=argparse.Namespace(started=time.perf_counter()))
