@@ -163,7 +163,8 @@ def advanced(
     hoped = limit if beams.early_stopping == "never" and beams.length_penalty > 0 else search.step + 1
     full = (ended.lengths > 0).all(axis=1)
     worst = jnp.where(full, ended.scores.min(axis=1), NEVER)
-    better = going.scores[:, 0] / _power(hoped, beams.length_penalty) > worst
+    # Not the first of them: XLA would take a slice of what `top_k` gives for one of a whole sort, and sort all candidates.
+    better = going.scores.max(axis=1) / _power(hoped, beams.length_penalty) > worst
     still = search.open & better & ~last_step & ~(full if beams.early_stopping is True else False)
     return Search(
         cache=take_rows(search.cache, came_from),

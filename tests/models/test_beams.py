@@ -121,6 +121,24 @@ def test_enough_beams_find_the_best_of_all_texts(penalty: float) -> None:
         assert float(found.scores[0, i]) == pytest.approx(score, rel=1e-5)
 
 
+def test_no_candidates_are_sorted() -> None:
+    """A step takes the best few of all candidates; a sort of them took longer than the model."""
+    count, vocabulary = 3, 50
+    nothing, cache = states(count, 4)
+    zeros, step = jnp.zeros(count, jnp.int32), jnp.int32(1)
+    search = Search(
+        cache=cache, last=zeros, at=zeros, past=Past(), going=nothing, ended=nothing, open=jnp.ones(1, bool), step=step
+    )
+
+    def once(search: Search, logits: jax.Array) -> Search:
+        return advanced(search, logits, jnp.asarray([2]), Sampling().values(), jnp.int32(4), Kind(), Beams(count=count))
+
+    program = jax.jit(once).lower(search, jnp.zeros((count, vocabulary))).compile().as_text()
+    assert program is not None
+    assert "TopK" in program
+    assert " sort(" not in program
+
+
 def test_a_search_compiles_once_and_gives_texts() -> None:
     made = Generator(tiny_model(), tokenizer=tiny_tokenizer(), batch_size=4)
     beams = Beams(count=2)
