@@ -16,13 +16,13 @@ from jaxtyping import Array, Bool, Float32, Int32
 
 from quikjax.generation.decode import CHUNK, Kind, Past, allowed, is_stop
 from quikjax.generation.programs import Programs
-from quikjax.generation.sampling import Forced, Values
+from quikjax.generation.sampling import Forced, Values, among
 from quikjax.generation.settings import Beams
 from quikjax.models import stacked
 from quikjax.models.cache import StackedCache, repeat_rows, take_rows
 from quikjax.models.stacked import Layout
 
-# In place of -inf, which sums cannot tell apart from a token that may not be.
+# The sum of a beam that is none yet: in place of -inf, which could not be told apart from a token that may not be.
 NEVER = np.float32(-1e9)
 Leaf = Any
 
@@ -91,7 +91,7 @@ def begin(
         at=each(lengths) - 1,
         past=jax.tree.map(each, past),
         going=nothing,
-        ended=dataclasses.replace(nothing, scores=jnp.full_like(sums, NEVER)),
+        ended=dataclasses.replace(nothing, scores=jnp.full_like(sums, -jnp.inf)),
         open=real,
         step=jnp.int32(0),
         forced=forced,
@@ -143,18 +143,17 @@ def advanced(
     # What ends, among the best: a stop token, or no room for more.
     best, where = jax.lax.top_k(sums, count)
     token = (where % vocabulary).astype(jnp.int32)
-    ends = (is_stop(token.reshape(-1), stops).reshape(texts, count) | last_step) & search.open[:, None]
+    ends = (is_stop(token.reshape(-1), stops).reshape(texts, count) | last_step) & search.open[:, None] & (best > NEVER / 2)
     ended = _best(
         search.ended,
         dataclasses.replace(
             _longer(search.going, where // vocabulary, token, search.step),
-            scores=jnp.where(ends, best / _power(search.step + 1, beams.length_penalty), NEVER),
+            scores=jnp.where(ends, best / _power(search.step + 1, beams.length_penalty), -jnp.inf),
         ),
     )
 
     # What goes on: the best that are no stop tokens.
-    stopping = jnp.zeros(vocabulary, bool).at[jnp.where(stops < 0, vocabulary, stops)].set(True, mode="drop")
-    best, where = jax.lax.top_k(jnp.where(jnp.tile(stopping, count), 2 * NEVER, sums), count)
+    best, where = jax.lax.top_k(jnp.where(jnp.tile(among(stops, vocabulary), count), 2 * NEVER, sums), count)
     beam, token = where // vocabulary, (where % vocabulary).astype(jnp.int32)
     going = dataclasses.replace(_longer(search.going, beam, token, search.step), scores=best)
     came_from = (jnp.arange(texts)[:, None] * count + beam).reshape(-1)
@@ -162,7 +161,7 @@ def advanced(
 
     hoped = limit if beams.early_stopping == "never" and beams.length_penalty > 0 else search.step + 1
     full = (ended.lengths > 0).all(axis=1)
-    worst = jnp.where(full, ended.scores.min(axis=1), NEVER)
+    worst = jnp.where(full, ended.scores.min(axis=1), -jnp.inf)
     # Not the first of them: XLA would take a slice of what `top_k` gives for one of a whole sort, and sort all candidates.
     better = going.scores.max(axis=1) / _power(hoped, beams.length_penalty) > worst
     still = search.open & better & ~last_step & ~(full if beams.early_stopping is True else False)
@@ -193,12 +192,12 @@ def _longer(
 
 
 def _best(kept: Continuations, new: Continuations) -> Continuations:
-    """The best of both by their scores; one with a score of `NEVER` is none, and has no length."""
+    """The best of both by their scores; one with a score of `-inf` is none, and has no length."""
     both = jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), kept, new)
     scores, where = jax.lax.top_k(both.scores, kept.scores.shape[1])
     tokens = jnp.take_along_axis(both.tokens, where[..., None], axis=1)
     lengths = jnp.take_along_axis(both.lengths, where, axis=1)
-    return Continuations(tokens=tokens, lengths=jnp.where(scores > NEVER, lengths, 0), scores=scores)
+    return Continuations(tokens=tokens, lengths=jnp.where(scores > -jnp.inf, lengths, 0), scores=scores)
 
 
 @dataclasses.dataclass

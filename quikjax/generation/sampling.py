@@ -71,8 +71,12 @@ def unended(
     logits: Logits, step: Int32[Array, " batch"], stops: Int32[Array, " stops"], least: Int32[Array | np.int32, ""]
 ) -> Logits:
     """Logits without stop tokens (padded with negative numbers) in rows to which fewer than `least` tokens were added."""
-    among = jnp.zeros(logits.shape[-1], bool).at[jnp.where(stops < 0, logits.shape[-1], stops)].set(True, mode="drop")
-    return jnp.where(among & (step < least)[:, None], -jnp.inf, logits)
+    return jnp.where(among(stops, logits.shape[-1]) & (step < least)[:, None], -jnp.inf, logits)
+
+
+def among(stops: Int32[Array, " stops"], vocabulary: int) -> Bool[Array, " vocab"]:
+    """Which tokens of a vocabulary are stops (padded with negative numbers)."""
+    return jnp.zeros(vocabulary, bool).at[jnp.where(stops < 0, vocabulary, stops)].set(True, mode="drop")
 
 
 def top_k(logits: Logits, k: Int32[Array | np.int32, ""]) -> Logits:

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from quikjax.generation.sampling import Values
 
 _MOST_SEED = 2**32 - 1
+_MOST_PENALTY = 10  # a length to this power, and a score times it, are still float32 numbers
 
 
 def check_seed(seed: int) -> None:
@@ -104,6 +105,7 @@ class Beams:
     token counted (arXiv 1609.08144): 0 is the sum itself, which favours short texts, 1 the mean. The search of a text ends when
     `count` continuations have ended (`early_stopping` true), or when no open one is expected to become better than the worst of
     those (false: at the length that it has; "never": at the length that would suit it best). The terms are transformers'.
+    Where there are fewer texts than are asked for (of one forced token there is one), the rest are empty and score -inf.
     """
 
     count: int
@@ -120,8 +122,8 @@ class Beams:
             raise QuikError(f"a search follows 2 beams or more, not {self.count}; without beams a text is greedy or drawn")
         if isinstance(self.length_penalty, bool) or not isinstance(self.length_penalty, numbers.Real):
             raise QuikError(f"the length penalty is a number, not {described(self.length_penalty)}")
-        if not math.isfinite(self.length_penalty):
-            raise QuikError(f"the length penalty is a finite number, not {self.length_penalty}")
+        if not abs(self.length_penalty) <= _MOST_PENALTY:
+            raise QuikError(f"the length penalty is from -{_MOST_PENALTY} to {_MOST_PENALTY}, not {self.length_penalty}")
         if not isinstance(self.early_stopping, bool) and self.early_stopping != "never":
             raise QuikError(f"early_stopping is True, False or 'never', not {self.early_stopping!r}")
 

@@ -106,7 +106,7 @@ def test_enough_beams_find_the_best_of_all_texts(penalty: float) -> None:
         at=jnp.zeros(count, jnp.int32),
         past=Past(),
         going=dataclasses.replace(nothing, scores=nothing.scores.at[0, 0].set(0)),
-        ended=nothing,
+        ended=dataclasses.replace(nothing, scores=jnp.full_like(nothing.scores, -jnp.inf)),
         open=jnp.ones(1, bool),
         step=jnp.int32(0),
     )
@@ -119,6 +119,20 @@ def test_enough_beams_find_the_best_of_all_texts(penalty: float) -> None:
     for i, (text, score) in enumerate(expected):
         assert tuple(np.asarray(found.tokens)[0, i, : found.lengths[0, i]].tolist()) == text
         assert float(found.scores[0, i]) == pytest.approx(score, rel=1e-5)
+
+
+def test_texts_that_are_not_there_are_empty() -> None:
+    """Of two forced tokens there is one text; and a steep penalty, under which scores are beyond -1e9, loses none."""
+    model, _ = test_bart.bart(BARTS["bart-summarizer"])
+    found = generator_of(model).generate([[5, 6, 2]], max_new_tokens=2, beams=Beams(count=3), samples=3)
+    assert found.lengths.tolist() == [1, 0, 0]
+    assert found.scores is not None
+    assert np.isfinite(found.scores).tolist() == [True, False, False]
+    steep = Beams(count=2, length_penalty=-10.0)
+    long = Generator(tiny_model()).generate([[5, 6]], max_new_tokens=12, beams=steep, samples=2, stop=[])
+    assert long.lengths.tolist() == [12, 12]
+    assert long.scores is not None
+    assert (long.scores < -1e9).all()
 
 
 def test_no_candidates_are_sorted() -> None:
@@ -188,7 +202,8 @@ def test_what_a_search_does_not_do_is_said() -> None:
         Generator(tiny_model(), deterministic=True).generate([[5]], max_new_tokens=4, beams=two)
     for wrong, said in (
         ({"count": 1}, "2 beams or more, not 1"),
-        ({"count": 2, "length_penalty": float("nan")}, "a finite number"),
+        ({"count": 2, "length_penalty": float("nan")}, "from -10 to 10, not nan"),
+        ({"count": 2, "length_penalty": -11.0}, "from -10 to 10, not -11"),
         ({"count": 2, "early_stopping": "maybe"}, "True, False or 'never'"),
     ):
         with pytest.raises(QuikError, match=said):
