@@ -22,6 +22,7 @@ from quikjax.pallas_kernels import api
 from quikjax.weights.codebook_tiles import TiledCodebook
 from quikjax.weights.formats import is_packed
 from quikjax.weights.linear import Produced, dense_product, linears
+from quikjax.weights.panels import DensePanels
 from quikjax.weights.tiled import TiledMember, TiledWeight
 
 # Called by a block with the name of a group of layers and the tensor they all read; the block goes on with what it returns.
@@ -311,7 +312,8 @@ class Embedding(nnx.Module):
         self.weight = nnx.Param(jnp.zeros((entries, width), dtype))
 
     def __call__(self, ids: Int[Array, "*batch"]) -> Float[Array, "*batch width"]:
-        return jnp.take(self.weight.get_value(), ids, axis=0, mode="clip")
+        table = self.weight.get_value()
+        return table.rows(ids) if isinstance(table, DensePanels) else jnp.take(table, ids, axis=0, mode="clip")
 
 
 class LayerNorm(nnx.Module):
@@ -335,7 +337,9 @@ class LayerNorm(nnx.Module):
         return Produced(api.LayerNorm(self.eps), (x,), (weight, bias))
 
 
-def unembed(hidden: Float[Array, "*batch width"], weight: Float[Array, "vocab width"]) -> Float[Array, "*batch vocab"]:
+def unembed(
+    hidden: Float[Array, "*batch width"], weight: Float[Array, "vocab width"] | DensePanels
+) -> Float[Array, "*batch vocab"]:
     """float32 logits: `hidden @ weight^T`, accumulated in float32."""
     return dense_product(hidden, weight)
 

@@ -28,6 +28,7 @@ from quikjax.models.cache import Fresh, LayerCache, Memory, StackedCache, formed
 from quikjax.models.encoder_decoder import TextBlock, Writer, WritingBlock
 from quikjax.pallas_kernels import api
 from quikjax.weights import host
+from quikjax.weights.panels import fits_panels, in_panels, is_paneled, of_layer
 from quikjax.weights.quik import QuikWeight
 from quikjax.weights.tiled import TiledMember, TiledWeight, join_groups, put_on_device, widened
 
@@ -62,7 +63,7 @@ class Layout:
 
 
 def stack(
-    model: Transformer, *, release: bool = False, widen: bool = False, unrolled: bool | None = None
+    model: Transformer, *, release: bool = False, widen: bool = False, panels: bool = False, unrolled: bool | None = None
 ) -> tuple[Layout, dict[str, Any]]:
     """The model's static layout, and its parameters with each run of blocks stacked along a new first axis, or unrolled.
 
@@ -74,6 +75,8 @@ def stack(
             once either way.
         widen: for a CPU, which multiplies those faster, hold dense matrices of 16 bits in float32 and codes of 4 bits in int8.
             Exact: the products are those of the same numbers, and the hidden state keeps its dtype.
+        panels: for a CPU whose products are compiled (`pallas_kernels/native`), hold blocks' matrices, the head's table and codes
+            that meet quantized activations in panels, in their own bits; what else there is as `widen` says.
         unrolled: blocks keep arrays of their own. Left out: on a GPU.
 
     Returns:
@@ -91,8 +94,10 @@ def stack(
         block_graphdef, block_state = nnx.split(block)
         given = nnx.to_pure_dict(block_state)
         tree = join_groups(put_on_device(given), type(block).groups.values())
+        if panels and unrolled:
+            tree = _in_panels_alone(tree, release)
         if widen and unrolled:
-            tree = jax.tree.map(_widened, tree, is_leaf=_is_packed)
+            tree = jax.tree.map(_widened, tree, is_leaf=_is_ready)
         if release and unrolled:
             _free(given, tree)
         alike = (block_graphdef, jax.tree.structure(tree), [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(tree)])
@@ -116,12 +121,37 @@ def stack(
     hidden = jax.eval_shape(lambda outside, ids: nnx.merge(rest, outside).embed(ids, ids), outside, ids)
     layout = Layout(rest, tuple(run for run, _ in runs), model.config, str(hidden.dtype), unrolled, text_runs)
     stacked = {
-        str(i): {str(j): tree for j, tree in enumerate(members)} if unrolled else _stacked(members, release, widen)
+        str(i): {str(j): tree for j, tree in enumerate(members)} if unrolled else _stacked(members, release, widen, panels)
         for i, (_, members) in enumerate(runs)
     }
+    if panels:
+        outside = _with_head_in_panels(outside, model.config.vocab_size, release)
     if widen:
-        outside = jax.tree.map(_widened, outside, is_leaf=_is_packed)
+        outside = jax.tree.map(_widened, outside, is_leaf=_is_ready)
     return layout, {"rest": outside, "runs": stacked}
+
+
+def _in_panels_alone(tree: Any, release: bool) -> Any:
+    def alone(leaf: Any) -> Any:
+        return in_panels([leaf], stacked=False, release=release) if fits_panels(leaf) else leaf
+
+    return jax.tree.map(alone, tree, is_leaf=_is_packed)
+
+
+def _with_head_in_panels(outside: dict[str, Any], vocabulary: int, release: bool) -> dict[str, Any]:
+    """The parameters outside the blocks, the table that logits are made with in panels: the head's own, or the embedding's."""
+    named = {
+        jax.tree_util.keystr(path, simple=True, separator="."): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(outside)
+    }
+    tables = [name for name, leaf in named.items() if leaf.ndim == 2 and leaf.shape[0] == vocabulary]
+    heads = [name for name in tables if name.startswith("lm_head.")] or tables
+    if len(heads) != 1 or not fits_panels(named[heads[0]]):
+        return outside
+    table = in_panels([named[heads[0]]], stacked=False, release=release)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: table if jax.tree_util.keystr(path, simple=True, separator=".") == heads[0] else leaf, outside
+    )
 
 
 def _free(given: Any, kept: Any) -> None:
@@ -136,6 +166,10 @@ def _is_packed(leaf: Any) -> bool:
     return isinstance(leaf, QuikWeight | TiledWeight | TiledMember)
 
 
+def _is_ready(leaf: Any) -> bool:
+    return _is_packed(leaf) or is_paneled(leaf)
+
+
 def _widened(leaf: Any) -> Any:
     """A dense matrix of 16 bits in float32, packed codes of 4 bits in bytes, by NumPy where it can; anything else as it is."""
 
@@ -148,13 +182,15 @@ def _widened(leaf: Any) -> Any:
 
     if isinstance(leaf, QuikWeight):
         return widened(jax.tree.map(lambda part: converted(part, _in_bytes(part.dtype)), leaf))
-    if _is_packed(leaf) or leaf.ndim < 2 or leaf.dtype.itemsize != 2:
+    if _is_ready(leaf) or leaf.ndim < 2 or leaf.dtype.itemsize != 2:
         return leaf
     return converted(leaf, jnp.float32)
 
 
-def _stacked(members: list[dict[str, Any]], release: bool, widen: bool) -> Any:
+def _stacked(members: list[dict[str, Any]], release: bool, widen: bool, panels: bool) -> Any:
     def join(*leaves: Any) -> Any:
+        if panels and all(map(fits_panels, leaves)):
+            return in_panels(leaves, stacked=True, release=release)
         if widen and isinstance(leaves[0], QuikWeight):
             # Its codes in whole bytes from the start: NumPy unpacks them many times faster than XLA.
             return widened(jax.tree.map(lambda *parts: join_arrays(*parts, dtype=_in_bytes(parts[0].dtype)), *leaves))
@@ -198,10 +234,7 @@ def _in_bytes(dtype: Any) -> Any:
 
 def _in_host_memory(leaves: tuple[Any, ...]) -> bool:
     """Whether arrays are where NumPy can copy them: several times faster than XLA, whose memory is in small pages."""
-    return jax.default_backend() == "cpu" and all(
-        isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer) and leaf.ndim > 0 and len(leaf.devices()) == 1
-        for leaf in leaves
-    )
+    return all(map(host.is_here, leaves))
 
 
 def read(
@@ -228,10 +261,10 @@ def read(
                 written.append(jax.tree.map(lambda part: part[None], fresh))
             continue
 
-        def block(hidden: Array, tree: Any, run: Run = run) -> tuple[Array, Fresh]:
-            return _read_block(run.graphdef, tree, hidden, queries, kind)
+        def block(hidden: Array, layer: Array, run: Run = run, trees: Any = trees) -> tuple[Array, Fresh]:
+            return _read_block(run.graphdef, of_layer(trees, layer), hidden, queries, kind)
 
-        hidden, parts = jax.lax.scan(block, hidden, trees)
+        hidden, parts = jax.lax.scan(block, hidden, jnp.arange(run.count))
         written.append(parts)
     return _last(rest, hidden, lengths), _all_blocks(written)
 
@@ -262,16 +295,16 @@ def read_text(
                     text = _READ_TEXT_BLOCK(run.graphdef, trees[str(j)], text, positions)
         elif remembers:
 
-            def remember(text: Array, tree: Any, run: Run = run) -> tuple[Array, Fresh]:
-                return text, _remember(run.graphdef, tree, text, kind)
+            def remember(text: Array, layer: Array, run: Run = run, trees: Any = trees) -> tuple[Array, Fresh]:
+                return text, _remember(run.graphdef, of_layer(trees, layer), text, kind)
 
-            written.append(jax.lax.scan(remember, text, trees)[1])
+            written.append(jax.lax.scan(remember, text, jnp.arange(run.count))[1])
         else:
 
-            def block(text: Array, tree: Any, run: Run = run) -> tuple[Array, None]:
-                return _read_text_block(run.graphdef, tree, text, positions), None
+            def block(text: Array, layer: Array, run: Run = run, trees: Any = trees) -> tuple[Array, None]:
+                return _read_text_block(run.graphdef, of_layer(trees, layer), text, positions), None
 
-            text, _ = jax.lax.scan(block, text, trees)
+            text, _ = jax.lax.scan(block, text, jnp.arange(run.count))
     return Memory(_all_blocks(written), lengths)
 
 
@@ -301,12 +334,13 @@ def extend(
                 hidden, cache = _EXTEND_BLOCK(run.graphdef, trees[str(j)], hidden, where, cache, jnp.int32(first + j))
         else:
 
-            def block(carry: tuple[Array, StackedCache], of: tuple[Any, Array], run: Run = run) -> tuple[Any, None]:
-                (hidden, cache), (tree, layer) = carry, of
-                return _extend_block(run.graphdef, tree, hidden, where, cache, layer), None
+            def block(
+                carry: tuple[Array, StackedCache], layer: Array, run: Run = run, trees: Any = trees, first: int = first
+            ) -> tuple[Any, None]:
+                hidden, cache = carry
+                return _extend_block(run.graphdef, of_layer(trees, layer), hidden, where, cache, first + layer), None
 
-            layers = jnp.arange(first, first + run.count, dtype=jnp.int32)
-            (hidden, cache), _ = jax.lax.scan(block, (hidden, cache), (trees, layers))
+            (hidden, cache), _ = jax.lax.scan(block, (hidden, cache), jnp.arange(run.count))
         first += run.count
     return _last(rest, hidden, lengths), cache
 

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 from quikjax.pallas_kernels import cpu, reference
 from quikjax.pallas_kernels.choice import BACKENDS, SPLIT, BackendError, Choice, Problem, choose
 from quikjax.pallas_kernels.devices import Device, current_device
-from quikjax.pallas_kernels.layout import Halved, Joined, Packed, Tiled, from_tiles, halve, join, pack, part, to_tiles
+from quikjax.pallas_kernels.layout import Halved, Joined, Packed, Paneled, Tiled, from_tiles, halve, join, pack, part, to_tiles
 from quikjax.pallas_kernels.reference import Split
 from quikjax.pallas_kernels.split_quantize.producers import (
     Gelu,
@@ -30,17 +30,22 @@ from quikjax.pallas_kernels.split_quantize.producers import (
     SiluMul,
 )
 
+# A weight in any form, for one layer or for several.
+Form = Packed | Tiled | Halved | Paneled | Joined
+
 __all__ = [
     "BACKENDS",
     "BackendError",
     "Choice",
     "Device",
+    "Form",
     "Gelu",
     "Halved",
     "Identity",
     "Joined",
     "LayerNorm",
     "Packed",
+    "Paneled",
     "Problem",
     "Producer",
     "Relu",
@@ -64,7 +69,7 @@ __all__ = [
 
 def explain(
     rows: int,
-    packed: Packed | Tiled | Halved | Joined,
+    packed: Form,
     bits: int,
     dtype: Any,
     *,
@@ -80,7 +85,7 @@ def explain(
     return choose(_problem(rows, packed, bits, dtype, producer), device or current_device(), backend)
 
 
-def _problem(rows: int, packed: Packed | Tiled | Halved | Joined, bits: int, dtype: Any, producer: Producer) -> Problem:
+def _problem(rows: int, packed: Form, bits: int, dtype: Any, producer: Producer) -> Problem:
     return Problem(
         rows=rows,
         inputs=packed.inputs,
@@ -138,7 +143,7 @@ def split_quantize(
 
 def quik_matmul(
     split: Split,
-    packed: Packed | Tiled | Halved,
+    packed: Packed | Tiled | Halved | Paneled,
     bias: Float[Array, " n"] | None,
     bits: int,
     out_dtype: Any,
@@ -172,7 +177,7 @@ def quik_matmul(
 
 def weight_only_matmul(
     x: Float[Array, "*batch k"],
-    packed: Packed | Tiled | Halved,
+    packed: Packed | Tiled | Halved | Paneled,
     bias: Float[Array, " n"] | None,
     *,
     backend: str | None = None,
@@ -202,7 +207,7 @@ class _Call:
 
 def linears(
     inputs: Sequence[Float[Array, "*batch k"]],
-    weights: Sequence[Packed | Tiled | Halved | Joined],
+    weights: Sequence[Form],
     biases: Sequence[Float[Array, " _"] | None],
     bits: int,
     *,
@@ -254,13 +259,13 @@ def linears(
     return ys if residual is None or fused else [residual + y for y in ys]
 
 
-def _backends(call: _Call, rows: int, weight: Packed | Tiled | Halved | Joined, dtype: Any) -> list[str]:
+def _backends(call: _Call, rows: int, weight: Form, dtype: Any) -> list[str]:
     """Which backend runs each of the weights that `weight` stands for."""
     problem = _problem(rows, weight, call.bits, dtype, call.producer)
     return [choose(dataclasses.replace(problem, outputs=n), call.device, call.backend).backend for n in _outputs(weight)]
 
 
-def _outputs(weight: Packed | Tiled | Halved | Joined) -> tuple[int, ...]:
+def _outputs(weight: Form) -> tuple[int, ...]:
     return weight.members if isinstance(weight, Joined) else (weight.outputs,)
 
 
@@ -367,8 +372,10 @@ def _run(call: _Call, inputs: Any, parameters: Any, weights: Any, biases: Any, r
 
 
 def _run_xla(call: _Call, inputs: Any, parameters: Any, weights: Any, biases: Any, rows: int, _: Any) -> list[jax.Array]:
-    weights = [from_tiles(weight) for weight in weights]
     x = call.producer(*inputs, *parameters)
+    if call.bits < 16 and all(isinstance(weight, Paneled) for weight in weights):
+        return cpu.linears(x, weights, biases, call.bits, bfloat16=False)
+    weights = [from_tiles(weight) for weight in weights]
     if call.bits == 16:
         return [
             reference.weight_only_matmul(x, w.columns, w.qweight, w.scale, w.outliers, bias).astype(x.dtype)

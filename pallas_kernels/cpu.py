@@ -1,4 +1,4 @@
-"""The XLA backend on a CPU, for many rows: the reference's integers with less memory traffic.
+"""The XLA backend on a CPU, for many rows and for weights in panels: the reference's integers with less memory traffic.
 
 Three things cost a CPU more than the arithmetic, so they are done another way; codes, scales, zeros and accumulators are
 bit-identical to `reference`.
@@ -9,6 +9,9 @@ bit-identical to `reference`.
   written once.
 - int8 products. Codes of up to 8 bits are bfloat16 numbers; their products and sums are float32 numbers while they stay within
   2^24. Where the CPU has bfloat16 instructions that takes two thirds of the time, with the same integers.
+
+Weights in panels (`native`), whose codes are in the order of `x` already, are multiplied by the compiled product, whatever the
+number of rows.
 """
 
 import itertools
@@ -20,7 +23,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Int8, Int32
 
 from quikjax.pallas_kernels import reference
-from quikjax.pallas_kernels.layout import Packed
+from quikjax.pallas_kernels.layout import Packed, Paneled
+from quikjax.pallas_kernels.native import panels
 from quikjax.pallas_kernels.reference import Split
 
 # Measured with benchmarks/prefill.py. Below, moving the weight costs more than moving the activations.
@@ -30,18 +34,24 @@ MOST_PIECES = 2
 
 
 def linears(
-    x: Float[Array, "rows k"], weights: Sequence[Packed], biases: Sequence[Any], bits: int, *, bfloat16: bool
+    x: Float[Array, "rows k"], weights: Sequence[Packed | Paneled], biases: Sequence[Any], bits: int, *, bfloat16: bool
 ) -> list[Float[Array, "rows _"]]:
     """`x W^T + bias` for weights with the same columns, in the dtype of `x`; `bits` of the activations is 4 or 8.
 
     `bfloat16`: multiply that way where it is exact.
     """
-    k, first = x.shape[1], weights[0]
+    (rows, k), first = x.shape, weights[0]
     pieces = bfloat16_pieces(k, bits, max(weight.weight_bits for weight in weights))
     carrier = jnp.bfloat16 if bfloat16 and pieces <= MOST_PIECES else jnp.int8
-    split = split_quantize(written_once(x, first.columns), first.columns, first.base, bits, carrier, first.level_clip)
+    x = written_once(x, first.columns) if rows >= FEWEST_ROWS else x
+    split = split_quantize(x, first.columns, first.base, bits, carrier, first.level_clip)
     results = []
     for weight, bias in zip(weights, biases, strict=True):
+        if isinstance(weight, Paneled):
+            arrays = (weight.qweight, weight.outliers, weight.scale, weight.reduced, weight.layer)
+            y = panels.quik_product(split, bits, *arrays, weight.bits)
+            results.append((y if bias is None else y + bias.astype(jnp.float32)).astype(x.dtype))
+            continue
         accumulator = None
         if weight.base:
             accumulator = integer_matmul(split.codes, unpermuted(weight.qweight, weight.columns).astype(carrier), pieces)

@@ -19,6 +19,8 @@ each other, a row's 128 codes 64 bytes, of which a thread reads its own 16 at on
 Triton's kernels read columns as they are, but codes of 4 bits as bytes (`Halved`): byte `j` of the 64 that stand for 128 columns
 has the code of column `j` in its low half and that of column `64 + j` in its high one, so that each half of a tile is a product
 of 64 columns that lie next to each other in the activations. Codes past the last column are zero.
+
+A CPU's compiled products read panels of 16 rows (`Paneled`), in which codes are in the order of the inputs.
 """
 
 import dataclasses
@@ -28,6 +30,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int, Int32, Shaped
+
+from quikjax.pallas_kernels.native import panels
 
 WEIGHT_TILE = 128
 OUTLIER_TILE = 64
@@ -108,6 +112,23 @@ class Halved(_Weight):
     @property
     def code_dtype(self) -> Any:
         return jnp.dtype(jnp.int4)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Paneled(_Weight):
+    """A weight for a CPU's compiled products: the arrays of L layers that are alike, of which it is number `layer`, int32 `[]`.
+
+    `qweight` uint8 `[L, panels, steps, 64]` and `outliers` `[L, panels, O, 16]` are in panels (`native/panels.py`), codes in the
+    order of the inputs; `scale` and `reduced` `[L, N]`. `columns` `[K]` are the layer's own. Static: `bits` of the codes.
+    """
+
+    layer: Leaf
+    bits: int = dataclasses.field(metadata={"static": True})
+
+    @property
+    def code_dtype(self) -> Any:
+        return jnp.dtype(jnp.int4 if self.bits == 4 else jnp.int8)
 
 
 @jax.tree_util.register_dataclass
@@ -290,10 +311,21 @@ def _whole(halved: Halved) -> Packed:
     return Packed(**{**fields, "qweight": codes})
 
 
-def from_tiles(packed: Packed | Tiled | Halved) -> Packed:
+def _out_of_panels(paneled: Paneled) -> Packed:
+    own = {field.name: getattr(paneled, field.name) for field in dataclasses.fields(_Weight)}
+    codes = panels.code_matrix(paneled.qweight[paneled.layer], paneled.outputs, paneled.inputs, paneled.bits)
+    own["qweight"] = jnp.take(codes, paneled.columns[: paneled.base], axis=1, mode="clip").astype(paneled.code_dtype)
+    own["outliers"] = panels.float_matrix(paneled.outliers[paneled.layer], paneled.outputs)
+    own |= {name: own[name][paneled.layer] for name in ("scale", "reduced")}
+    return Packed(**own)
+
+
+def from_tiles(packed: Packed | Tiled | Halved | Paneled) -> Packed:
     """The weight without padding; itself if it has none."""
     if isinstance(packed, Packed):
         return packed
+    if isinstance(packed, Paneled):
+        return _out_of_panels(packed)
     if isinstance(packed, Halved):
         return _whole(packed)
     n, base, outliers = packed.outputs, packed.base, packed.outlier_count

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from quikjax.pallas_kernels.layout import Halved, Packed, Tiled, from_tiles, halve
+from quikjax.pallas_kernels.layout import Halved, Packed, Paneled, Tiled, from_tiles, halve
 from quikjax.pallas_kernels.reference import Split, split_columns
 from quikjax.pallas_kernels.split_quantize.producers import Identity, Producer
 
@@ -37,7 +37,7 @@ def split(
     return triton.split_quantize(inputs[0], columns, base, bits, compute_capability, clip, producer)
 
 
-def readable(packed: Packed | Tiled | Halved) -> Packed | Halved:
+def readable(packed: Packed | Tiled | Halved | Paneled) -> Packed | Halved:
     """A weight as the kernel reads it: of 4 bits two codes to a byte, of 8 bits without padding."""
     if isinstance(packed, Halved):
         return packed

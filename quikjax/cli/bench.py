@@ -145,13 +145,19 @@ def _encoder_rows(
 def _decoder_rows(
     generators: "Mapping[str, Generator]", tests: "Sequence[Test]", batches: Sequence[int], rounds: int
 ) -> "list[Row]":
+    import jax
+
     from quikjax.cli.bench_tables import bandwidth_fields, speed_row
     from quikjax.cli.printing import say
     from quikjax.generation import speed
+    from quikjax.generation.compiled import why_no_compiled_products
     from quikjax.speed_tests import decoder_tests
 
     rate = speed.bandwidth()
     say(f"this device copies at {rate / 1e9:.1f} GB/s")
+    if jax.default_backend() == "cpu":
+        reason = why_no_compiled_products()
+        say("products are compiled for this CPU" if reason is None else f"products are XLA's: {reason}")
     tests = tests or decoder_tests(batches)
     return [
         speed_row(name, one) | bandwidth_fields(speed.bytes_per_token(generators[name], one.test), one, rate)

@@ -86,7 +86,8 @@ class RunningOptions:
     unroll: Annotated[
         bool,
         typer.Option(
-            "--unroll", help="Compile every block by itself: longer, but an unquantized model then decodes faster on a CPU."
+            "--unroll",
+            help="Compile every block by itself: longer; it pays where a CPU's products are XLA's.",
         ),
     ] = False
     cache_dir: Annotated[
@@ -111,9 +112,11 @@ class RunningOptions:
             QuikError: as `quikjax.load`, or compiled programs cannot be kept where they should be.
         """
         from quikjax.checkpoint.load import load
+        from quikjax.generation.compiled import compile_products_meanwhile
         from quikjax.generation.executables import keep_executables
 
         keep_executables(self.cache_dir)
+        compile_products_meanwhile()
         return load(model, dtype=parse_dtype(self.dtype), context=self.context, plain_tokenizer=plain_tokenizer)
 
 

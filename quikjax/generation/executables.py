@@ -14,9 +14,15 @@ from quikjax.files import user_path
 
 VARIABLE = "QUIKJAX_CACHE"
 
+# What `keep_executables` was told last: like JAX's own setting, one for the process.
+_named: str | Path | None = None
+
 
 def cache_directory(named: str | Path | None = None) -> Path:
-    """The folder: the one named, that of the environment's `QUIKJAX_CACHE`, or `~/.cache/quikjax` (`XDG_CACHE_HOME`'s)."""
+    """The folder: the one named, here or to `keep_executables`; that of the environment's `QUIKJAX_CACHE`; or `~/.cache/quikjax`
+    (`XDG_CACHE_HOME`'s).
+    """
+    named = named or _named
     if named:
         return user_path(named)
     if os.environ.get(VARIABLE):
@@ -32,8 +38,10 @@ def keep_executables(named: str | Path | None = None) -> Path:
     Raises:
         QuikError: the folder cannot be made or written.
     """
+    global _named
     import jax
 
+    _named = named
     directory = cache_directory(named) / f"jax-{jax.__version__}-{machine()}"
     try:
         directory.mkdir(parents=True, exist_ok=True)

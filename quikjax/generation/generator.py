@@ -15,6 +15,7 @@ from quikjax.errors import QuikError
 from quikjax.files import described
 from quikjax.generation import beams as search
 from quikjax.generation import decode
+from quikjax.generation.compiled import why_no_compiled_products
 from quikjax.generation.decode import CHUNK, NOTHING, Kind, Past, State
 from quikjax.generation.programs import Programs
 from quikjax.generation.rows import Generation, Row, bucket, collected, padded
@@ -96,10 +97,9 @@ class Generator:
             `batch_size` rows at a time, so that every product is the same program's.
         batch_size: rows decoded together at most.
         release: free the model's own block parameters as they are stacked; the model cannot be used afterwards. Without it the
-            blocks are held twice (on a GPU, where blocks are not stacked, what its kernels read in another form). On a CPU dense
-            matrices of 16 bits are held in float32, which it multiplies faster.
-        unrolled: compile every block by itself, as on a GPU anyway. On a CPU an unquantized model decodes faster then, as no
-            weight is copied out of stacked ones for every token, and compiling takes longer by the number of blocks.
+            blocks are held twice (on a GPU, where blocks are not stacked, what its kernels read in another form).
+        unrolled: compile every block by itself, as on a GPU anyway, which takes longer by the number of blocks. An unquantized
+            model decodes faster then on a CPU without compiled products, as no weight is copied out of stacked ones.
         programs: those of another generator, whose models of the same shapes then need no compiling.
 
     Raises:
@@ -136,7 +136,8 @@ class Generator:
         self.batch_size = batch_size
         self.programs = Programs() if programs is None else programs
         cpu = jax.default_backend() == "cpu"
-        self.layout, self.params = stacked.stack(model, release=release, widen=cpu, unrolled=unrolled or None)
+        panels = cpu and why_no_compiled_products() is None
+        self.layout, self.params = stacked.stack(model, release=release, widen=cpu, panels=panels, unrolled=unrolled or None)
         self.cache = cache or ("float32" if cpu else self.layout.dtype)
         by_blocks = deterministic or cpu
         self.key_block = KEY_BLOCK if by_blocks else 0

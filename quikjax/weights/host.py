@@ -68,3 +68,14 @@ def joined(parts: Sequence[jax.Array]) -> jax.Array | None:
     if begin + len(parts) * size > home.nbytes:
         return None  # the next memory happens to begin where this one ends
     return adopt(home[begin : begin + len(parts) * size].view(parts[0].dtype).reshape(len(parts), *parts[0].shape))
+
+
+def is_here(array: Any) -> bool:
+    """Whether an array is where NumPy can read it without a copy: on one CPU device, and not of a program being traced."""
+    return (
+        jax.default_backend() == "cpu"
+        and isinstance(array, jax.Array)
+        and not isinstance(array, jax.core.Tracer)
+        and array.ndim > 0
+        and len(array.devices()) == 1
+    )

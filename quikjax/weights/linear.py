@@ -16,6 +16,7 @@ from quikjax.weights.codebook import CodebookWeight
 from quikjax.weights.codebook_tiles import TiledCodebook, codebook_choice, kernel_product
 from quikjax.weights.formats import PackedWeight, Weight
 from quikjax.weights.groups import GroupWeight
+from quikjax.weights.panels import DensePanels
 from quikjax.weights.quik import QuikWeight
 from quikjax.weights.sparse import SparseWeight
 from quikjax.weights.tiled import TiledMember, TiledWeight, own_biases, packed
@@ -59,7 +60,7 @@ class Trained(abc.ABC):
 
 def linear(
     x: Float[Array, "..."] | Produced,
-    weight: Weight | TiledWeight | TiledCodebook | Trained,
+    weight: Weight | TiledWeight | TiledCodebook | DensePanels | Trained,
     bias: Float[Array, "..."] | None = None,
     backend: str | None = None,
     residual: Float[Array, "..."] | None = None,
@@ -80,7 +81,7 @@ def linear(
 
 def linears(
     x: Float[Array, "..."] | Produced,
-    weights: Sequence[Weight | TiledWeight | TiledMember | TiledCodebook | Trained],
+    weights: Sequence[Weight | TiledWeight | TiledMember | TiledCodebook | DensePanels | Trained],
     biases: Sequence[Float[Array, "..."] | None],
     backend: str | None = None,
     residual: Float[Array, "..."] | None = None,
@@ -160,7 +161,7 @@ def dequantized_choice(backend: str | None = None) -> api.Choice:
     return api.Choice("xla", "weights in groups are dequantized and multiplied by XLA", refused)
 
 
-def _dense(x: Float[Array, "..."], weight: Array, bias: Float[Array, "..."] | None) -> Float[Array, "..."]:
+def _dense(x: Float[Array, "..."], weight: Array | DensePanels, bias: Float[Array, "..."] | None) -> Float[Array, "..."]:
     y = dense_product(x, weight)
     if bias is not None:
         y = y + bias.astype(jnp.float32)
@@ -214,8 +215,10 @@ def _batch_shape(shape: tuple[int, ...], in_shape: tuple[int, ...]) -> tuple[int
     return batch
 
 
-def dense_product(x: Float[Array, "*batch k"], weight: Float[Array, "n k"]) -> Float32[Array, "*batch n"]:
+def dense_product(x: Float[Array, "*batch k"], weight: Float[Array, "n k"] | DensePanels) -> Float32[Array, "*batch n"]:
     """`x W^T`, accumulated in float32: in the dtype of `x`, or in float32 where `x` is of 16 bits and the weight was widened."""
+    if isinstance(weight, DensePanels):
+        return weight.product(x)
     dtype = jnp.promote_types(x.dtype, weight.dtype) if weight.dtype == jnp.float32 else x.dtype
     x, weight = x.astype(dtype), weight.astype(dtype)
     return jax.lax.dot_general(x, weight, (((x.ndim - 1,), (1,)), ((), ())), preferred_element_type=jnp.float32)

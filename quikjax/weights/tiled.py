@@ -65,7 +65,7 @@ class TiledWeight(_Place):
     to a byte; or those of all layers of its group, of which it is the first.
     """
 
-    tiles: api.Packed | api.Tiled | api.Halved | api.Joined
+    tiles: api.Form
 
     @property
     def base(self) -> int:
@@ -96,10 +96,10 @@ def packed(weight: QuikWeight) -> api.Packed: ...
 
 
 @overload
-def packed(weight: QuikWeight | TiledWeight) -> api.Packed | api.Tiled | api.Halved | api.Joined: ...
+def packed(weight: QuikWeight | TiledWeight) -> api.Form: ...
 
 
-def packed(weight: QuikWeight | TiledWeight) -> api.Packed | api.Tiled | api.Halved | api.Joined:
+def packed(weight: QuikWeight | TiledWeight) -> api.Form:
     """The arrays of a weight as the kernels' interface takes them, in the form that they have."""
     if isinstance(weight, TiledWeight):
         return weight.tiles
@@ -130,15 +130,14 @@ def widened(weight: QuikWeight) -> TiledWeight:
     return _in_form(weight, dataclasses.replace(arrays, qweight=arrays.qweight.astype("int8")))
 
 
-def _in_form(weight: QuikWeight, arrays: api.Packed | api.Tiled | api.Halved) -> TiledWeight:
+def _in_form(weight: QuikWeight, arrays: api.Form) -> TiledWeight:
     assert math.prod(weight.out_shape) == weight.outputs
-    return TiledWeight(
-        tiles=arrays,
-        activation_bits=weight.activation_bits,
-        shape=weight.shape,
-        in_axes=weight.in_axes,
-        group=weight.group,
-    )
+    return TiledWeight(tiles=arrays, **place_of(weight))
+
+
+def place_of(weight: Any) -> dict[str, Any]:
+    """The fields of a layer's place in a model, of a weight in any form."""
+    return {field.name: getattr(weight, field.name) for field in dataclasses.fields(_Place)}
 
 
 def put_on_device(params: Any, device: api.Device | None = None) -> Any:
@@ -202,8 +201,7 @@ def _joined(weights: list[TiledWeight], number: int) -> TiledWeight | TiledMembe
     weight = weights[number]
     if number == 0:
         return dataclasses.replace(weight, tiles=_JOIN([w.tiles for w in weights]))
-    place = {field.name: getattr(weight, field.name) for field in dataclasses.fields(_Place)}
-    return TiledMember(**place, number=number, base=weight.base, level_clip=weight.level_clip)
+    return TiledMember(**place_of(weight), number=number, base=weight.base, level_clip=weight.level_clip)
 
 
 # One program for all groups, or weights, of a shape.

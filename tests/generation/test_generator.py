@@ -14,6 +14,7 @@ from quikjax.checkpoint.load import load
 from quikjax.errors import QuikError
 from quikjax.generation import Generator, Sampling
 from quikjax.generation.cache_error import cache_error
+from quikjax.generation.compiled import why_no_compiled_products
 from quikjax.generation.programs import Programs
 from quikjax.generation.rows import bucket
 from quikjax.models import cache as caches
@@ -142,7 +143,10 @@ def test_codes_in_whole_bytes_multiply_to_the_same_bits() -> None:
     np.testing.assert_array_equal(logits[0], logits[1])
 
 
-def test_blocks_compiled_one_by_one_write_the_same() -> None:
+@pytest.mark.parametrize("products", ["compiled", pytest.param("XLA's", marks=pytest.mark.long)])
+def test_blocks_compiled_one_by_one_write_the_same(products: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if products == "XLA's":
+        monkeypatch.setenv("QUIKJAX_NATIVE", "0")
     model = packed_model(QUANTIZED, num_hidden_layers=2)
     narrow = nnx.merge(
         nnx.split(model)[0],
@@ -154,8 +158,9 @@ def test_blocks_compiled_one_by_one_write_the_same() -> None:
     scanned, unrolled = Generator(narrow, programs=PROGRAMS), Generator(narrow, unrolled=True, release=True, programs=PROGRAMS)
     assert (scanned.layout.unrolled, unrolled.layout.unrolled) == (False, True)
     # Held as a CPU multiplies them, in either form, and what they were made of is free.
+    codes_in = "int8" if why_no_compiled_products() else "uint8"
     assert {leaf.dtype for leaf in jax.tree.leaves(unrolled.params["runs"])} == {
-        jnp.dtype(name) for name in ("float32", "float16", "int8", "int32")
+        jnp.dtype(name) for name in ("float32", "float16", codes_in, "int32")
     }
     assert all(leaf.is_deleted() for leaf in codes)
     one, other = (g.generate(PROMPTS[:3], max_new_tokens=8, logprobs=True) for g in (scanned, unrolled))

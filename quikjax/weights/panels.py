@@ -1,0 +1,130 @@
+"""Weights in the panels that a CPU's compiled products read, made once when a model begins to run there.
+
+A dense matrix becomes `DensePanels`, a `QuikWeight` whose activations are quantized a `TiledWeight` of `Paneled` arrays. Both
+hold the panels of all blocks that are alike, and say which of them is meant: a scan over blocks gives each its layer
+(`of_layer`), and the product reads its panels where they lie.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeGuard
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Float32, Int, Int32
+
+from quikjax.pallas_kernels import api
+from quikjax.pallas_kernels.native import panels
+from quikjax.weights import host
+from quikjax.weights.quik import QuikWeight
+from quikjax.weights.tiled import TiledWeight, packed, place_of
+
+Leaf = Any
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DensePanels:
+    """A dense matrix `[N, K]`: `panels` `[L, ceil(N / 16), K, 16]` of L matrices that are alike, number `layer` (int32 `[]`).
+
+    Static: `outputs`, `N`. Products are computed in float32 whatever the dtype of the panels, which widen exactly.
+    """
+
+    panels: Leaf
+    layer: Leaf
+    outputs: int = dataclasses.field(metadata={"static": True})
+
+    @property
+    def inputs(self) -> int:
+        """`K`."""
+        return self.panels.shape[-2]
+
+    def product(self, x: Float[Array, "*batch k"]) -> Float32[Array, "*batch n"]:
+        """`x W^T`, float32."""
+        return panels.float_product(x, self.panels, self.layer, self.outputs)
+
+    def rows(self, ids: Int[Array, "*batch"]) -> Float[Array, "*batch k"]:
+        """Rows of the matrix, in its dtype; the nearest one where there is no such row."""
+        ids = jnp.clip(ids, 0, self.outputs - 1)
+        return self.panels[self.layer, ids // panels.PANEL, :, ids % panels.PANEL]
+
+
+def is_paneled(leaf: Any) -> TypeGuard[DensePanels | TiledWeight]:
+    """Whether a weight is in panels. Fits `is_leaf` of JAX's tree functions."""
+    return isinstance(leaf, DensePanels) or (isinstance(leaf, TiledWeight) and isinstance(leaf.tiles, api.Paneled))
+
+
+def of_layer(tree: Any, layer: Int32[Array, ""]) -> Any:
+    """The parameters of one of a run of stacked blocks: weights in panels name it, anything else is cut out."""
+
+    def pick(leaf: Any) -> Any:
+        if isinstance(leaf, DensePanels):
+            return dataclasses.replace(leaf, layer=layer)
+        if isinstance(leaf, TiledWeight) and isinstance(leaf.tiles, api.Paneled):
+            tiles = dataclasses.replace(leaf.tiles, columns=leaf.tiles.columns[layer], layer=layer)
+            return dataclasses.replace(leaf, tiles=tiles)
+        return leaf[layer]
+
+    return jax.tree.map(pick, tree, is_leaf=is_paneled)
+
+
+def fits_panels(leaf: Any) -> TypeGuard[jax.Array | QuikWeight]:
+    """Whether a block's parameter, in a CPU's memory, can be put into panels: a matrix, or codes that meet quantized ones."""
+    if isinstance(leaf, QuikWeight):
+        return leaf.activation_bits < 16 and host.is_here(leaf.qweight)
+    return isinstance(leaf, jax.Array) and leaf.ndim == 2 and leaf.dtype in _DENSE and host.is_here(leaf)
+
+
+_DENSE = (jnp.float32, jnp.bfloat16, jnp.float16)
+
+
+def in_panels(members: Sequence[Any], *, stacked: bool, release: bool = False) -> DensePanels | TiledWeight:
+    """Weights that are alike, which `fits_panels`, in panels: those of a run of blocks `stacked`, or of one block alone.
+
+    Stacked, `of_layer` says which of them is meant, and chooses its columns. `release`: free each weight's own arrays when they
+    are written.
+    """
+    first, layer = members[0], jnp.int32(0)
+    if isinstance(first, QuikWeight):
+        n, bits, count = first.outputs, first.weight_bits, panels.panel_count(first.outputs)
+
+        def codes(weight: QuikWeight, memory: np.ndarray) -> None:
+            panels.pack_codes(np.asarray(weight.qweight), np.asarray(weight.columns), memory, bits)
+            if release:
+                weight.qweight.delete()
+
+        def outliers(weight: QuikWeight, memory: np.ndarray) -> None:
+            panels.pack_floats(np.asarray(weight.outliers), memory)
+            if release:
+                weight.outliers.delete()
+
+        fields = {field.name: getattr(packed(first), field.name) for field in dataclasses.fields(api.Packed)}
+        columns = [weight.columns for weight in members]
+        fields |= {
+            "qweight": _written(members, (count, panels.code_steps(first.inputs, bits), 64), np.uint8, codes),
+            "outliers": _written(members, (count, first.inputs - first.base, panels.PANEL), first.outliers.dtype, outliers),
+            "scale": jnp.stack([weight.scale for weight in members]),
+            "reduced": jnp.stack([weight.reduced for weight in members]),
+            "columns": jnp.stack(columns) if stacked else columns[0],
+        }
+        return TiledWeight(tiles=api.Paneled(**fields, layer=layer, bits=bits), **place_of(first))
+    n, k = first.shape
+
+    def floats(weight: jax.Array, memory: np.ndarray) -> None:
+        panels.pack_floats(np.asarray(weight), memory)
+        if release:
+            weight.delete()
+
+    return DensePanels(
+        panels=_written(members, (panels.panel_count(n), k, panels.PANEL), first.dtype, floats), layer=layer, outputs=n
+    )
+
+
+def _written(members: Sequence[Any], shape: tuple[int, ...], dtype: Any, write: Any) -> jax.Array:
+    memory = host.empty((len(members), *shape), dtype)
+    # The library lets go of Python's lock while it writes.
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(write, members, memory))
+    return host.adopt(memory)
