@@ -3,7 +3,7 @@
     python benchmarks/generation.py [--model smollm2-135m] [--batches 1 8] [--tokens 64] [--rounds 5] [--unrolled]
     python benchmarks/generation.py --compile-growth     # seconds to compile 8 and 32 equal blocks
 
-Everything takes turns, so that whatever else the machine does meets all of it; medians are reported, compilation is apart. Packed
+A CPU's products are compiled ones where it has a compiler; QUIKJAX_NATIVE=0 asks for XLA's. Everything takes turns, so that whatever else the machine does meets all of it; medians are reported, compilation is apart. Packed
 weights are made by rounding with the recipe's bits and outliers from one short calibration: speed does not depend on the codes.
 """
 
@@ -80,6 +80,8 @@ def decoding(arguments: argparse.Namespace) -> dict[str, Any]:
     models = {
         "float32": model,
         "bfloat16": nnx.merge(nnx.split(model)[0], narrow),
+        # As most checkpoints are published: values of bfloat16, computed with in float32.
+        "float32 of bfloat16": nnx.merge(nnx.split(model)[0], jax.tree.map(lambda leaf: leaf.astype(jnp.float32), narrow)),
         arguments.recipe: packed(model, tokens, arguments.recipe),
     }
     generators = {name: Generator(one, batch_size=max(arguments.batches)) for name, one in models.items()}

@@ -20,7 +20,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "False"  # see `compilation`
 
-from quikjax.generation.executables import keep_executables
+from quikjax.executables import keep_executables
 
 # What XLA compiles is shared by all test processes and the commands that they start, and gone with the last of them. The first
 # process to come here makes the folder; the others inherit its name. It is the one in which commands keep their programs.

@@ -15,6 +15,7 @@ FLOORS = (
     ("version",),
     ("errors",),
     ("files", "rounds", "speed_tests"),
+    ("executables",),
     ("pallas_kernels",),
     ("texts", "algorithms"),
     ("weights",),

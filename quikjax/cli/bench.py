@@ -150,8 +150,8 @@ def _decoder_rows(
     from quikjax.cli.bench_tables import bandwidth_fields, speed_row
     from quikjax.cli.printing import say
     from quikjax.generation import speed
-    from quikjax.generation.compiled import why_no_compiled_products
     from quikjax.speed_tests import decoder_tests
+    from quikjax.weights.compiled import why_no_compiled_products
 
     rate = speed.bandwidth()
     say(f"this device copies at {rate / 1e9:.1f} GB/s")

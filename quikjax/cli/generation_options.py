@@ -112,8 +112,8 @@ class RunningOptions:
             QuikError: as `quikjax.load`, or compiled programs cannot be kept where they should be.
         """
         from quikjax.checkpoint.load import load
-        from quikjax.generation.compiled import compile_products_meanwhile
-        from quikjax.generation.executables import keep_executables
+        from quikjax.executables import keep_executables
+        from quikjax.weights.compiled import compile_products_meanwhile
 
         keep_executables(self.cache_dir)
         compile_products_meanwhile()

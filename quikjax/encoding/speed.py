@@ -29,8 +29,10 @@ from quikjax.models.encoder import CLASSIFIER, Encoder
 from quikjax.models.stacked import Layout
 from quikjax.rounds import Prepared, Speed, in_turn, peak_bytes, speeds
 from quikjax.speed_tests import EncoderTest
+from quikjax.weights.compiled import why_no_compiled_products
 from quikjax.weights.formats import dequantize, is_packed
 from quikjax.weights.linear import linears
+from quikjax.weights.panels import fits_panels, in_panels, of_layer
 from quikjax.weights.tiled import node_at
 
 # A sample of a product is at least so long: below, the host's part of a call would be most of what its clock shows.
@@ -55,7 +57,8 @@ class RunningEncoder:
         self.model = model
         self.config = model.config
         self.cpu = jax.default_backend() == "cpu"
-        self.layout, self.params = stacked.stack(model, widen=self.cpu, unrolled=unrolled)
+        self.panels = self.cpu and why_no_compiled_products() is None
+        self.layout, self.params = stacked.stack(model, widen=self.cpu, panels=self.panels, unrolled=unrolled)
         self.head = class_logits if model.config.head == CLASSIFIER else embedding_head("mean", True)
 
     def prepare(self, test: EncoderTest) -> Prepared:
@@ -143,7 +146,7 @@ def product_speeds(encoder: RunningEncoder, rows: int, rounds: int) -> tuple[Pro
         outputs, (inputs, *_) = zip(*map(_shape, weights), strict=True)
         x = jax.random.normal(jax.random.key(0), (rows, inputs), jnp.dtype(encoder.layout.dtype))
         forms = {"quantized": running_layers(encoder.layout, packed, layers), "floats": float_layers(encoder, wide, layers)}
-        runs = {name: _repeated(encoder, x, form) for name, form in forms.items()}
+        runs = {name: _repeated(encoder, x, form, len(blocks)) for name, form in forms.items()}
         micro = {name: statistics.median(samples) / len(blocks) * 1e6 for name, samples in in_turn(runs, rounds).items()}
         timed.append(ProductSpeed(group=group, layers=layers, outputs=outputs, inputs=inputs, rows=rows, **micro))
     return tuple(timed)
@@ -181,7 +184,7 @@ def running_layers(layout: Layout, params: Any, layers: Sequence[str]) -> Layers
 
 def float_layers(encoder: RunningEncoder, blocks: Sequence[Any], layers: Sequence[str]) -> Layers | list[Layers]:
     """The same, with packed weights dequantized to what an unquantized model would have in their place."""
-    # On a CPU dense matrices are held in float32, as `stacked.stack` does.
+    # On a CPU dense matrices are held in float32 or in panels, as `stacked.stack` does.
     dtype = jnp.float32 if encoder.cpu else jnp.dtype(encoder.layout.dtype)
 
     def in_floats(layer: dict[str, Any]) -> dict[str, Any]:
@@ -189,7 +192,14 @@ def float_layers(encoder: RunningEncoder, blocks: Sequence[Any], layers: Sequenc
         return {**layer, "weight": (dequantize(weight) if is_packed(weight) else weight).astype(dtype)}
 
     made = [[in_floats(node_at(block, layer)) for layer in layers] for block in blocks]
-    return made if encoder.layout.unrolled else jax.tree.map(lambda *parts: jnp.stack(parts), *made)
+    stack = not encoder.layout.unrolled
+
+    def put(*parts: Array) -> Any:
+        if encoder.panels and fits_panels(parts[0]):
+            return in_panels(parts, stacked=stack)
+        return jnp.stack(parts) if stack else parts[0]
+
+    return jax.tree.map(put, *made) if stack else jax.tree.map(put, made)
 
 
 def product(x: Float[Array, "rows k"], layers: Layers) -> list[Float[Array, "rows _"]]:
@@ -198,17 +208,19 @@ def product(x: Float[Array, "rows k"], layers: Layers) -> list[Float[Array, "row
 
 
 # From the tensor and the layers of all blocks to the tensor, there once every block's product is, and the last block's results.
-@jax.jit
-def _in_a_scan(x: Float[Array, "rows k"], layers: Layers) -> tuple[Float[Array, "rows k"], list[Float[Array, "rows _"]]]:
-    def turn(carry: tuple[Array, list[Array]], block: Layers) -> tuple[tuple[Array, list[Array]], None]:
+@functools.partial(jax.jit, static_argnames="count")
+def _in_a_scan(
+    x: Float[Array, "rows k"], layers: Layers, count: int
+) -> tuple[Float[Array, "rows k"], list[Float[Array, "rows _"]]]:
+    def turn(carry: tuple[Array, list[Array]], number: Array) -> tuple[tuple[Array, list[Array]], None]:
         x, before = carry
         # An element of `x` changes from block to block, or XLA would prepare what it makes of `x` alone before the loop.
         x = x.at[0, 0].set(jnp.clip(before[0][0, 0], -1, 1))
-        return (x, product(x, block)), None
+        return (x, product(x, of_layer(layers, number))), None
 
-    like = jax.eval_shape(product, x, jax.tree.map(lambda leaf: leaf[0], layers))
+    like = jax.eval_shape(product, x, of_layer(layers, jnp.int32(0)))
     nothing = [jnp.zeros(y.shape, y.dtype) for y in like]
-    return jax.lax.scan(turn, (x, nothing), layers)[0]
+    return jax.lax.scan(turn, (x, nothing), jnp.arange(count))[0]
 
 
 @jax.jit
@@ -227,9 +239,11 @@ def _shape(weight: Any) -> tuple[int, int]:
     return (weight.outputs, weight.inputs) if is_packed(weight) else (weight.shape[0], weight.shape[1])
 
 
-def _repeated(encoder: RunningEncoder, x: Float[Array, "rows k"], layers: Layers | list[Layers]) -> Callable[[], float]:
+def _repeated(
+    encoder: RunningEncoder, x: Float[Array, "rows k"], layers: Layers | list[Layers], blocks: int
+) -> Callable[[], float]:
     """A function that multiplies in all blocks, so often that it can be measured, and returns the mean seconds of once."""
-    program = _one_by_one if encoder.layout.unrolled else _in_a_scan
+    program = _one_by_one if encoder.layout.unrolled else functools.partial(_in_a_scan, count=blocks)
 
     def run(calls: int) -> float:
         began, read = time.perf_counter(), x

@@ -24,6 +24,8 @@ from quikjax.models.encoder import Encoder
 from quikjax.models.encoder_decoder import Reader, Writer
 from quikjax.models.stacked import Layout
 from quikjax.models.tokens import checked_transformer
+from quikjax.weights.compiled import why_no_compiled_products
+from quikjax.weights.panels import of_layer
 
 # A text, or two that the model reads as a pair.
 Text = str | tuple[str, str]
@@ -88,7 +90,7 @@ class TextEncoder:
         self.length = reach if length is None else length
         self.batch_size = batch_size
         cpu = jax.default_backend() == "cpu"
-        self._layout, self._params = stacked.stack(model, widen=cpu)
+        self._layout, self._params = stacked.stack(model, widen=cpu, panels=cpu and why_no_compiled_products() is None)
         self._programs: dict[tuple[Any, ...], Any] = {}
         self.compile_seconds = 0.0
 
@@ -208,10 +210,10 @@ def encode_texts(
                 hidden = _ENCODE_BLOCK(run.graphdef, trees[str(j)], hidden, positions)
             continue
 
-        def block(hidden: Array, tree: Any, run: stacked.Run = run) -> tuple[Array, None]:
-            return _encode_block(run.graphdef, tree, hidden, positions), None
+        def block(hidden: Array, layer: Array, run: stacked.Run = run, trees: Any = trees) -> tuple[Array, None]:
+            return _encode_block(run.graphdef, of_layer(trees, layer), hidden, positions), None
 
-        hidden, _ = jax.lax.scan(block, hidden, trees)
+        hidden, _ = jax.lax.scan(block, hidden, jnp.arange(run.count))
     return head(rest, hidden, positions)
 
 

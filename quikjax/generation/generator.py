@@ -15,7 +15,6 @@ from quikjax.errors import QuikError
 from quikjax.files import described
 from quikjax.generation import beams as search
 from quikjax.generation import decode
-from quikjax.generation.compiled import why_no_compiled_products
 from quikjax.generation.decode import CHUNK, NOTHING, Kind, Past, State
 from quikjax.generation.programs import Programs
 from quikjax.generation.rows import Generation, Row, bucket, collected, padded
@@ -29,6 +28,7 @@ from quikjax.models.cache import StackedCache
 from quikjax.models.dtypes import check_cache_kind
 from quikjax.models.memory import device_memory, most_slots
 from quikjax.models.tokens import checked_model, checked_prompts, whole_number
+from quikjax.weights.compiled import why_no_compiled_products
 
 # Slots that attention takes at a time on a CPU, and everywhere with `deterministic`; a cache is a multiple of it, and more than
 # one: XLA copies the cache for every block of the model where a single step of the loop takes it all.

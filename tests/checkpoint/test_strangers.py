@@ -207,7 +207,7 @@ def test_an_export_fills_an_empty_directory(original: Path, tmp_path: Path) -> N
 def test_home_is_expanded_wherever_a_path_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from quikjax.checkpoint.load import load
     from quikjax.cli.generation_options import DrawingOptions
-    from quikjax.generation.executables import VARIABLE, cache_directory
+    from quikjax.executables import VARIABLE, cache_directory
     from quikjax.loading import open_source
     from quikjax.planning.plan import describe
     from quikjax.quantizing.checkpoint import quantize_checkpoint

@@ -13,9 +13,10 @@ from typing import Any
 
 import pytest
 
+from quikjax import executables
 from quikjax.cli import bench, chat, generate
 from quikjax.errors import QuikError
-from quikjax.generation import executables, speed
+from quikjax.generation import speed
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 TEMPLATE = "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}\n{% endfor %}a:"

@@ -16,12 +16,12 @@ from flax import nnx
 from tiny_encoder import VARIANTS, build
 
 import quikjax
+from quikjax import executables
 from quikjax.cli import bench
 from quikjax.cli.bench_tables import compared, written
 from quikjax.encoding import speed
 from quikjax.encoding.speed import RunningEncoder, keep_pattern, product_speeds
 from quikjax.errors import QuikError
-from quikjax.generation import executables
 from quikjax.models.base import project
 from quikjax.models.encoder import Encoder
 from quikjax.models.registry import dotted, pure_params
@@ -94,7 +94,7 @@ def test_the_timed_product_is_the_models_layer(quantized: Encoder, unrolled: boo
             (speed.float_layers(encoder, params, names), in_floats),
         )
         for form, expected in made:
-            _, ys = (speed._one_by_one if unrolled else speed._in_a_scan)(x, form)
+            _, ys = speed._one_by_one(x, form) if unrolled else speed._in_a_scan(x, form, count=len(blocks))
             for got, want in zip(ys, expected, strict=True):
                 # In a scan an element of the first row changes from block to block.
                 np.testing.assert_allclose(got[1:], want[1:], rtol=2e-5, atol=2e-5)

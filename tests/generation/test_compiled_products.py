@@ -1,5 +1,6 @@
 """Generation with products compiled for this CPU: the texts and probabilities of XLA's products, for every form of a model."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from quikjax.generation import Generator, compiled
+from quikjax.generation import Generator
 from quikjax.models import stacked
 from quikjax.models.base import CausalLM, Transformer
 from quikjax.models.registry import pure_params
@@ -16,7 +17,8 @@ from quikjax.quantizing.model import calibrate
 from quikjax.quantizing.params import quantize_params
 from quikjax.quantizing.recipe import Recipe, Rule
 from quikjax.testing import tiny_model
-from quikjax.weights.panels import DensePanels, is_paneled
+from quikjax.weights import compiled
+from quikjax.weights.panels import DensePanels, in_panels, is_paneled
 
 REASON = compiled.why_no_compiled_products()
 pytestmark = pytest.mark.skipif(REASON is not None, reason=f"products are not compiled here: {REASON}")
@@ -78,6 +80,37 @@ def test_matrices_keep_their_16_bits_and_multiply_as_if_widened(dtype: Any, monk
     one, other = (jax.jit(stacked.read, static_argnums=0)(g.layout, g.params, ids, lengths)[0] for g in (ours, xla))
     # Hidden states are of 16 bits in both, and a rounding may fall to either side.
     np.testing.assert_allclose(one, other, atol=0.05 * float(jnp.abs(other).max()))
+
+
+def test_float32_that_is_bfloat16_is_held_so_and_stays_float32() -> None:
+    """As most checkpoints are published: half the bytes a token, and every sum the same."""
+    published = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16).astype(jnp.float32), pure_params(tiny_model()))
+    model = nnx.merge(nnx.split(tiny_model())[0], published)
+    ours = Generator(model)
+    assert {leaf.panels.dtype for leaf in paneled(ours)} == {jnp.dtype(jnp.bfloat16)}
+    wide = jax.tree.map(
+        lambda leaf: dataclasses.replace(leaf, panels=leaf.panels.astype(jnp.float32)) if isinstance(leaf, DensePanels) else leaf,
+        ours.params,
+        is_leaf=is_paneled,
+    )
+    ids, lengths = jnp.asarray([PROMPTS[1]], jnp.int32), jnp.array([20], jnp.int32)
+    one, other = (jax.jit(stacked.read, static_argnums=0)(ours.layout, params, ids, lengths)[0] for params in (ours.params, wide))
+    np.testing.assert_array_equal(one, other)
+    # A single value that needs more keeps its matrices, those of all blocks, as they are.
+    fine = jax.tree.map(lambda leaf: leaf.copy(), published)
+    path = fine["model"]["layers"]["1"]["mlp"]["up_proj"]
+    path["weight"] = path["weight"].at[-1, -1].set(1 + 2**-20)
+    kept = [leaf.panels.dtype for leaf in paneled(Generator(nnx.merge(nnx.split(tiny_model())[0], fine)))]
+    assert sorted(map(str, kept)) == ["bfloat16"] * 7 + ["float32"]
+
+
+def test_rows_of_a_table_in_panels_are_the_tables() -> None:
+    table = jnp.asarray(np.random.default_rng(1).normal(size=(37, 8)), jnp.float16)
+    held = in_panels([table], stacked=False)
+    assert isinstance(held, DensePanels)
+    rows = held.rows(jnp.array([[0, 36], [17, -3]]))
+    np.testing.assert_array_equal(rows, jnp.stack([table[jnp.array([0, 36])], table[jnp.array([17, 0])]]))
+    assert held.rows(jnp.array([99])).tolist() == table[-1:].tolist()
 
 
 def test_blocks_that_are_released_are_freed_once_they_are_in_panels() -> None:

@@ -14,7 +14,6 @@ from quikjax.checkpoint.load import load
 from quikjax.errors import QuikError
 from quikjax.generation import Generator, Sampling
 from quikjax.generation.cache_error import cache_error
-from quikjax.generation.compiled import why_no_compiled_products
 from quikjax.generation.programs import Programs
 from quikjax.generation.rows import bucket
 from quikjax.models import cache as caches
@@ -24,6 +23,7 @@ from quikjax.models.registry import pure_params
 from quikjax.quantizing.params import quantize_params
 from quikjax.quantizing.recipe import Recipe, Rule
 from quikjax.testing import forward, tiny_model, tiny_tokenizer, write_tiny_checkpoint
+from quikjax.weights.compiled import why_no_compiled_products
 
 RNG = np.random.default_rng(0)
 PROMPTS = [RNG.integers(0, 256, length).tolist() for length in (3, 40, 17, 9, 16, 1, 70, 25, 5, 11)]

@@ -14,7 +14,7 @@ import native_checks as checks
 import numpy as np
 import pytest
 
-from quikjax.generation.executables import cache_directory
+from quikjax.executables import cache_directory
 from quikjax.pallas_kernels import api, layout, reference
 from quikjax.pallas_kernels.native import library, panels
 

@@ -190,7 +190,7 @@ def test_a_killed_run_goes_on_between_the_halves(place: Path, tmp_path: Path) ->
 @pytest.mark.long
 def test_the_command_gives_the_encoder_the_prompt(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # It would set where this process keeps what it compiles.
-    monkeypatch.setattr("quikjax.generation.executables.keep_executables", lambda _: None)
+    monkeypatch.setattr("quikjax.executables.keep_executables", lambda _: None)
 
     def said(*arguments: str | Path) -> str:
         result = CliRunner().invoke(app, list(map(str, arguments)))

@@ -3,7 +3,7 @@
 import os
 import threading
 
-from quikjax.generation.executables import cache_directory, machine
+from quikjax.executables import cache_directory, machine
 from quikjax.pallas_kernels.native import library
 
 VARIABLE = "QUIKJAX_NATIVE"
