@@ -3,8 +3,9 @@
     python benchmarks/generation.py [--model smollm2-135m] [--batches 1 8] [--tokens 64] [--rounds 5] [--unrolled]
     python benchmarks/generation.py --compile-growth     # seconds to compile 8 and 32 equal blocks
 
-A CPU's products are compiled ones where it has a compiler; QUIKJAX_NATIVE=0 asks for XLA's. Everything takes turns, so that whatever else the machine does meets all of it; medians are reported, compilation is apart. Packed
-weights are made by rounding with the recipe's bits and outliers from one short calibration: speed does not depend on the codes.
+A CPU's products are compiled ones where it has a compiler; QUIKJAX_NATIVE=0 asks for XLA's. Everything takes turns, so that
+whatever else the machine does meets all of it; medians are reported, compilation is apart. Packed weights are made by rounding
+with the recipe's bits and outliers from one short calibration: speed does not depend on the codes.
 """
 
 import argparse
