@@ -62,11 +62,11 @@ def compiled(given: np.ndarray, codes: list[np.ndarray]) -> dict[str, Callable[[
     ones, none = jnp.ones((1, n)), jnp.zeros((1, panels.panel_count(n), 0, panels.PANEL), jnp.float16)
 
     def floats(x: Array, weight: Array) -> Array:
-        return panels.float_product(x, weight, jnp.int32(0), n)
+        return panels.float_products(x, [panels.FloatPanels(weight, jnp.int32(0), n)])[0]
 
     def quik(x: Array, weight: Array) -> Array:
         split = reference.Split(x, jnp.zeros((rows, 0)), jnp.ones(rows), jnp.zeros(rows))
-        return panels.quik_product(split, 4, weight, none, ones, ones, jnp.int32(0), 4)
+        return panels.quik_products(split, 4, [panels.QuikPanels(weight, none, ones, ones, jnp.int32(0), 4)])[0]
 
     whole = [panels.float_panels(jnp.asarray(one, jnp.float32))[None] for one in codes]
     return {

@@ -34,9 +34,9 @@ MOST_PIECES = 2
 
 
 def linears(
-    x: Float[Array, "rows k"], weights: Sequence[Packed | Paneled], biases: Sequence[Any], bits: int, *, bfloat16: bool
+    x: Float[Array, "rows k"], weights: Sequence[Packed] | Sequence[Paneled], biases: Sequence[Any], bits: int, *, bfloat16: bool
 ) -> list[Float[Array, "rows _"]]:
-    """`x W^T + bias` for weights with the same columns, in the dtype of `x`; `bits` of the activations is 4 or 8.
+    """`x W^T + bias` for weights of one form with the same columns, in the dtype of `x`; `bits` of the activations is 4 or 8.
 
     `bfloat16`: multiply that way where it is exact.
     """
@@ -45,19 +45,24 @@ def linears(
     carrier = jnp.bfloat16 if bfloat16 and pieces <= MOST_PIECES else jnp.int8
     x = written_once(x, first.columns) if rows >= FEWEST_ROWS else x
     split = split_quantize(x, first.columns, first.base, bits, carrier, first.level_clip)
+    paneled = [weight for weight in weights if isinstance(weight, Paneled)]
+    if len(paneled) == len(weights):
+        made = panels.quik_products(split, bits, [_in_panels(weight) for weight in paneled])
+        return [
+            (y if bias is None else y + bias.astype(jnp.float32)).astype(x.dtype) for y, bias in zip(made, biases, strict=True)
+        ]
     results = []
     for weight, bias in zip(weights, biases, strict=True):
-        if isinstance(weight, Paneled):
-            arrays = (weight.qweight, weight.outliers, weight.scale, weight.reduced, weight.layer)
-            y = panels.quik_product(split, bits, *arrays, weight.bits)
-            results.append((y if bias is None else y + bias.astype(jnp.float32)).astype(x.dtype))
-            continue
         accumulator = None
         if weight.base:
             accumulator = integer_matmul(split.codes, unpermuted(weight.qweight, weight.columns).astype(carrier), pieces)
         y = reference.epilogue(accumulator, split, weight.scale, weight.reduced, weight.outliers, bias, bits)
         results.append(y.astype(x.dtype))
     return results
+
+
+def _in_panels(weight: Paneled) -> panels.QuikPanels:
+    return panels.QuikPanels(weight.qweight, weight.outliers, weight.scale, weight.reduced, weight.layer, weight.bits)
 
 
 def written_once(x: Float[Array, "*batch k"], columns: Int[Array, " k"]) -> Float[Array, "*batch k"]:

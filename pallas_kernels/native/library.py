@@ -20,7 +20,7 @@ from pathlib import Path
 import jax
 
 SOURCE = Path(__file__).with_name("products.cc")
-TARGETS = ("quikjax_float_product", "quikjax_quik_product")
+TARGETS = ("quikjax_float_products", "quikjax_quik_products")
 # Enough, and half as long in compiling as more: a product waits for memory.
 FLAGS: Sequence[str] = ("-O2", "-march=native", "-std=c++17", "-fPIC", "-shared", "-w")
 _SECONDS = 300

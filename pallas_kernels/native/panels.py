@@ -6,7 +6,8 @@ layer, so that a scan over blocks copies none out: XLA hands a part of an array 
 """
 
 import math
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -87,35 +88,51 @@ def _check(memory: np.ndarray, shape: tuple[int, ...], dtype: Any) -> None:
         raise ValueError(f"panels need {np.dtype(dtype)} memory {shape} without gaps, not {memory.dtype} {memory.shape}")
 
 
-def float_product(
-    x: Float[Array, "*batch k"], panels: Float[Array, "layers panels k 16"], layer: Int32[Array, ""], outputs: int
-) -> Float32[Array, "*batch n"]:
-    """`x W^T` in float32 with the matrix of one layer, widened to float32: one sum over the inputs in their order.
+class FloatPanels(NamedTuple):
+    """A dense matrix `[outputs, K]`, number `layer` of those in `panels`."""
 
-    A row's bits do not depend on the rows beside it.
+    panels: Float[Array, "layers panels k 16"]
+    layer: Int32[Array, ""]
+    outputs: int
+
+
+class QuikPanels(NamedTuple):
+    """A packed weight, number `layer` of those in its arrays: codes, of `bits`, and outliers in panels."""
+
+    qweight: UInt8[Array, "layers panels steps 64"]
+    outliers: Float[Array, "layers panels o 16"]
+    scale: Float32[Array, "layers n"]
+    reduced: Float32[Array, "layers n"]
+    layer: Int32[Array, ""]
+    bits: int
+
+
+def float_products(x: Float[Array, "*batch k"], weights: Sequence[FloatPanels]) -> list[Float32[Array, "*batch _"]]:
+    """`x W^T` in float32 with every matrix, widened to float32: one sum over the inputs in their order.
+
+    A row's bits do not depend on the rows beside it. Several matrices are one call: its threads meet once.
     """
     *batch, k = x.shape
     rows = x.reshape(math.prod(batch), k).astype(jnp.float32)
-    result = jax.ShapeDtypeStruct((rows.shape[0], outputs), jnp.float32)
-    return jax.ffi.ffi_call("quikjax_float_product", result)(rows, panels, layer).reshape(*batch, outputs)
+    results = tuple(jax.ShapeDtypeStruct((rows.shape[0], weight.outputs), jnp.float32) for weight in weights)
+    arguments = [array for weight in weights for array in (weight.panels, weight.layer)]
+    found = jax.ffi.ffi_call("quikjax_float_products", results)(rows, *arguments)
+    return [y.reshape(*batch, weight.outputs) for y, weight in zip(found, weights, strict=True)]
 
 
-def quik_product(
-    split: Split,
-    bits: int,
-    qweight: UInt8[Array, "layers panels steps 64"],
-    outliers: Float[Array, "layers panels o 16"],
-    scale: Float32[Array, "layers n"],
-    reduced: Float32[Array, "layers n"],
-    layer: Int32[Array, ""],
-    weight_bits: int,
-) -> Float32[Array, "rows n"]:
-    """`reference.quik_matmul` without a bias, with one layer's codes, of `weight_bits`, and outliers in panels.
+def quik_products(split: Split, bits: int, weights: Sequence[QuikPanels]) -> list[Float32[Array, "rows _"]]:
+    """`reference.quik_matmul` without a bias, with every weight; those of the same bits are one call.
 
     `split` has the codes, of `bits`, of all columns in their order (`cpu.split_quantize`). Sums of codes are the reference's
     integers, the epilogue and the product of outliers float32.
     """
-    result = jax.ShapeDtypeStruct((split.codes.shape[0], scale.shape[1]), jnp.float32)
     offset = split.zero + 2 ** (bits - 1) * split.scale
-    arguments = (split.codes, split.scale, offset, split.outliers.astype(jnp.float32), qweight, outliers, scale, reduced, layer)
-    return jax.ffi.ffi_call("quikjax_quik_product", result)(*arguments, halves=weight_bits == 4)
+    activations = (split.codes, split.scale, offset, split.outliers.astype(jnp.float32))
+    found: dict[int, Array] = {}
+    for width in dict.fromkeys(weight.bits for weight in weights):
+        taken = [i for i, weight in enumerate(weights) if weight.bits == width]
+        shapes = [(split.codes.shape[0], weights[i].scale.shape[1]) for i in taken]
+        call = jax.ffi.ffi_call("quikjax_quik_products", tuple(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes))
+        arguments = [array for i in taken for array in weights[i][:5]]
+        found.update(zip(taken, call(*activations, *arguments, halves=width == 4), strict=True))
+    return [found[i] for i in range(len(weights))]

@@ -248,108 +248,160 @@ inline void WithCount(int64_t count, const Call& call) {
   }
 }
 
-// All tiles of a product: panels in groups, rows in parts, each of which is a piece of the work. `tile(count, wide, m, panel)`.
-template <typename Tiles, typename Tile>
-void ForTiles(ffi::ThreadPool& pool, int64_t rows, int64_t panels, const Tile& tile) {
-  constexpr int kMost = Tiles::kMost;
+// The tiles of one product: panels in groups, rows in parts, each of which is a piece of the work.
+template <typename Tiles>
+struct Tiling {
+  int64_t rows, panels;
+
   // Within a part panels come from the nearest cache but for the first tile.
-  constexpr int64_t kPart = 8 * kMost;
-  const int64_t parts = (rows + kPart - 1) / kPart, groups = (panels + kPanels - 1) / kPanels;
-  InParallel(pool, parts * groups, [&](int64_t piece) {
-    const int64_t first = piece % groups * kPanels, last = first + kPanels < panels ? first + kPanels : panels;
-    const int64_t begin = piece / groups * kPart, end = begin + kPart < rows ? begin + kPart : rows;
-    for (int64_t m = begin; m < end; m += kMost) {
-      WithCount<kMost>(end - m < kMost ? end - m : kMost, [&](auto count) {
+  static constexpr int64_t kPart = 8 * Tiles::kMost;
+  int64_t groups() const { return (panels + kPanels - 1) / kPanels; }
+  int64_t pieces() const { return (rows + kPart - 1) / kPart * groups(); }
+
+  // `tile(count, wide, m, panel)` for the tiles of a piece.
+  template <typename Tile>
+  void Run(int64_t piece, const Tile& tile) const {
+    const int64_t first = piece % groups() * kPanels, last = first + kPanels < panels ? first + kPanels : panels;
+    const int64_t begin = piece / groups() * kPart, end = begin + kPart < rows ? begin + kPart : rows;
+    for (int64_t m = begin; m < end; m += Tiles::kMost) {
+      WithCount<Tiles::kMost>(end - m < Tiles::kMost ? end - m : Tiles::kMost, [&](auto count) {
         constexpr int kWide = Tiles::Panels(decltype(count)::value);
         int64_t p = first;
         for (; p + kWide <= last; p += kWide) tile(count, std::integral_constant<int, kWide>{}, m, p);
         for (; p < last; ++p) tile(count, std::integral_constant<int, 1>{}, m, p);
       });
     }
+  }
+};
+
+// Products that read the same activations, as one work: threads meet once for all of them. `run(product, piece of it)`.
+template <typename Product, typename Run>
+void ForAll(ffi::ThreadPool& pool, const std::vector<Product>& products, const Run& run) {
+  std::vector<int64_t> starts{0};
+  for (const Product& product : products) starts.push_back(starts.back() + product.tiling.pieces());
+  InParallel(pool, starts.back(), [&](int64_t piece) {
+    size_t i = 0;
+    while (piece >= starts[i + 1]) ++i;
+    run(products[i], piece - starts[i]);
   });
 }
 
 ffi::Error Wrong(const char* what) { return ffi::Error(ffi::ErrorCode::kInvalidArgument, what); }
 
-template <typename Weight>
-void Floats32(ffi::ThreadPool& pool, const float* x, const Weight* panels, int64_t rows, int64_t k, int64_t n, float* y) {
-  ForTiles<FloatTiles>(pool, rows, (n + kPanel - 1) / kPanel, [&](auto count, auto wide, int64_t m, int64_t p) {
-    FloatTile<decltype(count)::value, decltype(wide)::value>(x + m * k, panels + p * k * kPanel, k, y + m * n + p * kPanel, n, n - p * kPanel);
-  });
-}
-
-// y[M, N] = x[M, K] of float32 with the panels [L, N / 16, K, 16] of one layer.
-ffi::Error FloatProduct(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::AnyBuffer panels, ffi::Buffer<ffi::S32> layer,
-                        ffi::ResultBuffer<ffi::F32> y) {
-  const auto shape = panels.dimensions();
-  const int64_t rows = x.dimensions()[0], k = x.dimensions()[1], n = y->dimensions()[1], at = layer.typed_data()[0];
-  if (shape.size() != 4 || shape[1] != (n + kPanel - 1) / kPanel || shape[2] != k || shape[3] != kPanel)
-    return Wrong("quikjax: panels of floats do not have the shape of the product");
-  if (at < 0 || at >= shape[0]) return Wrong("quikjax: there is no such layer among the panels");
-  const int64_t offset = at * shape[1] * k * kPanel;
-  switch (panels.element_type()) {
-    case ffi::F32:
-      Floats32(pool, x.typed_data(), static_cast<const float*>(panels.untyped_data()) + offset, rows, k, n, y->typed_data());
-      return ffi::Error::Success();
-    case ffi::BF16:
-      Floats32(pool, x.typed_data(), static_cast<const BFloat16*>(panels.untyped_data()) + offset, rows, k, n, y->typed_data());
-      return ffi::Error::Success();
-    case ffi::F16:
-      Floats32(pool, x.typed_data(), static_cast<const Float16*>(panels.untyped_data()) + offset, rows, k, n, y->typed_data());
-      return ffi::Error::Success();
-    default:
-      return Wrong("quikjax: panels are of float32, bfloat16 or float16");
-  }
-}
-
-// One layer's call: codes `x` `[rows, k]` with their `totals`, per row the step and what zero codes stand for, outliers `[rows, o]`;
-// the weight's panels, and of every output its scale and `reduced`.
-struct QuikCall {
-  const int8_t* x;
-  const int32_t* totals;
-  const float *step, *offset, *outliers;
-  const uint8_t* panels;
-  const float *scale, *reduced;
-  int64_t rows, k, o, n;
+struct FloatProduct {
+  Tiling<FloatTiles> tiling;
+  ffi::DataType type;
+  const void* panels;
+  int64_t offset, n;
   float* y;
+
+  template <typename Weight>
+  void Run(int64_t piece, const float* x, int64_t k) const {
+    const Weight* all = static_cast<const Weight*>(panels) + offset;
+    tiling.Run(piece, [&](auto count, auto wide, int64_t m, int64_t p) {
+      FloatTile<decltype(count)::value, decltype(wide)::value>(x + m * k, all + p * k * kPanel, k, y + m * n + p * kPanel, n,
+                                                               n - p * kPanel);
+    });
+  }
 };
 
-// y = sums of codes * step * scale + offset * reduced + outliers, in float32 (`reference.epilogue`).
-template <bool kHalves, typename Weight>
-void Quik32(ffi::ThreadPool& pool, const QuikCall& call, const Weight* weights) {
-  const int64_t bytes = call.k / (kHalves ? 8 : 4) * 64;
-  ForTiles<CodeTiles>(pool, call.rows, (call.n + kPanel - 1) / kPanel, [&](auto count, auto wide, int64_t m, int64_t p) {
-    constexpr int kCount = decltype(count)::value, kWide = decltype(wide)::value, kOutputs = kWide * kPanel;
-    alignas(64) int32_t sums[kCount * kOutputs];
-    alignas(64) float values[kCount * kOutputs];
-    CodeTile<kCount, kWide, kHalves>(call.x + m * call.k, call.totals + m, call.panels + p * bytes, call.k, sums);
-    FloatTile<kCount, kWide>(call.outliers + m * call.o, weights + p * call.o * kPanel, call.o, values, kOutputs, kOutputs);
-    const int64_t first = p * kPanel, have = call.n - first < kOutputs ? call.n - first : kOutputs;
-    for (int row = 0; row < kCount; ++row) {
-      const float step = call.step[m + row], offset = call.offset[m + row];
-      const int32_t* found = sums + row * kOutputs;
-      const float *other = values + row * kOutputs, *scale = call.scale + first, *reduced = call.reduced + first;
-      float* y = call.y + (m + row) * call.n + first;
-      for (int64_t i = 0; i < have; ++i)
-        y[i] = static_cast<float>(found[i]) * step * scale[i] + offset * reduced[i] + other[i];
-    }
+// y[M, N] = x[M, K] of float32 with the panels [L, N / 16, K, 16] of one layer; panels and layer of each of several weights.
+ffi::Error FloatProducts(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::RemainingArgs weights, ffi::RemainingRets results) {
+  const int64_t rows = x.dimensions()[0], k = x.dimensions()[1];
+  std::vector<FloatProduct> products;
+  for (size_t i = 0; i < results.size(); ++i) {
+    auto panels = weights.get<ffi::AnyBuffer>(2 * i);
+    auto layer = weights.get<ffi::Buffer<ffi::S32>>(2 * i + 1);
+    auto y = results.get<ffi::Buffer<ffi::F32>>(i);
+    if (!panels || !layer || !y) return Wrong("quikjax: panels and a layer are wanted for every result");
+    const auto shape = panels->dimensions();
+    const int64_t n = (*y)->dimensions()[1], count = (n + kPanel - 1) / kPanel, at = layer->typed_data()[0];
+    if (shape.size() != 4 || shape[1] != count || shape[2] != k || shape[3] != kPanel)
+      return Wrong("quikjax: panels of floats do not have the shape of the product");
+    if (at < 0 || at >= shape[0]) return Wrong("quikjax: there is no such layer among the panels");
+    const auto type = panels->element_type();
+    if (type != ffi::F32 && type != ffi::BF16 && type != ffi::F16)
+      return Wrong("quikjax: panels are of float32, bfloat16 or float16");
+    products.push_back({{rows, count}, type, panels->untyped_data(), at * count * k * kPanel, n, (*y)->typed_data()});
+  }
+  ForAll(pool, products, [&](const FloatProduct& product, int64_t piece) {
+    if (product.type == ffi::F32) product.Run<float>(piece, x.typed_data(), k);
+    if (product.type == ffi::BF16) product.Run<BFloat16>(piece, x.typed_data(), k);
+    if (product.type == ffi::F16) product.Run<Float16>(piece, x.typed_data(), k);
   });
+  return ffi::Error::Success();
 }
 
-// y[M, N] of codes x[M, K] and outliers [M, O] with one layer of a weight: panels of codes [L, N / 16, steps, 64], of outliers
-// [L, N / 16, O, 16], scale and reduced [L, N]; `halves`: two codes to a byte.
-ffi::Error QuikProduct(ffi::ThreadPool pool, ffi::Buffer<ffi::S8> x, ffi::Buffer<ffi::F32> step, ffi::Buffer<ffi::F32> offset,
-                       ffi::Buffer<ffi::F32> outliers, ffi::Buffer<ffi::U8> panels, ffi::AnyBuffer weights,
-                       ffi::Buffer<ffi::F32> scale, ffi::Buffer<ffi::F32> reduced, ffi::Buffer<ffi::S32> layer,
-                       ffi::ResultBuffer<ffi::F32> y, bool halves) {
-  const auto shape = panels.dimensions(), other = weights.dimensions();
-  const int64_t rows = x.dimensions()[0], k = x.dimensions()[1], o = outliers.dimensions()[1], n = y->dimensions()[1];
-  const int64_t group = halves ? 8 : 4, steps = (k + group - 1) / group, whole = steps * group, count = (n + kPanel - 1) / kPanel;
-  const int64_t at = layer.typed_data()[0];
-  if (shape.size() != 4 || shape[1] != count || shape[2] != steps || shape[3] != 64 || other.size() != 4 || other[1] != count ||
-      other[2] != o || other[3] != kPanel || scale.dimensions()[1] != n || reduced.dimensions()[1] != n)
-    return Wrong("quikjax: panels of codes do not have the shape of the product");
-  if (at < 0 || at >= shape[0]) return Wrong("quikjax: there is no such layer among the panels");
+// Activations as a QUIK layer reads them: codes [rows, k] with the sums of each row, per row the step and what code zero stands for,
+// outliers [rows, o].
+struct Split {
+  const int8_t* codes;
+  const int32_t* totals;
+  const float *step, *offset, *outliers;
+  int64_t k, o;
+};
+
+struct QuikProduct {
+  Tiling<CodeTiles> tiling;
+  const uint8_t* panels;
+  ffi::DataType type;
+  const void* weights;
+  const float *scale, *reduced;
+  int64_t n;
+  float* y;
+
+  // y = sums of codes * step * scale + offset * reduced + outliers, in float32 (`reference.epilogue`).
+  template <bool kHalves, typename Weight>
+  void Run(int64_t piece, const Split& split) const {
+    const int64_t bytes = split.k / (kHalves ? 8 : 4) * 64;
+    const Weight* other = static_cast<const Weight*>(weights);
+    tiling.Run(piece, [&](auto count, auto wide, int64_t m, int64_t p) {
+      constexpr int kCount = decltype(count)::value, kWide = decltype(wide)::value, kOutputs = kWide * kPanel;
+      alignas(64) int32_t sums[kCount * kOutputs];
+      alignas(64) float values[kCount * kOutputs];
+      CodeTile<kCount, kWide, kHalves>(split.codes + m * split.k, split.totals + m, panels + p * bytes, split.k, sums);
+      FloatTile<kCount, kWide>(split.outliers + m * split.o, other + p * split.o * kPanel, split.o, values, kOutputs, kOutputs);
+      const int64_t first = p * kPanel, have = n - first < kOutputs ? n - first : kOutputs;
+      for (int row = 0; row < kCount; ++row) {
+        const float step = split.step[m + row], offset = split.offset[m + row];
+        const int32_t* found = sums + row * kOutputs;
+        const float* added = values + row * kOutputs;
+        float* to = y + (m + row) * n + first;
+        for (int64_t i = 0; i < have; ++i)
+          to[i] = static_cast<float>(found[i]) * step * scale[first + i] + offset * reduced[first + i] + added[i];
+      }
+    });
+  }
+};
+
+// y[M, N] of codes x[M, K] and outliers [M, O] with one layer of each of several weights: panels of codes [L, N / 16, steps, 64],
+// of outliers [L, N / 16, O, 16], scale and reduced [L, N], and the layer; `halves`: two codes to a byte.
+ffi::Error QuikProducts(ffi::ThreadPool pool, ffi::Buffer<ffi::S8> x, ffi::Buffer<ffi::F32> step, ffi::Buffer<ffi::F32> offset,
+                        ffi::Buffer<ffi::F32> outliers, ffi::RemainingArgs weights, ffi::RemainingRets results, bool halves) {
+  const int64_t rows = x.dimensions()[0], k = x.dimensions()[1], o = outliers.dimensions()[1];
+  const int64_t group = halves ? 8 : 4, steps = (k + group - 1) / group, whole = steps * group;
+  std::vector<QuikProduct> products;
+  for (size_t i = 0; i < results.size(); ++i) {
+    auto panels = weights.get<ffi::Buffer<ffi::U8>>(5 * i);
+    auto other = weights.get<ffi::AnyBuffer>(5 * i + 1);
+    auto scale = weights.get<ffi::Buffer<ffi::F32>>(5 * i + 2), reduced = weights.get<ffi::Buffer<ffi::F32>>(5 * i + 3);
+    auto layer = weights.get<ffi::Buffer<ffi::S32>>(5 * i + 4);
+    auto y = results.get<ffi::Buffer<ffi::F32>>(i);
+    if (!panels || !other || !scale || !reduced || !layer || !y)
+      return Wrong("quikjax: codes, outliers, scale, reduced and a layer are wanted for every result");
+    const auto shape = panels->dimensions(), beside = other->dimensions();
+    const int64_t n = (*y)->dimensions()[1], count = (n + kPanel - 1) / kPanel, at = layer->typed_data()[0];
+    if (shape.size() != 4 || shape[1] != count || shape[2] != steps || shape[3] != 64 || beside.size() != 4 ||
+        beside[1] != count || beside[2] != o || beside[3] != kPanel || scale->dimensions()[1] != n ||
+        reduced->dimensions()[1] != n)
+      return Wrong("quikjax: panels of codes do not have the shape of the product");
+    if (at < 0 || at >= shape[0]) return Wrong("quikjax: there is no such layer among the panels");
+    const auto type = other->element_type();
+    if (type != ffi::BF16 && type != ffi::F16) return Wrong("quikjax: outliers are of bfloat16 or float16");
+    const char* outlier_panels = static_cast<const char*>(other->untyped_data()) + at * count * o * kPanel * 2;
+    products.push_back({{rows, count}, panels->typed_data() + at * count * steps * 64, type, outlier_panels,
+                        scale->typed_data() + at * n, reduced->typed_data() + at * n, n, (*y)->typed_data()});
+  }
   const int8_t* codes = x.typed_data();
   std::vector<int8_t> padded;
   if (whole != k) {
@@ -363,17 +415,15 @@ ffi::Error QuikProduct(ffi::ThreadPool pool, ffi::Buffer<ffi::S8> x, ffi::Buffer
     for (int64_t i = 0; i < whole; ++i) total += codes[m * whole + i];
     totals[m] = total;
   }
-  const QuikCall call{codes, totals.data(), step.typed_data(), offset.typed_data(), outliers.typed_data(),
-                      panels.typed_data() + at * count * steps * 64, scale.typed_data() + at * n,
-                      reduced.typed_data() + at * n, rows, whole, o, n, y->typed_data()};
-  auto run = [&](auto* all) {
-    (halves ? Quik32<true, std::remove_pointer_t<decltype(all)>> : Quik32<false, std::remove_pointer_t<decltype(all)>>)(
-        pool, call, all + at * count * o * kPanel);
-    return ffi::Error::Success();
-  };
-  if (weights.element_type() == ffi::BF16) return run(static_cast<const BFloat16*>(weights.untyped_data()));
-  if (weights.element_type() == ffi::F16) return run(static_cast<const Float16*>(weights.untyped_data()));
-  return Wrong("quikjax: outliers are of bfloat16 or float16");
+  const Split split{codes, totals.data(), step.typed_data(), offset.typed_data(), outliers.typed_data(), whole, o};
+  ForAll(pool, products, [&](const QuikProduct& product, int64_t piece) {
+    const bool narrow = product.type == ffi::BF16;
+    if (halves && narrow) product.Run<true, BFloat16>(piece, split);
+    if (halves && !narrow) product.Run<true, Float16>(piece, split);
+    if (!halves && narrow) product.Run<false, BFloat16>(piece, split);
+    if (!halves && !narrow) product.Run<false, Float16>(piece, split);
+  });
+  return ffi::Error::Success();
 }
 
 template <typename Value>
@@ -392,26 +442,18 @@ void PackFloats(const Value* from, Value* to, int64_t n, int64_t k) {
 
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(quikjax_float_product, FloatProduct,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<ffi::Buffer<ffi::F32>>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::Buffer<ffi::S32>>()
-                                  .Ret<ffi::Buffer<ffi::F32>>());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(quikjax_quik_product, QuikProduct,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    quikjax_float_products, FloatProducts,
+    ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<ffi::Buffer<ffi::F32>>().RemainingArgs().RemainingRets());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(quikjax_quik_products, QuikProducts,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<ffi::Buffer<ffi::S8>>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
-                                  .Arg<ffi::Buffer<ffi::U8>>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::Buffer<ffi::F32>>()
-                                  .Arg<ffi::Buffer<ffi::F32>>()
-                                  .Arg<ffi::Buffer<ffi::S32>>()
-                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .RemainingArgs()
+                                  .RemainingRets()
                                   .Attr<bool>("halves"));
 
 // For Python, without XLA: a matrix [n, k] of 2 or 4 bytes a value into panels.

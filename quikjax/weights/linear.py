@@ -17,6 +17,7 @@ from quikjax.weights.codebook_tiles import TiledCodebook, codebook_choice, kerne
 from quikjax.weights.formats import PackedWeight, Weight
 from quikjax.weights.groups import GroupWeight
 from quikjax.weights.panels import DensePanels
+from quikjax.weights.panels import products as paneled_products
 from quikjax.weights.quik import QuikWeight
 from quikjax.weights.sparse import SparseWeight
 from quikjax.weights.tiled import TiledMember, TiledWeight, own_biases, packed
@@ -114,8 +115,12 @@ def linears(
             groups.setdefault((shared, weight.base, weight.activation_bits, weight.level_clip, weight.in_shape), []).append(i)
         elif isinstance(weight, CodebookWeight | GroupWeight | TiledCodebook):
             results[i] = _dequantized(made(), weight, bias, backend)
-        else:
-            results[i] = _dense(made(), weight, bias)
+        elif not isinstance(weight, DensePanels):
+            results[i] = _finished(dense_product(made(), weight), bias, made().dtype)
+    if paneled := [i for i, weight in enumerate(readable) if isinstance(weight, DensePanels)]:
+        matrices = [weight for weight in readable if isinstance(weight, DensePanels)]
+        for i, y in zip(paneled, paneled_products(made(), matrices), strict=True):
+            results[i] = _finished(y, biases[i], made().dtype)
     for members in trained.values():
         first: Any = readable[members[0]]
         products = first.products(made(), [readable[i] for i in members], [biases[i] for i in members])
@@ -161,11 +166,8 @@ def dequantized_choice(backend: str | None = None) -> api.Choice:
     return api.Choice("xla", "weights in groups are dequantized and multiplied by XLA", refused)
 
 
-def _dense(x: Float[Array, "..."], weight: Array | DensePanels, bias: Float[Array, "..."] | None) -> Float[Array, "..."]:
-    y = dense_product(x, weight)
-    if bias is not None:
-        y = y + bias.astype(jnp.float32)
-    return y.astype(x.dtype)
+def _finished(y: Float32[Array, "..."], bias: Float[Array, "..."] | None, dtype: Any) -> Float[Array, "..."]:
+    return (y if bias is None else y + bias.astype(jnp.float32)).astype(dtype)
 
 
 _Dequantized = CodebookWeight | GroupWeight | TiledCodebook
@@ -218,7 +220,7 @@ def _batch_shape(shape: tuple[int, ...], in_shape: tuple[int, ...]) -> tuple[int
 def dense_product(x: Float[Array, "*batch k"], weight: Float[Array, "n k"] | DensePanels) -> Float32[Array, "*batch n"]:
     """`x W^T`, accumulated in float32: in the dtype of `x`, or in float32 where `x` is of 16 bits and the weight was widened."""
     if isinstance(weight, DensePanels):
-        return weight.product(x)
+        return paneled_products(x, [weight])[0]
     dtype = jnp.promote_types(x.dtype, weight.dtype) if weight.dtype == jnp.float32 else x.dtype
     x, weight = x.astype(dtype), weight.astype(dtype)
     return jax.lax.dot_general(x, weight, (((x.ndim - 1,), (1,)), ((), ())), preferred_element_type=jnp.float32)

@@ -44,14 +44,15 @@ class DensePanels:
         """`K`."""
         return self.panels.shape[-2]
 
-    def product(self, x: Float[Array, "*batch k"]) -> Float32[Array, "*batch n"]:
-        """`x W^T`, float32."""
-        return panels.float_product(x, self.panels, self.layer, self.outputs)
-
     def rows(self, ids: Int[Array, "*batch"]) -> Float[Array, "*batch k"]:
         """Rows of the matrix, in its dtype; the nearest one where there is no such row."""
         ids = jnp.clip(ids, 0, self.outputs - 1)
         return self.panels[self.layer, ids // panels.PANEL, :, ids % panels.PANEL].astype(self.dtype)
+
+
+def products(x: Float[Array, "*batch k"], weights: Sequence[DensePanels]) -> list[Float32[Array, "*batch _"]]:
+    """`x W^T`, float32, for each weight."""
+    return panels.float_products(x, [panels.FloatPanels(weight.panels, weight.layer, weight.outputs) for weight in weights])
 
 
 def is_paneled(leaf: Any) -> TypeGuard[DensePanels | TiledWeight]:

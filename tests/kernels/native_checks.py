@@ -60,17 +60,21 @@ def check_floats(dtype: Any) -> None:
     for n, k in SHAPES:
         weight, other = (rng.normal(size=(n, k)).astype(dtype) for _ in range(2))
         stack = jnp.stack([panels.float_panels(jnp.asarray(one)) for one in (other, weight, other)])
-        alone = jax.jit(panels.float_product, static_argnums=3)
+
+        @jax.jit
+        def alone(x: jax.Array, stack: jax.Array, n: int = n) -> jax.Array:
+            return panels.float_products(x, [panels.FloatPanels(stack, jnp.int32(1), n)])[0]
+
         for rows in ROWS:
             x = rng.normal(size=(rows, k)).astype(np.float32)
-            y = np.asarray(alone(jnp.asarray(x), stack, jnp.int32(1), n))
+            y = np.asarray(alone(jnp.asarray(x), stack))
             exact = x.astype(np.float64) @ weight.astype(np.float64).T
             size = np.abs(x).astype(np.float64) @ np.abs(weight).astype(np.float64).T
             assert y.shape == (rows, n)
             assert (np.abs(y - exact) <= size * k * 2**-23).all(), (dtype, n, k, rows)
             if rows == 13:
                 for take in (1, 2, 3, 4, 5, 6, 7, 8):
-                    few = alone(jnp.asarray(x[:take]), stack, jnp.int32(1), n)
+                    few = alone(jnp.asarray(x[:take]), stack)
                     assert np.array_equal(y[:take], few), (dtype, n, k, take)
 
 
@@ -85,7 +89,8 @@ def check_codes(bits: int, weight_bits: int) -> None:
             x = rng.integers(-(2 ** (bits - 1)), 2 ** (bits - 1), (rows, k)).astype(np.int8)
             split = reference.Split(jnp.asarray(x), jnp.zeros((rows, 0)), jnp.ones(rows), jnp.zeros(rows))
             none = jnp.zeros((1, panels.panel_count(n), 0, panels.PANEL), jnp.float16)
-            y = panels.quik_product(split, bits, stack, none, ones, zeros, jnp.int32(0), weight_bits)
+            weight = panels.QuikPanels(stack, none, ones, zeros, jnp.int32(0), weight_bits)
+            (y,) = panels.quik_products(split, bits, [weight])
             # Below 2^24, so that float32 has every one of them.
             assert np.array_equal(np.asarray(y), x.astype(np.int64) @ codes.T.astype(np.int64)), (bits, weight_bits, n, k, rows)
 

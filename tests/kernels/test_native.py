@@ -1,5 +1,6 @@
 """The compiled products of CPUs: their numbers, their panels, and what happens where they cannot be compiled."""
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -41,6 +42,29 @@ def test_sums_of_codes_are_the_references_integers(bits: int, weight_bits: int) 
 )
 def test_layers_are_the_references(bits: int, weight_bits: int, clip: tuple[int, int] | None, dtype: type) -> None:
     checks.check_layers(bits, weight_bits, clip, dtype)
+
+
+@compiled
+def test_weights_multiplied_in_one_call_give_what_each_gives_alone() -> None:
+    rng = np.random.default_rng(6)
+    columns = rng.permutation(51)
+    weights = []
+    for n, bits in ((37, 4), (192, 8), (1, 4), (70, 4)):
+        weight = checks.random_weight(rng, n, 51, 5, bits)
+        weights.append(
+            checks.paneled(dataclasses.replace(weight, columns=jnp.asarray(columns, jnp.int32)), layers=2, layer=n % 2)
+        )
+    for rows in (1, 9, 130):
+        x = jnp.asarray(rng.normal(size=(rows, 51)), jnp.float32)
+        together = api.linears((x,), weights, [None] * len(weights), 8)
+        for one, y in zip(weights, together, strict=True):
+            np.testing.assert_array_equal(y, api.linears((x,), [one], [None], 8)[0])
+        matrices = []
+        for n, dtype in ((20, jnp.float32), (300, jnp.bfloat16), (3, jnp.float16)):
+            stack = panels.float_panels(jnp.asarray(rng.normal(size=(n, 51)), dtype))[None]
+            matrices.append(panels.FloatPanels(stack, jnp.int32(0), n))
+        for matrix, y in zip(matrices, panels.float_products(x, matrices), strict=True):
+            np.testing.assert_array_equal(y, panels.float_products(x, [matrix])[0])
 
 
 @compiled
@@ -124,11 +148,12 @@ def test_panels_of_another_shape_are_refused() -> None:
     x = jnp.ones((2, 8))
     for layer, outputs in ((1, 20), (-1, 20), (0, 40)):
         with pytest.raises(Exception, match="quikjax: "):
-            jax.block_until_ready(panels.float_product(x, table, jnp.int32(layer), outputs))
+            jax.block_until_ready(panels.float_products(x, [panels.FloatPanels(table, jnp.int32(layer), outputs)]))
     split = reference.Split(jnp.zeros((2, 9), jnp.int8), jnp.zeros((2, 0)), jnp.ones(2), jnp.zeros(2))
     codes, none = panels.code_panels(jnp.zeros((20, 8), jnp.int8), 4)[None], jnp.zeros((1, 2, 0, 16), jnp.float16)
+    wrong = panels.QuikPanels(codes, none, jnp.ones((1, 20)), jnp.ones((1, 20)), jnp.int32(0), 4)
     with pytest.raises(Exception, match="quikjax: panels of codes"):
-        jax.block_until_ready(panels.quik_product(split, 4, codes, none, jnp.ones((1, 20)), jnp.ones((1, 20)), jnp.int32(0), 4))
+        jax.block_until_ready(panels.quik_products(split, 4, [wrong]))
 
 
 def compiler(folder: Path, script: str) -> str:
