@@ -154,8 +154,9 @@ def _decoder_rows(
     from quikjax.weights.compiled import why_no_compiled_products
 
     rate = speed.bandwidth()
-    say(f"this device copies at {rate / 1e9:.1f} GB/s")
-    if jax.default_backend() == "cpu":
+    cpu = jax.default_backend() == "cpu"
+    say(f"this device {'reads' if cpu else 'copies'} at {rate / 1e9:.1f} GB/s")
+    if cpu:
         reason = why_no_compiled_products()
         say("products are compiled for this CPU" if reason is None else f"products are XLA's: {reason}")
     tests = tests or decoder_tests(batches)
