@@ -92,7 +92,7 @@ gpu-compile: $(VENV)/.installed-gpu-compile
 test-3.12: $(VENV312)/.installed
 	$(WITH_CUDA312) $(VENV312)/bin/python tests/kernels/execute_all.py --few
 	$(WITH_CUDA312) $(VENV312)/bin/python -m pytest tests/kernels/test_triton.py tests/kernels/test_devices.py \
-		tests/kernels/test_flash_attention.py
+		tests/kernels/test_flash_attention.py tests/kernels/test_native.py
 
 # The whole fast suite under Python 3.12 and JAX 0.11.2.
 test-3.12-all: $(VENV312)/.installed
