@@ -28,6 +28,7 @@ from quikjax.models.cache import Fresh, LayerCache, Memory, StackedCache, formed
 from quikjax.models.encoder_decoder import TextBlock, Writer, WritingBlock
 from quikjax.pallas_kernels import api
 from quikjax.weights import host
+from quikjax.weights.formats import is_packed
 from quikjax.weights.panels import fits_panels, in_panels, is_paneled, of_layer
 from quikjax.weights.quik import QuikWeight
 from quikjax.weights.tiled import TiledMember, TiledWeight, join_groups, put_on_device, widened
@@ -76,7 +77,7 @@ def stack(
         widen: for a CPU, which multiplies those faster, hold dense matrices of 16 bits in float32 and codes of 4 bits in int8.
             Exact: the products are those of the same numbers, and the hidden state keeps its dtype.
         panels: for a CPU whose products are compiled (`pallas_kernels/native`), hold blocks' matrices, the head's table and codes
-            that meet quantized activations in panels, in their own bits; what else there is as `widen` says.
+            that meet quantized activations in panels, in their own bits, written anew; what else there is as `widen` says.
         unrolled: blocks keep arrays of their own. Left out: on a GPU.
 
     Returns:
@@ -124,7 +125,7 @@ def stack(
         str(i): {str(j): tree for j, tree in enumerate(members)} if unrolled else _stacked(members, release, widen, panels)
         for i, (_, members) in enumerate(runs)
     }
-    if panels:
+    if panels and model.generates:
         outside = _with_head_in_panels(outside, model.config.vocab_size, release)
     if widen:
         outside = jax.tree.map(_widened, outside, is_leaf=_is_ready)
@@ -140,17 +141,19 @@ def _in_panels_alone(tree: Any, release: bool) -> Any:
 
 def _with_head_in_panels(outside: dict[str, Any], vocabulary: int, release: bool) -> dict[str, Any]:
     """The parameters outside the blocks, the table that logits are made with in panels: the head's own, or the embedding's."""
-    named = {
-        jax.tree_util.keystr(path, simple=True, separator="."): leaf
-        for path, leaf in jax.tree_util.tree_leaves_with_path(outside)
-    }
-    tables = [name for name, leaf in named.items() if leaf.ndim == 2 and leaf.shape[0] == vocabulary]
-    heads = [name for name in tables if name.startswith("lm_head.")] or tables
-    if len(heads) != 1 or not fits_panels(named[heads[0]]):
+
+    def name(path: Any) -> str:
+        return jax.tree_util.keystr(path, simple=True, separator=".")
+
+    # A packed head is none of these tables, and then there is nothing to put into panels.
+    leaves = {name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(outside, is_leaf=is_packed)}
+    own = [path for path in leaves if path.startswith("lm_head.")]
+    tables = [path for path in own or leaves if fits_panels(leaves[path]) and leaves[path].shape[0] == vocabulary]
+    if len(tables) != 1:
         return outside
-    table = in_panels([named[heads[0]]], stacked=False, release=release)
+    table = in_panels([leaves[tables[0]]], stacked=False, release=release)
     return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: table if jax.tree_util.keystr(path, simple=True, separator=".") == heads[0] else leaf, outside
+        lambda path, leaf: table if name(path) == tables[0] else leaf, outside, is_leaf=is_packed
     )
 
 
@@ -264,7 +267,7 @@ def read(
         def block(hidden: Array, layer: Array, run: Run = run, trees: Any = trees) -> tuple[Array, Fresh]:
             return _read_block(run.graphdef, of_layer(trees, layer), hidden, queries, kind)
 
-        hidden, parts = jax.lax.scan(block, hidden, jnp.arange(run.count))
+        hidden, parts = jax.lax.scan(block, hidden, jnp.arange(run.count, dtype=jnp.int32))
         written.append(parts)
     return _last(rest, hidden, lengths), _all_blocks(written)
 
@@ -298,13 +301,13 @@ def read_text(
             def remember(text: Array, layer: Array, run: Run = run, trees: Any = trees) -> tuple[Array, Fresh]:
                 return text, _remember(run.graphdef, of_layer(trees, layer), text, kind)
 
-            written.append(jax.lax.scan(remember, text, jnp.arange(run.count))[1])
+            written.append(jax.lax.scan(remember, text, jnp.arange(run.count, dtype=jnp.int32))[1])
         else:
 
             def block(text: Array, layer: Array, run: Run = run, trees: Any = trees) -> tuple[Array, None]:
                 return _read_text_block(run.graphdef, of_layer(trees, layer), text, positions), None
 
-            text, _ = jax.lax.scan(block, text, jnp.arange(run.count))
+            text, _ = jax.lax.scan(block, text, jnp.arange(run.count, dtype=jnp.int32))
     return Memory(_all_blocks(written), lengths)
 
 
@@ -340,7 +343,7 @@ def extend(
                 hidden, cache = carry
                 return _extend_block(run.graphdef, of_layer(trees, layer), hidden, where, cache, first + layer), None
 
-            (hidden, cache), _ = jax.lax.scan(block, (hidden, cache), jnp.arange(run.count))
+            (hidden, cache), _ = jax.lax.scan(block, (hidden, cache), jnp.arange(run.count, dtype=jnp.int32))
         first += run.count
     return _last(rest, hidden, lengths), cache
 

@@ -82,7 +82,11 @@ def build(folder: Path, compiler: str | None = None, flags: Sequence[str] | None
         raise Unavailable("there is no C++ compiler (c++, g++ or clang++, or what CXX names)")
     flags = FLAGS if flags is None else flags
     headers = Path(jax.ffi.include_dir())
-    depends = (SOURCE.read_text(encoding="utf-8"), *flags, jax.__version__, str(headers), compiler, _cpu())
+    try:
+        source = SOURCE.read_text(encoding="utf-8")
+    except OSError as error:
+        raise Unavailable(f"{SOURCE} could not be read: {error.strerror or error}") from None
+    depends = (source, *flags, jax.__version__, str(headers), compiler, _cpu())
     name = f"products-{hashlib.sha256(chr(0).join(depends).encode()).hexdigest()[:16]}.so"
     if (folder / name).exists():
         return folder / name
@@ -91,7 +95,7 @@ def build(folder: Path, compiler: str | None = None, flags: Sequence[str] | None
         with tempfile.TemporaryDirectory(prefix="compiling-", dir=folder) as work:
             made = Path(work) / name
             command = [compiler, *flags, "-isystem", str(headers), str(SOURCE), "-o", str(made)]
-            run = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=False)
+            run = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=_SECONDS, check=False)
             if run.returncode != 0 or not made.exists():
                 said = [line.strip() for line in run.stderr.splitlines() if "error" in line] or run.stderr.split("\n")[-2:-1]
                 raise Unavailable(f"{compiler} could not compile them: {said[0] if said else 'it said nothing'}")

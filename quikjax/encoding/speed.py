@@ -220,7 +220,7 @@ def _in_a_scan(
 
     like = jax.eval_shape(product, x, of_layer(layers, jnp.int32(0)))
     nothing = [jnp.zeros(y.shape, y.dtype) for y in like]
-    return jax.lax.scan(turn, (x, nothing), jnp.arange(count))[0]
+    return jax.lax.scan(turn, (x, nothing), jnp.arange(count, dtype=jnp.int32))[0]
 
 
 @jax.jit

@@ -213,7 +213,7 @@ def encode_texts(
         def block(hidden: Array, layer: Array, run: stacked.Run = run, trees: Any = trees) -> tuple[Array, None]:
             return _encode_block(run.graphdef, of_layer(trees, layer), hidden, positions), None
 
-        hidden, _ = jax.lax.scan(block, hidden, jnp.arange(run.count))
+        hidden, _ = jax.lax.scan(block, hidden, jnp.arange(run.count, dtype=jnp.int32))
     return head(rest, hidden, positions)
 
 

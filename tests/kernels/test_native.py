@@ -186,6 +186,9 @@ def test_reasons_why_products_are_not_compiled(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(library.Unavailable, match=r"no C\+\+ compiler"):
         library.build(folder)
+    monkeypatch.setattr(library, "SOURCE", tmp_path / "gone.cc")
+    with pytest.raises(library.Unavailable, match=r"gone\.cc could not be read: No such file"):
+        library.build(folder, fails)
     monkeypatch.setattr(library.platform, "machine", lambda: "arm64")
     with pytest.raises(library.Unavailable, match="written for x86-64 under Linux and macOS, and this is arm64"):
         library.build(folder)
