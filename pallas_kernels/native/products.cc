@@ -15,6 +15,7 @@
 #include <cstdint>
 #include <cstring>
 #include <memory>
+#include <thread>
 #include <type_traits>
 #include <vector>
 
@@ -100,8 +101,10 @@ void InParallel(ffi::ThreadPool& pool, int64_t count, const Run& run) {
   // A helper that comes late finds no piece left, and does not touch `run`, which is gone by then.
   for (int64_t i = 0; i < helpers; ++i) pool.Schedule([pieces, take, at = &run] { take(*pieces, at); });
   take(*pieces, &run);
-  while (pieces->done.load(std::memory_order_acquire) < count) {
-    _mm_pause();
+  // The last pieces take microseconds, unless whoever has them was put aside for another process.
+  for (int turns = 0; pieces->done.load(std::memory_order_acquire) < count; ++turns) {
+    if (turns < 10000) _mm_pause();
+    else std::this_thread::yield();
   }
 }
 
@@ -233,9 +236,10 @@ inline void CodeTile(const int8_t* x, const int32_t* totals, const uint8_t* pane
   for (int m = 0; m < kCount; ++m) {
     int32_t words[kWide * kPanel];
     std::memcpy(words, sums[m], sizeof(words));
-    // Codes are stored with an offset, which every code of the row was multiplied by.
-    const int32_t added = totals[m] * (kHalves ? 8 : 128);
-    for (int o = 0; o < kWide * kPanel; ++o) found[m * kWide * kPanel + o] = words[o] - added;
+    // Codes are stored with an offset, which every code of the row was multiplied by. Modulo 2^32, as the sums were taken.
+    const uint32_t added = static_cast<uint32_t>(totals[m]) * (kHalves ? 8 : 128);
+    for (int o = 0; o < kWide * kPanel; ++o)
+      found[m * kWide * kPanel + o] = static_cast<int32_t>(static_cast<uint32_t>(words[o]) - added);
   }
 }
 

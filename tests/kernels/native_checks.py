@@ -81,12 +81,16 @@ def check_floats(dtype: Any) -> None:
 def check_codes(bits: int, weight_bits: int) -> None:
     """Sums of codes are the reference's integers: read out of results whose other factors are one and zero."""
     rng = np.random.default_rng(bits)
-    for n, k in SHAPES:
+    for n, k in (*SHAPES, (16, 1000)):
         codes = rng.integers(-(2 ** (weight_bits - 1)), 2 ** (weight_bits - 1), (n, k)).astype(np.int8)
+        if k == 1000:  # the largest sums that so many codes have
+            codes[: n // 2], codes[n // 2 :] = -(2 ** (weight_bits - 1)), 2 ** (weight_bits - 1) - 1
         stack = panels.code_panels(jnp.asarray(codes), weight_bits)[None]
         ones, zeros = jnp.ones((1, n)), jnp.zeros((1, n))
         for rows in ROWS:
             x = rng.integers(-(2 ** (bits - 1)), 2 ** (bits - 1), (rows, k)).astype(np.int8)
+            if k == 1000:
+                x[::2], x[1::2] = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
             split = reference.Split(jnp.asarray(x), jnp.zeros((rows, 0)), jnp.ones(rows), jnp.zeros(rows))
             none = jnp.zeros((1, panels.panel_count(n), 0, panels.PANEL), jnp.float16)
             weight = panels.QuikPanels(stack, none, ones, zeros, jnp.int32(0), weight_bits)
