@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import tempfile
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -92,6 +93,9 @@ def build(folder: Path, compiler: str | None = None, flags: Sequence[str] | None
         return folder / name
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        for left in folder.glob("compiling-*"):  # by processes that were killed
+            if time.time() - left.stat().st_mtime > 2 * _SECONDS:
+                shutil.rmtree(left, ignore_errors=True)
         with tempfile.TemporaryDirectory(prefix="compiling-", dir=folder) as work:
             made = Path(work) / name
             command = [compiler, *flags, "-isystem", str(headers), str(SOURCE), "-o", str(made)]

@@ -197,7 +197,12 @@ def test_reasons_why_products_are_not_compiled(tmp_path: Path, monkeypatch: pyte
 @on_x86
 def test_a_library_is_compiled_once_and_anew_where_anything_changed(tmp_path: Path) -> None:
     counting = compiler(tmp_path, f"echo once >> {tmp_path}/calls; while [ $# -gt 1 ]; do shift; done; echo damaged > $1")
+    killed, working = tmp_path / "kept" / "compiling-1", tmp_path / "kept" / "compiling-2"
+    killed.mkdir(parents=True)
+    working.mkdir()
+    os.utime(killed, (0, 0))
     paths = [library.build(tmp_path / "kept", counting) for _ in range(2)]
+    assert (killed.exists(), working.exists()) == (False, True)
     other = library.build(tmp_path / "kept", counting, flags=(*library.FLAGS, "-g"))
     assert paths[0] == paths[1] != other
     assert (tmp_path / "calls").read_text().split() == ["once"] * 2
