@@ -86,8 +86,9 @@ def bytes_per_token(generator: Generator, test: Test) -> int:
     rest = jax.tree_util.tree_leaves_with_path(generator.params["rest"])
     untied = any("lm_head" in jax.tree_util.keystr(path) for path, _ in rest)
     looked_up = ("embed", "embeddings") if untied else ("embed_positions",)
-    read = sum(leaf.nbytes for path, leaf in rest if not any(name in jax.tree_util.keystr(path) for name in looked_up))
-    blocks = sum(leaf.nbytes for leaf in jax.tree.leaves(generator.params["runs"]))
+    # Scalars say which of several weights is meant.
+    read = sum(leaf.nbytes for path, leaf in rest if leaf.ndim and not any(n in jax.tree_util.keystr(path) for n in looked_up))
+    blocks = sum(leaf.nbytes for leaf in jax.tree.leaves(generator.params["runs"]) if leaf.ndim)
     config = generator.config
     width = 2 * config.layers * config.kv_heads * (config.head_size * jnp.dtype(generator.cache).itemsize)
     return blocks + read + test.batch * width * (test.depth + test.prompt)
