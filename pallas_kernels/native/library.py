@@ -113,10 +113,12 @@ def build(folder: Path, compiler: str | None = None, flags: Sequence[str] | None
 
 
 def load(path: Path) -> ctypes.CDLL:
-    """The library at `path`, its functions declared. One that cannot be loaded is deleted, for the next process to compile anew.
+    """The library at `path`, its functions declared.
+
+    One that cannot be loaded stays: where the folder allows no programs, every process would compile it anew for nothing.
 
     Raises:
-        Unavailable: it is damaged, or another machine's.
+        Unavailable: it is damaged, or the folder allows no programs to run.
     """
     try:
         library = ctypes.CDLL(str(path))
@@ -127,8 +129,7 @@ def load(path: Path) -> ctypes.CDLL:
         library.quikjax_pack_codes.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, whole, whole, whole, whole]
         library.quikjax_pack_floats.restype = library.quikjax_pack_codes.restype = None
     except (OSError, AttributeError) as error:
-        path.unlink(missing_ok=True)
-        raise Unavailable(f"{path} could not be loaded and was deleted: {error}") from None
+        raise Unavailable(f"{path} could not be loaded ({error}); delete it to have it compiled anew") from None
     return library
 
 

@@ -133,6 +133,12 @@ inline void FloatTile(const float* x, const Weight* panel, int64_t k, float* y, 
   }
 }
 
+inline int32_t Word(const int8_t* from) {
+  int32_t word;
+  std::memcpy(&word, from, sizeof(word));
+  return word;
+}
+
 // Sums of products of codes: 64 bytes of a weight's codes, four of each of 16 outputs, with four of one row's.
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__)
 struct Codes {
@@ -147,11 +153,7 @@ struct Four {
 inline Codes LoadCodes(const uint8_t* from) { return {_mm512_loadu_si512(from)}; }
 inline Codes Low(Codes codes) { return {_mm512_and_si512(codes.bytes, _mm512_set1_epi8(15))}; }
 inline Codes High(Codes codes) { return {_mm512_and_si512(_mm512_srli_epi16(codes.bytes, 4), _mm512_set1_epi8(15))}; }
-inline Four Spread(const int8_t* from) {
-  int32_t word;
-  std::memcpy(&word, from, 4);
-  return {_mm512_set1_epi32(word)};
-}
+inline Four Spread(const int8_t* from) { return {_mm512_set1_epi32(Word(from))}; }
 template <bool kHalves>
 inline void Add(Sums& sums, Codes codes, Four four) {
   sums.words = _mm512_dpbusd_epi32(sums.words, codes.bytes, four.bytes);
@@ -178,11 +180,7 @@ inline Codes Low(Codes codes) {
 inline Codes High(Codes codes) {
   return Low({{_mm256_srli_epi16(codes.bytes[0], 4), _mm256_srli_epi16(codes.bytes[1], 4)}});
 }
-inline Four Spread(const int8_t* from) {
-  int32_t word;
-  std::memcpy(&word, from, 4);
-  return {_mm256_set1_epi32(word)};
-}
+inline Four Spread(const int8_t* from) { return {_mm256_set1_epi32(Word(from))}; }
 template <bool kHalves>
 inline void Add(Sums& sums, Codes codes, Four four) {
   for (int i = 0; i < 2; ++i) {

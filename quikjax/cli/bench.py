@@ -127,6 +127,7 @@ def _encoder_rows(
     from quikjax.encoding import speed
     from quikjax.speed_tests import encoder_tests
 
+    _say_products()
     reach = min(encoder.config.context_length for encoder in encoders.values())
     tests = tests or encoder_tests(batches, reach)
     results = speed.measure(encoders, tests, rounds)
@@ -151,20 +152,28 @@ def _decoder_rows(
     from quikjax.cli.printing import say
     from quikjax.generation import speed
     from quikjax.speed_tests import decoder_tests
-    from quikjax.weights.compiled import why_no_compiled_products
 
     rate = speed.bandwidth()
     cpu = jax.default_backend() == "cpu"
     say(f"this device {'reads' if cpu else 'copies'} at {rate / 1e9:.1f} GB/s")
-    if cpu:
-        reason = why_no_compiled_products()
-        say("products are compiled for this CPU" if reason is None else f"products are XLA's: {reason}")
+    _say_products()
     tests = tests or decoder_tests(batches)
     return [
         speed_row(name, one) | bandwidth_fields(speed.bytes_per_token(generators[name], one.test), one, rate)
         for name, speeds in speed.measure(generators, tests, rounds).items()
         for one in speeds
     ]
+
+
+def _say_products() -> None:
+    import jax
+
+    from quikjax.cli.printing import say
+    from quikjax.weights.compiled import why_no_compiled_products
+
+    if jax.default_backend() == "cpu":
+        reason = why_no_compiled_products()
+        say("products are compiled for this CPU" if reason is None else f"products are XLA's: {reason}")
 
 
 def _cache_error(generator: "Generator", tokenizer: Any) -> "CacheError | None":

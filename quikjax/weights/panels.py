@@ -104,7 +104,8 @@ def in_panels(members: Sequence[Any], *, stacked: bool, release: bool = False) -
             if release:
                 weight.outliers.delete()
 
-        fields = {field.name: getattr(packed(first), field.name) for field in dataclasses.fields(api.Packed)}
+        arrays = packed(first)
+        fields = {field.name: getattr(arrays, field.name) for field in dataclasses.fields(arrays)}
         columns = [weight.columns for weight in members]
         fields |= {
             "qweight": _written(members, (count, panels.code_steps(first.inputs, bits), 64), np.uint8, codes),

@@ -206,7 +206,6 @@ def test_a_library_is_compiled_once_and_anew_where_anything_changed(tmp_path: Pa
     other = library.build(tmp_path / "kept", counting, flags=(*library.FLAGS, "-g"))
     assert paths[0] == paths[1] != other
     assert (tmp_path / "calls").read_text().split() == ["once"] * 2
-    with pytest.raises(library.Unavailable, match="could not be loaded and was deleted"):
+    with pytest.raises(library.Unavailable, match=r"could not be loaded \(.*\); delete it to have it compiled anew$"):
         library.load(other)
-    assert not other.exists()
-    assert paths[0].exists()
+    assert other.exists()
