@@ -28,8 +28,9 @@ from quikjax.models.cache import Fresh, LayerCache, Memory, StackedCache, formed
 from quikjax.models.encoder_decoder import TextBlock, Writer, WritingBlock
 from quikjax.pallas_kernels import api
 from quikjax.weights import host
+from quikjax.weights.codebook_tiles import TiledCodebook
 from quikjax.weights.formats import is_packed
-from quikjax.weights.panels import fits_panels, in_panels, is_paneled, of_layer
+from quikjax.weights.panels import DensePanels, fits_panels, in_panels, of_layer
 from quikjax.weights.quik import QuikWeight
 from quikjax.weights.tiled import TiledMember, TiledWeight, join_groups, put_on_device, widened
 
@@ -98,7 +99,7 @@ def stack(
         if panels and unrolled:
             tree = _in_panels_alone(tree, release)
         if widen and unrolled:
-            tree = jax.tree.map(_widened, tree, is_leaf=_is_ready)
+            tree = jax.tree.map(_widened, tree, is_leaf=_is_weight)
         if release and unrolled:
             _free(given, tree)
         alike = (block_graphdef, jax.tree.structure(tree), [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(tree)])
@@ -128,7 +129,7 @@ def stack(
     if panels and model.generates:
         outside = _with_head_in_panels(outside, model.config.vocab_size, release)
     if widen:
-        outside = jax.tree.map(_widened, outside, is_leaf=_is_ready)
+        outside = jax.tree.map(_widened, outside, is_leaf=_is_weight)
     return layout, {"rest": outside, "runs": stacked}
 
 
@@ -136,7 +137,7 @@ def _in_panels_alone(tree: Any, release: bool) -> Any:
     def alone(leaf: Any) -> Any:
         return in_panels([leaf], stacked=False, release=release) if fits_panels(leaf) else leaf
 
-    return jax.tree.map(alone, tree, is_leaf=_is_packed)
+    return jax.tree.map(alone, tree, is_leaf=_is_weight)
 
 
 def _with_head_in_panels(outside: dict[str, Any], vocabulary: int, release: bool) -> dict[str, Any]:
@@ -165,12 +166,9 @@ def _free(given: Any, kept: Any) -> None:
             leaf.delete()
 
 
-def _is_packed(leaf: Any) -> bool:
-    return isinstance(leaf, QuikWeight | TiledWeight | TiledMember)
-
-
-def _is_ready(leaf: Any) -> bool:
-    return _is_packed(leaf) or is_paneled(leaf)
+def _is_weight(leaf: Any) -> bool:
+    """Whether a leaf is a weight of any format, or in a device's form, whose arrays only its own class may take for matrices."""
+    return is_packed(leaf) or isinstance(leaf, TiledWeight | TiledMember | TiledCodebook | DensePanels)
 
 
 def _widened(leaf: Any) -> Any:
@@ -185,7 +183,7 @@ def _widened(leaf: Any) -> Any:
 
     if isinstance(leaf, QuikWeight):
         return widened(jax.tree.map(lambda part: converted(part, _in_bytes(part.dtype)), leaf))
-    if _is_ready(leaf) or leaf.ndim < 2 or leaf.dtype.itemsize != 2:
+    if _is_weight(leaf) or leaf.ndim < 2 or leaf.dtype.itemsize != 2:
         return leaf
     return converted(leaf, jnp.float32)
 
@@ -197,7 +195,7 @@ def _stacked(members: list[dict[str, Any]], release: bool, widen: bool, panels: 
         if widen and isinstance(leaves[0], QuikWeight):
             # Its codes in whole bytes from the start: NumPy unpacks them many times faster than XLA.
             return widened(jax.tree.map(lambda *parts: join_arrays(*parts, dtype=_in_bytes(parts[0].dtype)), *leaves))
-        if _is_packed(leaves[0]):
+        if _is_weight(leaves[0]):
             return jax.tree.map(join_arrays, *leaves)
         wide = widen and leaves[0].ndim > 1 and leaves[0].dtype.itemsize == 2
         return join_arrays(*leaves, dtype=jnp.float32 if wide else None)
@@ -228,7 +226,7 @@ def _stacked(members: list[dict[str, Any]], release: bool, widen: bool, panels: 
 
     # NumPy lets go of Python's lock while it copies.
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return jax.tree.map(join, *members, is_leaf=_is_packed)
+        return jax.tree.map(join, *members, is_leaf=_is_weight)
 
 
 def _in_bytes(dtype: Any) -> Any:

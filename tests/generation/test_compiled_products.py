@@ -15,9 +15,10 @@ from quikjax.models.base import CausalLM, Transformer
 from quikjax.models.registry import pure_params
 from quikjax.quantizing.model import calibrate
 from quikjax.quantizing.params import quantize_params
-from quikjax.quantizing.recipe import Recipe, Rule
+from quikjax.quantizing.recipe import Recipe, Rule, find_recipe
 from quikjax.testing import tiny_model
 from quikjax.weights import compiled
+from quikjax.weights.formats import PACKED, is_packed
 from quikjax.weights.panels import DensePanels, in_panels, is_paneled
 
 REASON = compiled.why_no_compiled_products()
@@ -27,10 +28,13 @@ PROMPTS = [np.random.default_rng(0).integers(0, 256, length).tolist() for length
 
 
 def packed(model: CausalLM, **rule: Any) -> CausalLM:
-    rules = (Rule(match=r"proj\.weight", method="rtn", outliers=5, **rule),)
+    return by_recipe(model, Recipe(name="test", rules=(Rule(match=r"proj\.weight", method="rtn", outliers=5, **rule),)))
+
+
+def by_recipe(model: CausalLM, recipe: Recipe) -> CausalLM:
     graphdef, params = nnx.split(model)[0], pure_params(model)
     stats = calibrate(graphdef, params, [np.asarray([PROMPTS[1]], np.int32)])
-    return nnx.merge(graphdef, quantize_params(params, Recipe(name="test", rules=rules), stats))
+    return nnx.merge(graphdef, quantize_params(params, recipe, stats))
 
 
 def narrow(model: CausalLM, dtype: Any = jnp.bfloat16) -> CausalLM:
@@ -127,6 +131,21 @@ def test_weights_that_meet_floats_stay_as_they_were(monkeypatch: pytest.MonkeyPa
     ours, xla = both(packed(tiny_model(), weight_bits=4, activation_bits=16), monkeypatch)
     assert len(paneled(ours)) == 1  # the head's table
     one, other = (generator.generate(PROMPTS, max_new_tokens=4) for generator in (ours, xla))
+    np.testing.assert_array_equal(one.tokens, other.tokens)
+
+
+# A recipe of each other packed format; a format's arrays are not matrices, whatever their axes and dtypes.
+FORMATS = {"CodebookWeight": "nf4", "SparseWeight": "quik-4b-sparse", "GroupWeight": "zeroquant-w4a8"}
+
+
+@pytest.mark.parametrize("name", sorted(PACKED.keys() - {"QuikWeight"}))
+def test_every_packed_format_gives_the_texts_of_xlas_products(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = find_recipe(FORMATS[name])
+    model = by_recipe(tiny_model(num_hidden_layers=2), recipe.with_outliers(5) if "quik" in recipe.name else recipe)
+    found = {type(leaf).__name__ for leaf in jax.tree.leaves(pure_params(model), is_leaf=is_packed) if is_packed(leaf)}
+    assert name in found
+    ours, xla = both(model, monkeypatch)
+    one, other = (generator.generate(PROMPTS[:1], max_new_tokens=3) for generator in (ours, xla))
     np.testing.assert_array_equal(one.tokens, other.tokens)
 
 
