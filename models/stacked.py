@@ -30,6 +30,7 @@ from quikjax.pallas_kernels import api
 from quikjax.weights import host
 from quikjax.weights.codebook_tiles import TiledCodebook
 from quikjax.weights.formats import is_packed
+from quikjax.weights.linear import Trained
 from quikjax.weights.panels import DensePanels, fits_panels, in_panels, of_layer
 from quikjax.weights.quik import QuikWeight
 from quikjax.weights.tiled import TiledMember, TiledWeight, join_groups, put_on_device, widened
@@ -167,8 +168,8 @@ def _free(given: Any, kept: Any) -> None:
 
 
 def _is_weight(leaf: Any) -> bool:
-    """Whether a leaf is a weight of any format, or in a device's form, whose arrays only its own class may take for matrices."""
-    return is_packed(leaf) or isinstance(leaf, TiledWeight | TiledMember | TiledCodebook | DensePanels)
+    """Whether a leaf is a weight of any format, in a device's form, or in training: its arrays only its own class understands."""
+    return is_packed(leaf) or isinstance(leaf, TiledWeight | TiledMember | TiledCodebook | DensePanels | Trained)
 
 
 def _widened(leaf: Any) -> Any:

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
 
+from quikjax.weights.codebook import CodebookWeight
 from quikjax.weights.formats import PackedWeight, is_packed
 from quikjax.weights.groups import GroupWeight
 from quikjax.weights.linear import Trained, linear
@@ -37,7 +38,11 @@ def rounded_activations(x: Float[Array, "*batch k"], weight: PackedWeight) -> Fl
     base, x = weight.base, x.astype(jnp.float32)
     if isinstance(weight, GroupWeight):
         return weight.rounded(x)
-    if not isinstance(weight, QuikWeight) or weight.activation_bits == 16 or base == 0:
+    if isinstance(weight, CodebookWeight) or base == 0:
+        return x
+    # In a device's form a weight does not say this; taking its activations for exact would be a wrong number.
+    assert isinstance(weight, QuikWeight), type(weight)
+    if weight.activation_bits == 16:
         return x
     identity = dataclasses.replace(
         weight,
