@@ -3,10 +3,12 @@
     python benchmarks/combinations.py TEACHER --data sst2_train.tsv --validation sst2_test_labeled.tsv --measure sst2_dev.tsv \\
         --out DIR [--steps 50] [--rate 1e-4] [--longest 64]
 
-TEACHER is a classifier in floats that `quikjax train` wrote. Each row is a student of it (`quikjax train TEACHER --teacher TEACHER
---recipe ... --prune ...`): floats or W4A4; nothing pruned, 2:4, half of every matrix, a quarter of the heads, or a quarter of the
-MLP's rows; pruned first or quantized first, and masks that are chosen anew half way; all blocks, or two fewer. Reported are the
-accuracy on the validation texts before training and at the best step, which they choose, and that step's on the texts to measure.
+TEACHER is a classifier in floats that `quikjax train` wrote. Each row is a student of it (`quikjax train TEACHER --teacher
+TEACHER --recipe ... --prune ...`): floats or W4A4; nothing pruned, 2:4, half of every matrix, a quarter of the heads, or a
+quarter of the MLP's rows; pruned first or quantized first, and masks that are chosen anew half way; all blocks, or two fewer.
+Reported are the accuracy on the validation texts before training and at the best step, which they choose, and that step's on the
+texts to measure.
+
 DIR keeps each row when it is done, so that a run that was killed goes on there; the artifacts are not kept. A table is printed.
 """
 

@@ -18,17 +18,27 @@ def recover(
     ] = None,
     calibration: Annotated[str, typer.Option(help="A UTF-8 text file, pydoc, or wikitext2: to train and choose on.")] = "pydoc",
     steps: Annotated[int, typer.Option(help="Steps of the optimizer.")] = 100,
-    seqlen: Annotated[int | None, typer.Option(help="Tokens per window; left out, 2048 or the model's context.")] = None,
-    batch: Annotated[int, typer.Option(help="Windows per step.")] = 1,
+    seqlen: Annotated[
+        int | None, typer.Option(help="Tokens per window; left out, 2048 or the context, of an encoder 64.")
+    ] = None,
+    batch: Annotated[int | None, typer.Option(help="Windows per step; left out, 1, of an encoder 32.")] = None,
     windows: Annotated[int | None, typer.Option(help="Windows to train on; left out, as many as the steps see.")] = None,
-    validation: Annotated[int, typer.Option(help="Windows behind those, to choose the best step on.")] = 16,
+    validation: Annotated[
+        int | None, typer.Option(help="Windows behind those, to choose on; left out, 16, of an encoder 64.")
+    ] = None,
     evaluate_every: Annotated[int, typer.Option(help="Steps between evaluations on them.")] = 25,
     seed: Annotated[int, typer.Option(help="Of the order of the windows.")] = 0,
-    scale_rate: Annotated[float, typer.Option(help="Largest rate of the logarithms of scales.")] = 1e-3,
-    norm_rate: Annotated[float, typer.Option(help="Largest rate of norms.")] = 5e-4,
-    outlier_rate: Annotated[float, typer.Option(help="Largest rate of outlier columns.")] = 1e-4,
+    scale_rate: Annotated[
+        float | None, typer.Option(help="Largest rate of the logarithms of scales; left out, 0.001, of an encoder 0.01.")
+    ] = None,
+    norm_rate: Annotated[float | None, typer.Option(help="Largest rate of norms; left out, 0.0005, of an encoder 0.001.")] = None,
+    outlier_rate: Annotated[
+        float | None, typer.Option(help="Largest rate of outlier columns; left out, 0.0001, of an encoder 0.001.")
+    ] = None,
     codes: Annotated[bool, typer.Option("--codes", help="Let codes move too (experimental, several times the memory).")] = False,
-    code_rate: Annotated[float, typer.Option(help="Largest rate of codes, in steps of a code.")] = 5e-3,
+    code_rate: Annotated[
+        float | None, typer.Option(help="Largest rate of codes, in their steps; left out, 0.005, of an encoder 0.01.")
+    ] = None,
     plan: Annotated[bool, typer.Option("--plan", help="Say what it would take, in memory and time, and do nothing.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an artifact that exists, once the new one is whole.")] = False,
     restart: Annotated[bool, typer.Option("--restart", help="Forget what a killed run has done.")] = False,
@@ -37,30 +47,34 @@ def recover(
 ) -> None:
     """Train scales, norms and outlier columns of an artifact towards its original, codes frozen.
 
-    The result is an artifact of the same format, size and cost. What is kept is the best step on windows of text that is not
-    trained on, the beginning included. A killed run goes on where it stopped, to the same bytes.
+    A language model learns the original's predictions, an encoder its hidden states. The result is an artifact of the same
+    format, size and cost. What is kept is the best step on windows of text that is not trained on, the beginning included. A
+    killed run goes on where it stopped, to the same bytes.
     """
     directory = check_artifact(artifact)
 
     from quikjax.checkpoint.manifest import MANIFEST, Manifest, unseal_manifest
-    from quikjax.training.recoverable import check_decoder
+    from quikjax.training.recoverable import check_recoverable, is_encoder
 
     # Before JAX is imported, and before anything is printed.
     manifest = unseal_manifest(directory / MANIFEST)
     if isinstance(manifest, Manifest):
-        check_decoder(manifest.config, directory)
+        check_recoverable(manifest.config, directory)
 
     from pydantic import ValidationError
 
-    from quikjax.texts import calibration_text, tokenize
-    from quikjax.training.settings import RecoverySettings, default_seqlen
+    from quikjax.texts import calibration_text, framed, tokenize
+    from quikjax.training.settings import RecoverySettings
 
-    length = default_seqlen(manifest.config if isinstance(manifest, Manifest) else None, context) if seqlen is None else seqlen
+    config = manifest.config if isinstance(manifest, Manifest) else None
+    encoder = is_encoder(config)
     try:
-        settings = RecoverySettings(
+        settings = RecoverySettings.of(
+            config,
+            context,
             steps=steps,
             batch=batch,
-            seqlen=length,
+            seqlen=seqlen,
             windows=windows,
             validation=validation,
             evaluate_every=evaluate_every,
@@ -96,16 +110,17 @@ def recover(
     refuse_existing(out, force=force)
     text = calibration_text(calibration)
     say(f"artifact     {artifact}")
-    say(f"text         {text.origin}, windows of {length} tokens")
-    say(f"steps        {steps} of {batch} window{'s' if batch > 1 else ''}, the best of every {evaluate_every} is kept")
+    say(f"text         {text.origin}, windows of {settings.seqlen} tokens")
+    windows_a_step = f"{settings.batch} window{'s' if settings.batch > 1 else ''}"
+    say(f"steps        {steps} of {windows_a_step}, the best of every {evaluate_every} is kept")
     for line in estimate(artifact, settings).text(size, duration).splitlines():
         say(line)
     say(f"output       {out}")
 
     def tokens(tokenizer: Any) -> Any:
-        return tokenize(tokenizer, text.content)
+        return framed(tokenizer, text.content).inner if encoder else tokenize(tokenizer, text.content)
 
-    lines = TrainingLines("KL", _figures, "validation windows")
+    lines = TrainingLines("loss" if encoder else "KL", _figures, "validation windows")
     try:
         done = run(
             artifact, out, tokens, settings, original=original, context=context, force=force, restart=restart, progress=lines
@@ -113,24 +128,28 @@ def recover(
     except KeyboardInterrupt:
         raise Interrupted("run the same command again to go on from the last saved step") from None
     say(f"saved {out} in {duration(done.seconds)}, fingerprint {done.fingerprint[:16]}")
+    measured = "distance of embeddings (1 - cosine)" if encoder else "KL"
     if done.step:
-        change = done.kl / done.kl_before - 1
-        say(f"step {done.step}: KL to the original {done.kl_before:.4f} -> {done.kl:.4f} ({change:+.1%}) on validation windows")
+        change = f"{done.before:.4f} -> {done.after:.4f} ({done.after / done.before - 1:+.1%})"
+        say(f"step {done.step}: {measured} to the original {change} on validation windows")
     else:
-        say(f"no step was better than the beginning (KL {done.kl:.4f} on validation windows): the weights are the artifact's own")
+        found = f"{measured} {done.after:.4f} on validation windows"
+        say(f"no step was better than the beginning ({found}): the weights are the artifact's own")
     if as_json:
         print_json(
             {
                 "artifact": str(out),
                 "fingerprint": done.fingerprint,
-                "kl_before": done.kl_before,
-                "kl": done.kl,
+                f"{done.measure}_before": done.before,
+                done.measure: done.after,
                 "step": done.step,
-                "evaluations": [{"step": int(step), "kl": kl, "perplexity": ppl} for step, kl, ppl in done.evaluations],
+                "evaluations": [{"step": step, **figures} for step, figures in done.evaluations],
                 "seconds": done.seconds,
             }
         )
 
 
 def _figures(figures: Mapping[str, float]) -> str:
-    return f"KL {figures['kl']:.4f}, perplexity {figures['perplexity']:.3f}"
+    if "kl" in figures:
+        return f"KL {figures['kl']:.4f}, perplexity {figures['perplexity']:.3f}"
+    return f"distance of embeddings {figures['distance']:.4f}, error of hidden states {figures['error']:.4f}"

@@ -19,7 +19,7 @@ from quikjax.errors import QuikError
 from quikjax.models.registry import abstract_model
 from quikjax.training.blocks import KEPT_BYTES
 from quikjax.training.distill import CHUNK
-from quikjax.training.recoverable import check_decoder
+from quikjax.training.recoverable import check_recoverable, is_encoder
 from quikjax.training.settings import RecoverySettings
 from quikjax.weights.quik import QuikWeight
 
@@ -70,6 +70,11 @@ def estimate(artifact: str | os.PathLike[str], settings: RecoverySettings) -> Es
                   block on the way back
         hidden    4 seqlen H windows               of the teacher, for windows that are seen more than once
 
+    Of an encoder, whose hidden states are compared, nothing is computed again on the way back:
+
+        work      4 T (2 sum N + 2 sum K + H blocks) + 8 T seqlen heads blocks       products and what enters them; attention
+        hidden    4 seqlen H blocks (validation + batch)                             of every block
+
     Raises:
         QuikError: there is no artifact, or one of parameters without a model.
     """
@@ -89,24 +94,32 @@ def estimate(artifact: str | os.PathLike[str], settings: RecoverySettings) -> Es
             count = 1
             for length in row.shape:
                 count *= length
-            moves += count if len(row.shape) == 1 else 0
+            owner = path.rpartition(".")[0]
+            moves += count if len(getattr(part.arrays.get(f"{owner}.weight"), "shape", ())) == 1 else 0
             if name == REST:
                 rest += count
             else:
                 weights += count
     tokens = settings.batch * settings.seqlen
-    products = 4 * tokens * outputs
-    work = 4 * tokens * config.hidden_size * config.layers + (products if products <= KEPT_BYTES else 0)
-    work += 24 * CHUNK * config.vocab_size + 4 * tokens * (3 * outputs + 4 * inputs) // config.layers
-    again = settings.windows is not None and settings.steps * settings.batch > settings.windows
-    windows = settings.validation + (settings.windows or 0 if again else 0)
-
     length, width = settings.seqlen, config.heads * config.head_size
-    layers, head = 2 * weights, 2 * config.vocab_size * config.hidden_size
-    attention = 2 * length * width * config.layers
-    a_step = tokens * (3 * layers + (2 * layers if settings.codes else 0) + 3 * head + 6 * attention)
+    layers, attention = 2 * weights, 2 * length * width * config.layers
+    if is_encoder(reader.manifest.config):
+        head = 0
+        work = 4 * tokens * (2 * outputs + 2 * inputs + config.hidden_size * config.layers)
+        work += 8 * tokens * length * config.heads * config.layers
+        states = config.layers * (settings.validation + settings.batch)
+        teaching = tokens * (layers + attention)  # at every step
+    else:
+        head = 2 * config.vocab_size * config.hidden_size
+        products = 4 * tokens * outputs
+        work = 4 * tokens * config.hidden_size * config.layers + (products if products <= KEPT_BYTES else 0)
+        work += 24 * CHUNK * config.vocab_size + 4 * tokens * (3 * outputs + 4 * inputs) // config.layers
+        again = settings.windows is not None and settings.steps * settings.batch > settings.windows
+        states = settings.validation + (settings.windows or 0 if again else 0)
+        teaching = 0
+    a_step = tokens * (3 * layers + (2 * layers if settings.codes else 0) + 3 * head + 6 * attention) + teaching
     an_evaluation = settings.validation * length * (layers + 3 * head + attention)
-    teaching = settings.validation * length * (layers + attention)
+    at_first = settings.validation * length * (layers + attention)
     rate = _EFFICIENCY * product_rate()
     evaluations = 1 + -(-settings.steps // settings.evaluate_every)
     return Estimate(
@@ -114,10 +127,10 @@ def estimate(artifact: str | os.PathLike[str], settings: RecoverySettings) -> Es
         teacher=4 * (weights + rest),
         moving=24 * moves,
         work=work,
-        hidden_states=4 * settings.seqlen * config.hidden_size * windows,
+        hidden_states=4 * settings.seqlen * config.hidden_size * states,
         step_seconds=a_step / rate,
         evaluation_seconds=an_evaluation / rate,
-        seconds=(settings.steps * a_step + evaluations * an_evaluation + teaching) / rate,
+        seconds=(settings.steps * a_step + evaluations * an_evaluation + at_first) / rate,
     )
 
 
@@ -125,9 +138,9 @@ def check_formats(reader: Reader) -> dict[str, Any]:
     """Look, in its manifests alone, whether everything packed in an artifact can be trained; the model's configuration.
 
     Raises:
-        QuikError: as `check_decoder`, or a layer is packed in another format than QUIK's.
+        QuikError: as `check_recoverable`, or a layer is packed in another format than QUIK's.
     """
-    config = check_decoder(reader.manifest.config, reader.path)
+    config = check_recoverable(reader.manifest.config, reader.path)
     for part in reader.parts.values():
         for path, static in part.packed.items():
             if static["class"] != QuikWeight.__name__:

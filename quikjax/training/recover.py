@@ -1,8 +1,8 @@
 """Recovery: distil what an artifact holds in floats from the model it was made of, its codes frozen; to disk, resumably.
 
-The student computes with straight-through quantizers in float32, the teacher is the original; the loss is the mean KL divergence
-from teacher to student over the whole vocabulary. What is kept is the best of the evaluated steps, step 0 among them, judged on
-windows that are not trained on, through the integer path that the artifact runs.
+The student computes with straight-through quantizers in float32, the teacher is the original; what is learned is a language
+model's predictions or an encoder's hidden states (`lessons.py`). What is kept is the best of the evaluated steps, step 0 among
+them, judged on windows that are not trained on, through the integer path that the artifact runs.
 
 OUT.work     what a killed run needs to go on (`quikjax.training.state`); removed at the end
 """
@@ -25,36 +25,40 @@ from jaxtyping import Array, Float32, Int32
 from quikjax.checkpoint import REST, Reader, Writer
 from quikjax.checkpoint.output import real_path
 from quikjax.errors import QuikError
-from quikjax.evaluation import Reference, evaluate
 from quikjax.loading import load_params, open_source, verify
 from quikjax.loading.locate import DEMO_MODELS
 from quikjax.loading.source import Source
 from quikjax.models.registry import abstract_model, dotted, nested, pure_params
-from quikjax.models.tokens import checked_model
 from quikjax.quantizing.checkpoint import refuse_existing
 from quikjax.texts import tokens_fingerprint
-from quikjax.training import blocks, distill, loop, moving
+from quikjax.training import blocks, loop, moving
 from quikjax.training.blocks import Skeleton, Tree
+from quikjax.training.lessons import HiddenStates, Lesson, NextTokens
 from quikjax.training.loop import NoProgress, Progress
 from quikjax.training.memory import check_formats
-from quikjax.training.settings import RecoverySettings, cut, default_seqlen, optimizer, order
+from quikjax.training.recoverable import is_encoder
+from quikjax.training.settings import RecoverySettings, optimizer, order
 from quikjax.training.state import Store
 from quikjax.version import __version__
 from quikjax.weights.quik import QuikWeight
 
 
 class Recovered(NamedTuple):
-    """A finished recovery: the artifact's fingerprint; KL to the original on the validation windows before and after.
+    """A finished recovery: the artifact's fingerprint; how far from the original it was on the validation windows, and is.
 
-    `step` is the one whose parameters were saved (0: nothing was better than the beginning); `evaluations` are `[step, KL,
-    perplexity]`.
+    Attributes:
+        measure: what that is: `kl`, of a language model's predictions, in nats; `distance`, of an encoder's embeddings
+            (`1 - cos`).
+        before, after: at step 0, and at `step`, whose parameters were saved (0: nothing was better than the beginning).
+        evaluations: `(step, figures)`, `measure` the first of them.
     """
 
     fingerprint: str
-    kl_before: float
-    kl: float
+    measure: str
+    before: float
+    after: float
     step: int
-    evaluations: list[list[float]]
+    evaluations: list[tuple[int, dict[str, float]]]
     seconds: float
 
 
@@ -90,8 +94,9 @@ def recover(
     Args:
         artifact: a directory that `quantize` or `recover` wrote.
         out: a directory that does not exist, or an artifact with `force`.
-        tokens: given the artifact's tokenizer, the text to train and to choose on, as one row of tokens.
-        settings: left out, `RecoverySettings()`, with windows no longer than the context.
+        tokens: given the artifact's tokenizer, the text to train and to choose on, as one row of tokens; for an encoder without
+            what its tokenizer puts around a text.
+        settings: left out, `RecoverySettings.of` the model.
         original: the model that the artifact was made of, as `open_source` takes it, or opened; left out, the demo model, if
             it is that one.
         context: longest window in tokens, in place of what the model declares, which is what the artifact keeps.
@@ -108,8 +113,9 @@ def recover(
     reader = Reader(artifact)
     check_formats(reader)
     source = find_original(reader, original)
-    settings = settings or RecoverySettings(seqlen=default_seqlen(reader.manifest.config, context))
-    train, held_out = _windows(reader, tokens, settings, context)
+    settings = settings or RecoverySettings.of(reader.manifest.config, context)
+    lesson: Lesson = HiddenStates() if is_encoder(reader.manifest.config) else NextTokens()
+    train, held_out = _windows(reader, lesson, tokens, settings, context)
     known = {
         "parent": reader.manifest.fingerprint,
         "tokens": {"sha256": tokens_fingerprint(train), "shape": list(train.shape)},
@@ -120,14 +126,14 @@ def recover(
     store = Store(target.with_name(target.name + ".work"), {"quikjax": __version__, **known}, restart=restart)
     try:
         student, teacher, start = load_both(reader, source, codes=settings.codes, context=context)
-        best, notes = _train(student, teacher, start, train, held_out, settings, store, progress)
-        fingerprint = _write(reader, target, student, best, notes, known, force)
+        best, notes = _train(lesson, student, teacher, start, train, held_out, settings, store, progress)
+        fingerprint = _write(reader, target, lesson, student, best, notes, known, force)
         store.remove()
     finally:
         store.close()
-    evaluations = [[step, figures["kl"], figures["perplexity"]] for step, figures in notes["evaluations"]]
-    kl = loop.figures_at(notes, notes["best"])["kl"]
-    return Recovered(fingerprint, evaluations[0][1], kl, notes["best"], evaluations, time.perf_counter() - started)
+    before, after = (loop.figures_at(notes, step)[lesson.measure] for step in (0, notes["best"]))
+    evaluations = [(int(step), dict(figures)) for step, figures in notes["evaluations"]]
+    return Recovered(fingerprint, lesson.measure, before, after, notes["best"], evaluations, time.perf_counter() - started)
 
 
 def find_original(reader: Reader, original: str | Path | Source | None) -> Source:
@@ -160,12 +166,16 @@ def find_original(reader: Reader, original: str | Path | Source | None) -> Sourc
 
 
 def _windows(
-    reader: Reader, tokens: Callable[[Any], np.ndarray], settings: RecoverySettings, context: int | None
+    reader: Reader,
+    lesson: Lesson,
+    tokens: Callable[[Any], np.ndarray],
+    settings: RecoverySettings,
+    context: int | None,
 ) -> tuple[np.ndarray, np.ndarray]:
     tokenizer = reader.tokenizer()
     if tokenizer is None:
         raise QuikError(f"{reader.path} has no tokenizer, so it cannot read text")
-    train, held_out = cut(tokens(tokenizer), settings)
+    train, held_out = lesson.cut(tokenizer, tokens(tokenizer), settings)
     config = abstract_model(reader.manifest.config or {}, context=context).config
     if settings.seqlen > config.context_length:
         raise QuikError(f"--seqlen {settings.seqlen} exceeds the model's context of {config.context_length} tokens")
@@ -182,7 +192,7 @@ def load_both(
     Raises:
         QuikError: one of them is damaged; the artifact has no packed weight.
     """
-    abstract = checked_model(abstract_model(source.config, context=context))
+    abstract = abstract_model(source.config, context=context)
     verify(source, abstract)
     prefix = ".".join(abstract.block_path)
     held = {name: reader.read_part(name) for name in reader.parts}
@@ -209,63 +219,31 @@ def load_both(
 
 
 class _Teaching:
-    """The teacher's last hidden states of windows, made when they are wanted and kept where they will be wanted again."""
+    """The teacher's side of windows, made when it is wanted and kept where it will be wanted again."""
 
-    def __init__(self, teacher: Teacher) -> None:
-        self.teacher = teacher
+    def __init__(self, lesson: Lesson, teacher: Teacher) -> None:
+        self.lesson, self.teacher = lesson, teacher
         self._kept: dict[Any, np.ndarray] = {}
 
-    def hidden(self, key: Any, ids: Int32[np.ndarray, " length"], *, keep: bool) -> Array:
-        """`[1, length, hidden]`."""
-        found = self._kept.get(key)
-        if found is None:
-            found = np.asarray(_teach(self.teacher.skeleton, self.teacher.still, jnp.asarray(ids[None])))
-            if keep:
-                self._kept[key] = found
-        return jnp.asarray(found)
+    def once(self, ids: Int32[np.ndarray, "batch length"]) -> Float32[Array, "batch ..."]:
+        """Of windows that are not kept."""
+        return _teach(self.lesson, self.teacher.skeleton, self.teacher.still, jnp.asarray(ids))
+
+    def kept(self, key: Any, ids: Int32[np.ndarray, " length"]) -> Float32[np.ndarray, "one ..."]:
+        """Of one window."""
+        if key not in self._kept:
+            self._kept[key] = np.asarray(self.once(ids[None]))
+        return self._kept[key]
 
 
-def _still_only(skeleton: Skeleton) -> dict[str, Any]:
-    return {REST: {}, **{str(number): {} for number in range(len(skeleton.runs))}}
-
-
-@partial(jax.jit, static_argnums=0)
-def _teach(skeleton: Skeleton, still: Tree, ids: Int32[Array, "batch length"]) -> Float32[Array, "batch length hidden"]:
-    nothing = _still_only(skeleton)
-    return blocks.forward(skeleton, still, nothing, blocks.embed(skeleton, still, nothing, ids))
-
-
-def loss_and_gradients(
-    skeletons: tuple[Skeleton, Skeleton],
-    still: Tree,
-    moved: Mapping[str, moving.Moving],
-    teacher_still: Tree,
-    ids: Int32[Array, "batch length"],
-    teacher_hidden: Float32[Array, "batch length hidden"],
-) -> tuple[Float32[Array, ""], dict[str, moving.Moving]]:
-    """The mean KL from teacher to student over all tokens, and its gradient by everything that moves. Traceable."""
-    skeleton, teacher_skeleton = skeletons
-    in_blocks = {part: own for part, own in moved.items() if part != REST}
-    hidden, back = jax.vjp(
-        lambda in_blocks: blocks.forward(
-            skeleton, still, {**in_blocks, REST: moved[REST]}, blocks.embed(skeleton, still, moved, ids)
-        ),
-        in_blocks,
-    )
-
-    def head(rest: moving.Moving, rows: Array) -> Array:
-        return blocks.outside(skeleton, still, {REST: rest}).head(rows[None])[0]
-
-    def teacher_head(rows: Array) -> Array:
-        return blocks.outside(teacher_skeleton, teacher_still, {REST: {}}).head(rows[None])[0]
-
-    loss, d_rest, d_hidden = distill.kl_and_gradients(head, moved[REST], hidden, teacher_head, teacher_hidden)
-    return loss, {**back(d_hidden)[0], REST: d_rest}
+@partial(jax.jit, static_argnums=(0, 1))
+def _teach(lesson: Lesson, skeleton: Skeleton, still: Tree, ids: Int32[Array, "batch length"]) -> Float32[Array, "batch ..."]:
+    return lesson.taught(skeleton, still, ids)
 
 
 @functools.lru_cache(maxsize=8)
-def make_step(skeletons: tuple[Skeleton, Skeleton], settings: RecoverySettings) -> Callable[..., Any]:
-    """One compiled step: of `(still, moving, optimizer state, teacher's still, ids, teacher's hidden)` comes
+def make_step(lesson: Lesson, skeletons: tuple[Skeleton, Skeleton], settings: RecoverySettings) -> Callable[..., Any]:
+    """One compiled step: of `(still, moving, optimizer state, teacher's still, ids, what it taught)` comes
     `(moving, optimizer state, loss, finite)`.
 
     Where loss or gradient is not finite, nothing moves.
@@ -273,8 +251,8 @@ def make_step(skeletons: tuple[Skeleton, Skeleton], settings: RecoverySettings) 
     transform = optimizer(settings)
 
     @jax.jit
-    def step(still: Tree, moved: Any, state: Any, teacher_still: Tree, ids: Array, teacher_hidden: Array) -> Any:
-        loss, gradient = loss_and_gradients(skeletons, still, moved, teacher_still, ids, teacher_hidden)
+    def step(still: Tree, moved: Any, state: Any, teacher_still: Tree, ids: Array, taught: Array) -> Any:
+        loss, gradient = lesson.loss_and_gradients(skeletons, still, moved, teacher_still, ids, taught)
         squares = sum(jnp.vdot(leaf, leaf) for leaf in jax.tree.leaves(gradient))
         finite = jnp.isfinite(loss) & jnp.isfinite(squares)
         updates, after = transform.update(gradient, state)
@@ -285,6 +263,7 @@ def make_step(skeletons: tuple[Skeleton, Skeleton], settings: RecoverySettings) 
 
 
 def _train(
+    lesson: Lesson,
     student: Student,
     teacher: Teacher,
     start: dict[str, moving.Moving],
@@ -295,14 +274,17 @@ def _train(
     progress: Progress,
 ) -> tuple[Any, dict[str, Any]]:
     """The moving parameters at the best validation figure, and the notes of all evaluations."""
-    teaching = _Teaching(teacher)
-    plan, again = order(len(train), settings), settings.steps * settings.batch > len(train)
-    step = make_step((student.skeleton, teacher.skeleton), settings)
+    teaching = _Teaching(lesson, teacher)
+    plan, again = order(len(train), settings), lesson.repeats and settings.steps * settings.batch > len(train)
+    step = make_step(lesson, (student.skeleton, teacher.skeleton), settings)
 
     def take(index: int, moved: Any, state: Any) -> Any:
         chosen = plan[index]
-        lessons = jnp.concatenate([teaching.hidden(int(window), train[window], keep=again) for window in chosen])
-        return step(student.still, moved, state, teacher.still, jnp.asarray(train[chosen]), lessons)
+        if again:
+            taught = jnp.concatenate([teaching.kept(int(window), train[window]) for window in chosen])
+        else:
+            taught = teaching.once(train[chosen])
+        return step(student.still, moved, state, teacher.still, jnp.asarray(train[chosen]), taught)
 
     judge = _Judge(student, teaching, held_out)
     training = loop.Training(take, judge, settings.steps, settings.evaluate_every)
@@ -310,7 +292,7 @@ def _train(
 
 
 class _Judge:
-    """KL and perplexity of what has moved so far on the validation windows, through the integer path."""
+    """The lesson's figures of what has moved so far on the validation windows, through the integer path."""
 
     def __init__(self, student: Student, teaching: _Teaching, held_out: np.ndarray) -> None:
         self._student, self._teaching, self._held_out = student, teaching, held_out
@@ -318,18 +300,10 @@ class _Judge:
     def __call__(self, moved: Mapping[str, moving.Moving]) -> dict[str, float]:
         parts = finished_parts(self._student, moved)
         params = jax.tree.map(jnp.asarray, {path: leaf for part in parts.values() for path, leaf in part.items()})
-        teacher = self._teaching.teacher
-        rest = moving.student(teacher.still[REST], {})
-        hidden = [
-            np.asarray(self._teaching.hidden(("held out", index), ids, keep=True))[0] for index, ids in enumerate(self._held_out)
-        ]
-        graphdef = self._student.skeleton.graphdef
-        mine = nnx.merge(graphdef, nested(params))
-        # Only the teacher's head is needed, beside its hidden states: the blocks under it may be anybody's.
-        theirs = nnx.merge(graphdef, nested({**params, **rest}))
-        found = evaluate(mine, self._held_out, Reference(theirs, hidden))
-        assert found.kl is not None
-        return {"kl": found.kl, "perplexity": found.perplexity}
+        model = nnx.merge(self._student.skeleton.graphdef, nested(params))
+        rest = moving.student(self._teaching.teacher.still[REST], {})
+        taught = [self._teaching.kept(("held out", at), ids)[0] for at, ids in enumerate(self._held_out)]
+        return self._teaching.lesson.figures(model, rest, self._held_out, taught)
 
 
 def finished_parts(student: Student, moved: Mapping[str, moving.Moving]) -> dict[str, dict[str, Any]]:
@@ -348,6 +322,7 @@ def finished_parts(student: Student, moved: Mapping[str, moving.Moving]) -> dict
 def _write(
     reader: Reader,
     target: Path,
+    lesson: Lesson,
     student: Student,
     best: Mapping[str, moving.Moving],
     notes: Mapping[str, Any],
@@ -359,7 +334,7 @@ def _write(
     record = {
         **known,
         "best_step": notes["best"],
-        "validation_kl": {str(step): found["kl"] for step, found in notes["evaluations"]},
+        f"validation_{lesson.measure}": {str(step): found[lesson.measure] for step, found in notes["evaluations"]},
     }
     if "stopped" in notes:
         record["stopped"] = notes["stopped"]

@@ -11,10 +11,21 @@ from pydantic import BaseModel, ConfigDict, Field
 from quikjax.errors import QuikError
 from quikjax.models.registry import abstract_model
 from quikjax.training.moving import KINDS
+from quikjax.training.recoverable import is_encoder
+
+_ENCODER = {
+    "batch": 32,
+    "seqlen": 64,
+    "validation": 64,
+    "sigma_rate": 1e-2,
+    "norm_rate": 1e-3,
+    "outlier_rate": 1e-3,
+    "code_rate": 1e-2,
+}
 
 
 class RecoverySettings(BaseModel):
-    """RecoverySettings of a recovery. Unknown fields are refused.
+    """Settings of a recovery. Unknown fields are refused.
 
     Attributes:
         steps: of the optimizer.
@@ -27,6 +38,8 @@ class RecoverySettings(BaseModel):
         sigma_rate, norm_rate, outlier_rate, code_rate: the largest rate, of logarithms of scales, of norms (logarithm of the
             weight; bias as it is), of outlier columns, and of codes (in steps of a code).
         codes: let codes move too.
+
+    The defaults are a language model's; `of` has each kind's.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -44,21 +57,28 @@ class RecoverySettings(BaseModel):
     code_rate: float = Field(5e-3, ge=0)
     codes: bool = False
 
+    @classmethod
+    def of(cls, config: Mapping[str, Any] | None, context: int | None = None, **given: Any) -> "RecoverySettings":
+        """`given`, and what a model with this configuration is recovered with where they say nothing or `None`.
+
+        A language model sees one window of 2048 tokens a step, an encoder, whose texts are short, 32 of 64; neither more than its
+        context. An encoder has its own rates: its loss is of another kind.
+
+        Raises:
+            QuikError: the configuration is of no model here, or does not allow this `context`.
+            pydantic.ValidationError: something given is out of range, or unknown.
+        """
+        known: dict[str, Any] = dict(_ENCODER) if is_encoder(config) else {}
+        length = known.get("seqlen", cls.model_fields["seqlen"].default)
+        if config is not None:
+            known["seqlen"] = min(length, abstract_model(config, context=context).config.context_length)
+        return cls(**known | {name: value for name, value in given.items() if value is not None})
+
     def rates(self) -> dict[str, float]:
         """The largest rate of each kind of moving array."""
         scale = self.sigma_rate / 10 if self.codes else self.sigma_rate
         rates = (scale, self.outlier_rate, self.norm_rate, self.norm_rate, self.code_rate)
         return dict(zip(KINDS, rates, strict=True))
-
-
-def default_seqlen(config: Mapping[str, Any] | None, context: int | None = None) -> int:
-    """Tokens a window where nobody says: 2048, or what the context of a model with this configuration allows.
-
-    Raises:
-        QuikError: the configuration is of no model here, or does not allow this `context`.
-    """
-    length = RecoverySettings().seqlen
-    return length if config is None else min(length, abstract_model(config, context=context).config.context_length)
 
 
 def cut(

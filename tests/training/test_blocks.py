@@ -17,8 +17,8 @@ from quikjax.models.tokens import checked_model
 from quikjax.testing import forward
 from quikjax.training import blocks
 from quikjax.training.distill import kl_divergence
+from quikjax.training.lessons import NextTokens
 from quikjax.training.moving import Moving
-from quikjax.training.recover import loss_and_gradients
 from quikjax.weights.quik import QuikWeight
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
@@ -123,7 +123,9 @@ def test_unequal_blocks_are_runs_and_gradients_those_of_the_plain_model() -> Non
         return jnp.mean(kl_divergence(target, logits(skeleton, still, moving)))
 
     expected = jax.jit(jax.value_and_grad(plain))(moving)
-    found = jax.jit(loss_and_gradients, static_argnums=0)((skeleton, teacher), still, moving, teacher_still, IDS, theirs)
+    found = jax.jit(NextTokens().loss_and_gradients, static_argnums=0)(
+        (skeleton, teacher), still, moving, teacher_still, IDS, theirs
+    )
     np.testing.assert_allclose(found[0], expected[0], rtol=1e-4)
     assert str(jax.tree.structure(found[1])) == str(jax.tree.structure(expected[1]))
     for mine, other in zip(jax.tree.leaves(found[1]), jax.tree.leaves(expected[1]), strict=True):
