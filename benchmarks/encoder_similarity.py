@@ -1,9 +1,10 @@
 """What quantization leaves of a sentence encoder's similarities.
 
     python benchmarks/encoder_similarity.py sst2_dev.tsv [--recipes quik-4b,quik-4b+,quik-8b,w4a8,rtn-w4a4] [--count 500]
+    python benchmarks/encoder_similarity.py sst2_dev.tsv --artifacts DIR [DIR ...]
 
 The first `--count` sentences of a file (one a line; of a .tsv the column `sentence`, or its longest one) are embedded by the
-original and by each recipe's model, mean over the tokens, normalized. Reported are
+original and by each recipe's model, or each artifact's, mean over the tokens, normalized. Reported are
 
 - the cosine between a sentence's two embeddings: mean, 5th percentile and least;
 - Spearman's rank correlation of the similarities of all pairs of sentences, the original's against the quantized model's;
@@ -16,7 +17,6 @@ table on stdout, its last line one JSON object.
 import argparse
 import json
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from quikjax.checkpoint.load import load
 from quikjax.encoding.embed import embed
 from quikjax.errors import QuikError
 from quikjax.evaluation.similarity import compare_embeddings
+from quikjax.models.registry import pure_params
 from quikjax.quantizing.calibration import calibration_tokens
 from quikjax.quantizing.model import quantize_model
 from quikjax.reports.tables import markdown_table
@@ -74,24 +75,29 @@ def main() -> None:
     parser.add_argument("--calibration", default="pydoc", help="a text file, or pydoc")
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--seqlen", type=int, default=128)
+    parser.add_argument("--artifacts", nargs="+", default=[], help="measure these in place of recipes")
     arguments = parser.parse_args()
 
     texts = sentences(arguments.sentences, arguments.count)
     model, tokenizer = load(arguments.model)
-    text = calibration_text(arguments.calibration)
-    tokens = calibration_tokens(model, tokenizer, text.content, arguments.samples, arguments.seqlen)
-    say(f"{len(texts)} sentences of {arguments.sentences.name}; calibration: {len(tokens)} x {tokens.shape[1]} of {text.origin}")
     original = embed(model, tokenizer, texts).vectors
+    say(f"{len(texts)} sentences of {arguments.sentences.name}")
     rows = []
-    for recipe in arguments.recipes.split(","):
-        began = time.perf_counter()
-        params = quantize_model(model, recipe, [row[None] for row in tokens])
-        seconds = time.perf_counter() - began
-        quantized = nnx.merge(nnx.split(model)[0], params)
-        found = embed(quantized, tokenizer, texts)
-        figures = compare_embeddings(original, found.vectors)
-        rows.append({"recipe": recipe, **figures._asdict(), "bits_per_weight": bits_per_weight(params), "seconds": seconds})
-        say(f"{recipe}: cosine {figures.cosine:.4f}, Spearman {figures.spearman:.4f}, quantized in {seconds:.0f} s")
+
+    def measure(name: str, quantized: Any) -> None:
+        figures = compare_embeddings(original, embed(quantized, tokenizer, texts).vectors)
+        rows.append({"recipe": name, **figures._asdict(), "bits_per_weight": bits_per_weight(pure_params(quantized))})
+        say(f"{name}: cosine {figures.cosine:.4f}, Spearman {figures.spearman:.4f}")
+
+    for name in arguments.artifacts:
+        measure(Path(name).name, load(name)[0])
+    if not arguments.artifacts:
+        text = calibration_text(arguments.calibration)
+        tokens = calibration_tokens(model, tokenizer, text.content, arguments.samples, arguments.seqlen)
+        say(f"calibration: {len(tokens)} x {tokens.shape[1]} of {text.origin}")
+        for recipe in arguments.recipes.split(","):
+            params = quantize_model(model, recipe, [row[None] for row in tokens])
+            measure(recipe, nnx.merge(nnx.split(model)[0], params))
     head = ("recipe", "bits/weight", "cosine", "5th percentile", "least", "Spearman", "same nearest")
     cells = [
         [

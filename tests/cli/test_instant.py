@@ -41,9 +41,7 @@ MISTAKES = (
     ("report nothing", "there is no directory"),
     ("report .", "has no quikjax.json"),
     ("recover nothing --out made", "there is no directory"),
-    ("recover encoder --out made", "is an encoder (bert), and recovery trains language models"),
-    ("recover summarizer --out made", "is an encoder-decoder (bart), and recovery trains models that only decode"),
-    ("recover encoder --plan", "is an encoder (bert), and recovery trains language models"),
+    ("recover summarizer --out made", "is an encoder-decoder (bart); recovery trains models that only decode or only encode"),
     ("export nothing --out made --format safetensors-dequantized", "there is no directory"),
     ("export nothing --out made --format jax-export", 'there is no model "nothing"'),
     ("export . --out made --format onnx", 'there is no format "onnx"'),
@@ -66,15 +64,14 @@ for line in sys.argv[1:]:
 def said(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     place = tmp_path_factory.mktemp("place")
     (place / "notes.txt").write_text("not an artifact")
-    for name, kind in (("encoder", "bert"), ("summarizer", "bart")):
-        (place / name).mkdir()
-        manifest = Manifest(
-            quikjax="0", config={"model_type": kind}, recipe=None, provenance={}, dtype="float32", parts={}, files={}
-        )
-        (place / name / "quikjax.json").write_text(seal(manifest.with_fingerprint()))
+    (place / "summarizer").mkdir()
+    manifest = Manifest(
+        quikjax="0", config={"model_type": "bart"}, recipe=None, provenance={}, dtype="float32", parts={}, files={}
+    )
+    (place / "summarizer" / "quikjax.json").write_text(seal(manifest.with_fingerprint()))
     lines = [line for line, _ in MISTAKES]
     done = subprocess.run([sys.executable, "-c", RUN, *lines], capture_output=True, text=True, check=True, cwd=place)
-    assert sorted(path.name for path in Path(place).iterdir()) == ["encoder", "notes.txt", "summarizer"]
+    assert sorted(path.name for path in Path(place).iterdir()) == ["notes.txt", "summarizer"]
     return done.stdout.splitlines()
 
 
