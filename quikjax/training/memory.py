@@ -72,8 +72,8 @@ def estimate(artifact: str | os.PathLike[str], settings: RecoverySettings) -> Es
 
     Of an encoder, whose hidden states are compared, nothing is computed again on the way back:
 
-        work      4 T (2 sum N + 2 sum K + H blocks) + 8 T seqlen heads blocks       products and what enters them; attention
-        hidden    4 seqlen H blocks (validation + batch)                             of every block
+        work      4 T (3 sum N + 4 sum K) + 8 T seqlen heads blocks        all blocks on the way back; attention
+        hidden    4 seqlen H blocks (validation + batch)                   of every block
 
     Raises:
         QuikError: there is no artifact, or one of parameters without a model.
@@ -105,8 +105,7 @@ def estimate(artifact: str | os.PathLike[str], settings: RecoverySettings) -> Es
     layers, attention = 2 * weights, 2 * length * width * config.layers
     if is_encoder(reader.manifest.config):
         head = 0
-        work = 4 * tokens * (2 * outputs + 2 * inputs + config.hidden_size * config.layers)
-        work += 8 * tokens * length * config.heads * config.layers
+        work = 4 * tokens * (3 * outputs + 4 * inputs) + 8 * tokens * length * config.heads * config.layers
         states = config.layers * (settings.validation + settings.batch)
         teaching = tokens * (layers + attention)  # at every step
     else:
