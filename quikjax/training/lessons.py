@@ -98,7 +98,7 @@ class NextTokens:
         return cut(tokens, settings)
 
     def taught(self, skeleton: Skeleton, still: Tree, ids: Int[Array, "batch length"]) -> Float32[Array, "batch length hidden"]:
-        """What leaves the teacher's last block; its head is applied chunk by chunk."""
+        """The output of the teacher's last block; its head is applied chunk by chunk."""
         nothing = _nothing(skeleton)
         return blocks.forward(skeleton, still, nothing, blocks.embed(skeleton, still, nothing, ids))
 
@@ -164,7 +164,7 @@ class HiddenStates:
     def taught(
         self, skeleton: Skeleton, still: Tree, ids: Int[Array, "batch length"]
     ) -> Float32[Array, "batch blocks length hidden"]:
-        """What leaves each of the teacher's blocks."""
+        """The outputs of all of the teacher's blocks."""
         return jnp.moveaxis(_hidden_states(skeleton, still, _nothing(skeleton), ids), 0, 1)
 
     def loss_and_gradients(

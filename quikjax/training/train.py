@@ -237,12 +237,16 @@ def take_student(
     model, originals = start.model, dict(start.params)
     prefix = ".".join(model.block_path)
     found = masks.find(model, originals, settings) if settings.prune and settings.prune_first else {}
+    unpruned, again = dict(originals), settings.prune_every > 0
     originals |= {path: originals[path] * mask for path, mask in found.items()}
     params = _quantized(model, originals, recipe, lessons)
     if settings.prune and not settings.prune_first:
         found = masks.find(model, masks.dense(params), settings)
     for path, leaf in params.items():
         originals[path] = latent.within_its_code(leaf, originals[path]) if latent.is_quantized(path, leaf) else originals[path]
+        if again and path in found:
+            # Zeros would stay the smallest: nothing would ever come back.
+            originals[path] = np.where(found[path], originals[path], unpruned[path])
     parts = split_parts(params, model.block_path)
 
     def own(flat: Mapping[str, Any], key: str | None) -> dict[str, Any]:
@@ -250,7 +254,7 @@ def take_student(
         return {path.removeprefix(below): leaf for path, leaf in flat.items() if path.startswith(below)}
 
     def begin(key: str | None, flat: Mapping[str, Any]) -> tuple[dict[str, Any], Moving]:
-        return latent.start(flat, own(originals, key), own(found, key))
+        return latent.start(flat, own(originals, key), own(found, key), revives=again)
 
     by_key = {key: own(parts[f"{prefix}.{key}"], key) for key in model.blocks}
     skeleton, still, moving = blocks.take_apart_by(model, by_key, parts[REST], begin, latent.student)

@@ -24,7 +24,8 @@ class TrainSettings(BaseModel):
             teacher's softened classes (at `temperature`); mean squared errors of hidden states and of attention scores.
         prune: a mask over the layers of blocks: 2:4; the smallest `prune_share` of each matrix; whole heads; or whole rows of
             the MLP's inside.
-        prune_every: steps after which the mask is made anew from the latent weights; 0: it stays.
+        prune_every: steps after which the mask is made anew from the latent weights, of which the pruned ones go on moving,
+            straight-through, as if they were there; 0: it stays, and they stay zero.
         prune_first: make the mask of the floats; else of what quantization has left of them.
         remove_blocks: so many blocks are taken out of the student, spread evenly.
     """

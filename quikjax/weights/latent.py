@@ -46,6 +46,7 @@ class Latent:
 
     `scale` float32 `[N]`, or `[N, groups]` with `zero` of that shape; `columns` int32 `[K]` (empty in a weight in groups); `mask`
     int8 `[N, K]`, or `[0, 0]` where nothing is pruned. `shared`: the name of the layers whose quantized activation is this one's.
+    `revives`: pruned weights go on moving, straight-through, so that a later mask may take them back.
     """
 
     scale: Any
@@ -55,26 +56,33 @@ class Latent:
     packed: QuikWeight | GroupWeight = dataclasses.field(metadata={"static": True})
     shared: str | None = dataclasses.field(metadata={"static": True})
     outlier_dtype: str = dataclasses.field(metadata={"static": True})
+    revives: bool = dataclasses.field(default=False, metadata={"static": True})
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Dense:
-    """The part of a dense parameter that stays: its mask, or `[0]`, and the dtype that it is stored in."""
+    """The part of a dense parameter that stays: its mask, or `[0]`, and the dtype that it is stored in; `revives` as `Latent`."""
 
     mask: Any
     dtype: str = dataclasses.field(metadata={"static": True})
+    revives: bool = dataclasses.field(default=False, metadata={"static": True})
 
 
 def start(
-    params: Mapping[str, Any], originals: Mapping[str, Any], masks: Mapping[str, Any] | None = None
+    params: Mapping[str, Any],
+    originals: Mapping[str, Any],
+    masks: Mapping[str, Any] | None = None,
+    *,
+    revives: bool = False,
 ) -> tuple[dict[str, Any], Moving]:
     """Divide parameters into what stays and what moves, at step 0, as host arrays.
 
     Args:
         params: dense and packed parameters.
-        originals: the floats that each packed one was made of, pruned already where there is a mask.
+        originals: the floats that each packed one was made of, pruned already where there is a mask that stays.
         masks: of pruned weights, dense or packed, 0 or 1 in the shape of the matrix.
+        revives: masks will be made anew. `originals` are not pruned then, and hold the dense weights that have a mask, too.
 
     Raises:
         QuikError: a weight is packed in a format that cannot be trained.
@@ -85,11 +93,11 @@ def start(
     for path, leaf in params.items():
         if not is_packed(leaf):
             mask = np.asarray(masks.get(path, np.zeros(0)), np.int8)
-            still[path] = Dense(mask, str(jnp.dtype(leaf.dtype)))
-            moving[path] = {"value": np.asarray(leaf, np.float32)}
+            still[path] = Dense(mask, str(jnp.dtype(leaf.dtype)), revives)
+            moving[path] = {"value": np.asarray(originals[path] if revives and mask.size else leaf, np.float32)}
             continue
         check_trainable(path, leaf)
-        still[path] = _stays(leaf, np.asarray(masks.get(path, np.zeros((0, 0))), np.int8))
+        still[path] = _stays(leaf, np.asarray(masks.get(path, np.zeros((0, 0))), np.int8), revives)
         scale = still[path].scale
         moving[path] = {"value": np.asarray(originals[path], np.float32), "sigma": np.zeros(scale.shape, np.float32)}
     return still, moving
@@ -100,7 +108,7 @@ def student(still: Mapping[str, Any], moving: Moving) -> dict[str, Any]:
     params: dict[str, Any] = {}
     for path, leaf in still.items():
         own = moving[path]
-        value = _masked(own["value"], leaf.mask)
+        value = _masked(own["value"], leaf)
         if isinstance(leaf, Dense):
             params[path] = as_stored(value, leaf.dtype)
         elif isinstance(leaf.packed, GroupWeight):
@@ -137,7 +145,7 @@ def finish(params: Mapping[str, Any], still: Mapping[str, Any], moving: Moving) 
     finished: dict[str, Any] = {}
     for path, leaf in params.items():
         own, kept = {kind: jnp.asarray(array) for kind, array in moving[path].items()}, jax.tree.map(jnp.asarray, still[path])
-        value = _masked(own["value"], kept.mask)
+        value = _masked(own["value"], kept)
         if isinstance(leaf, GroupWeight):
             scale = _group_scales(kept, own)
             codes = _group_codes(value, kept, scale).astype(jnp.uint8)
@@ -162,7 +170,7 @@ def finish(params: Mapping[str, Any], still: Mapping[str, Any], moving: Moving) 
     return finished
 
 
-def _stays(leaf: Any, mask: np.ndarray) -> Latent:
+def _stays(leaf: Any, mask: np.ndarray, revives: bool) -> Latent:
     scale = np.asarray(leaf.scale, np.float32)
     zero, columns, outlier_dtype = np.zeros(0, np.float32), np.zeros(0, np.int32), "float16"
     if isinstance(leaf, QuikWeight):
@@ -179,6 +187,7 @@ def _stays(leaf: Any, mask: np.ndarray) -> Latent:
         packed=_bare(leaf),
         shared=_shared(leaf),
         outlier_dtype=outlier_dtype,
+        revives=revives,
     )
 
 
@@ -229,8 +238,11 @@ def check_trainable(path: str, leaf: Any) -> None:
         raise QuikError(f'{path} has groups of reordered columns; take a rule with order "stored" or static groups to train')
 
 
-def _masked(value: Float32[Array, "..."], mask: Any) -> Float32[Array, "..."]:
-    return value * mask if mask.size else value
+def _masked(value: Float32[Array, "..."], leaf: Latent | Dense) -> Float32[Array, "..."]:
+    if not leaf.mask.size:
+        return value
+    pruned = value * leaf.mask
+    return value + jax.lax.stop_gradient(pruned - value) if leaf.revives else pruned
 
 
 def _codes(value: Float32[Array, "n k"], leaf: Latent, scale: Float32[Array, " n"]) -> Float32[Array, "n k"]:

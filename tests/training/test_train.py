@@ -133,6 +133,19 @@ def test_pruned_weights_are_zero_in_what_runs_and_blocks_go(place: Place) -> Non
     assert (W != 0).mean() > 0.4
 
 
+@pytest.mark.parametrize("recipe", ["fp", pytest.param("rtn-w4a4", marks=pytest.mark.long)])
+def test_masks_made_anew_take_pruned_weights_back(place: Place, recipe: str) -> None:
+    settings = SETTINGS.model_copy(update={"prune": "unstructured", "prune_every": 2, "steps": 6, "rate": 2e-2})
+    done = place.train(f"revived-{recipe}", settings, begin="model", teacher=None, recipe=recipe)
+    model, before = (load(place.directory / name)[0] for name in (f"revived-{recipe}", "model"))
+    first = masks.find(before, dotted(pure_params(before)), settings)[LAYER.removeprefix("bert.")]
+    left = dotted(pure_params(model))[LAYER]
+    W = np.asarray(left if recipe == "fp" else dequantize(left))
+    assert done.step > 0
+    assert (W != 0).mean() <= 0.5
+    assert ((W != 0) & (first == 0)).any()
+
+
 @pytest.mark.parametrize(
     ("prune", "layer", "width"), [("heads", "attention.output.dense", 12), ("intermediate", "output.dense", 1)]
 )

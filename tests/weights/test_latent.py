@@ -72,6 +72,26 @@ def test_a_mask_is_zero_in_what_runs_and_lets_no_gradient_through(name: str) -> 
     assert (np.asarray(gradient["value"])[mask == 1] != 0).any()
 
 
+@pytest.mark.parametrize("name", [*RECIPES, "dense"])
+def test_what_may_come_back_learns_as_if_it_were_there(name: str) -> None:
+    mask = np.random.default_rng(2).integers(0, 2, (N, K)).astype(np.int8)
+    packed: Any = jnp.asarray(W) if name == "dense" else quantized(RECIPES[name])
+    start = W if name == "dense" else latent.within_its_code(packed, W)
+    still, moving = jax.tree.map(jnp.asarray, latent.start({PATH: packed}, {PATH: start}, {PATH: mask}, revives=True))
+    finished = latent.finish({PATH: packed}, still, moving)[PATH]
+    left = np.asarray(finished if name == "dense" else dequantize(finished))
+    assert (left[mask == 0] == 0).all()
+    np.testing.assert_array_equal(moving[PATH]["value"], start)
+
+    def loss(moving: Any) -> jax.Array:
+        return jnp.sum(linear(jnp.asarray(X), latent.student(still, moving)[PATH]))
+
+    gradient = np.asarray(jax.grad(loss)(moving)[PATH]["value"])
+    assert (gradient[mask == 0] != 0).all()
+    if name == "dense":
+        np.testing.assert_allclose(gradient, np.broadcast_to(X.sum(axis=0), (N, K)), rtol=1e-5)
+
+
 def test_step_sizes_learn_as_in_lsq() -> None:
     _, still, moving = both(RECIPES["rows"])
     low = np.asarray(moving[PATH]["value"]).copy()
