@@ -1,6 +1,7 @@
 """What quantization leaves of a sentence encoder's similarities.
 
     python benchmarks/encoder_similarity.py sst2_dev.tsv [--recipes quik-4b,quik-4b+,quik-8b,w4a8,rtn-w4a4] [--count 500]
+    python benchmarks/encoder_similarity.py sst2_dev.tsv --recipes quik-4b --parts
     python benchmarks/encoder_similarity.py sst2_dev.tsv --artifacts DIR [DIR ...]
 
 The first `--count` sentences of a file (one a line; of a .tsv the column `sentence`, or its longest one) are embedded by the
@@ -26,8 +27,9 @@ from flax import nnx
 from quikjax.checkpoint.load import load
 from quikjax.encoding.embed import embed
 from quikjax.errors import QuikError
+from quikjax.evaluation.rounding import PARTS, only
 from quikjax.evaluation.similarity import compare_embeddings
-from quikjax.models.registry import pure_params
+from quikjax.models.registry import dotted, nested, pure_params
 from quikjax.quantizing.calibration import calibration_tokens
 from quikjax.quantizing.model import quantize_model
 from quikjax.reports.tables import markdown_table
@@ -75,6 +77,7 @@ def main() -> None:
     parser.add_argument("--calibration", default="pydoc", help="a text file, or pydoc")
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--seqlen", type=int, default=128)
+    parser.add_argument("--parts", action="store_true", help="also with weights, and with activations, quantized alone")
     parser.add_argument("--artifacts", nargs="+", default=[], help="measure these in place of recipes")
     arguments = parser.parse_args()
 
@@ -97,7 +100,10 @@ def main() -> None:
         say(f"calibration: {len(tokens)} x {tokens.shape[1]} of {text.origin}")
         for recipe in arguments.recipes.split(","):
             params = quantize_model(model, recipe, [row[None] for row in tokens])
-            measure(recipe, nnx.merge(nnx.split(model)[0], params))
+            graphdef, dense = nnx.split(model)[0], dotted(pure_params(model))
+            measure(recipe, nnx.merge(graphdef, params))
+            for part in PARTS[1:] if arguments.parts else ():
+                measure(f"{recipe}, {part}", nnx.merge(graphdef, nested(only(part, dotted(params), dense))))
     head = ("recipe", "bits/weight", "cosine", "5th percentile", "least", "Spearman", "same nearest")
     cells = [
         [
