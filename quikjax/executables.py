@@ -41,7 +41,7 @@ def keep_executables(named: str | Path | None = None) -> Path:
     global _named
     import jax
 
-    _named = named
+    before, _named = _named, named
     directory = cache_directory(named) / f"jax-{jax.__version__}-{machine()}"
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -49,6 +49,7 @@ def keep_executables(named: str | Path | None = None) -> Path:
         probe.touch()
         probe.unlink()
     except OSError as error:
+        _named = before
         raise QuikError(
             f"compiled programs cannot be kept in {directory} ({error.strerror}); "
             f"name another folder with --cache-dir or {VARIABLE}"

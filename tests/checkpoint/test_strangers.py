@@ -239,6 +239,8 @@ def test_home_is_expanded_wherever_a_path_is_given(tmp_path: Path, monkeypatch: 
     assert (tmp_path / "page.html").is_file()
     assert evaluations_file("~/saved") == tmp_path / "saved.evaluations.jsonl"
     assert cache_directory("~/kept") == tmp_path / "kept"
+    # A command that another test ran here may have named a folder.
+    monkeypatch.setattr("quikjax.executables._named", None)
     monkeypatch.setenv(VARIABLE, "~/kept too")
     assert cache_directory() == tmp_path / "kept too"
     check_directory("~/study")

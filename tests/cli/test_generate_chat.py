@@ -109,10 +109,12 @@ def test_a_mistake_is_one_sentence(
     assert len(str(error.value).splitlines()) == 1
 
 
-def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_written_is_named_and_not_kept(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
+    before = executables.cache_directory()
     with pytest.raises(QuikError, match="name another folder with --cache-dir or QUIKJAX_CACHE"):
         executables.keep_executables(tmp_path / "file")
+    assert executables.cache_directory() == before
 
 
 @pytest.mark.long
