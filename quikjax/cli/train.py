@@ -28,6 +28,10 @@ def train(
     step_size_rate: Annotated[
         float | None, typer.Option(help="Largest rate of the logarithms of step sizes; left out, that of everything.")
     ] = None,
+    dropout: Annotated[float, typer.Option(help="Share of zeros in the student's hidden states while it learns.")] = 0.0,
+    average: Annotated[
+        float, typer.Option(help="Decay of a running average of the parameters, which is what is kept; 0: none, 0.999: of many.")
+    ] = 0.0,
     label_weight: Annotated[float, typer.Option(help="Of the loss against labels; 1 without a teacher.")] = 0.0,
     soft_weight: Annotated[float, typer.Option(help="Of the loss against the teacher's classes.")] = 1.0,
     hidden_weight: Annotated[float, typer.Option(help="Of the loss of hidden states.")] = 1.0,
@@ -61,6 +65,8 @@ def train(
         "seed": seed,
         "rate": rate,
         "step_size_rate": step_size_rate,
+        "dropout": dropout,
+        "average": average,
         "label_weight": label_weight,
         "soft_weight": soft_weight,
         "hidden_weight": hidden_weight,

@@ -58,6 +58,17 @@ Tree = dict[str, dict[str, Any]]
 REST = "rest"
 
 
+class Dropout(NamedTuple):
+    """Dropout in training: which share of the numbers becomes zero, and the key that draws them."""
+
+    share: float
+    key: Array
+
+
+# What dropout is of, beside the embeddings: what enters the layers that write into the hidden states.
+_DROPPED = ("attention_output", "mlp_output")
+
+
 class Traces(NamedTuple):
     """The inside of a model, as distillation compares it: what leaves each block, and the queries and keys of each.
 
@@ -177,33 +188,52 @@ def forward_traced(
     where: Positions,
     *,
     attention: bool = False,
+    dropout: Dropout | None = None,
 ) -> Traces:
     """Outputs of every block, and with `attention` the queries and keys of every block.
+
+    With `dropout`, `hidden` loses its share too.
 
     What is computed is kept for the way back: it is for batches of short texts, where computing it again would cost more.
     """
     found: list[tuple[Array, ...]] = []
+    if dropout is not None:
+        hidden = dropped(hidden, dropout.share, dropout.key)
     for number, run in enumerate(skeleton.runs):
-        step = _block_step(skeleton, run, where, trace=True, attention=attention)
-        hidden, traced = jax.lax.scan(step, hidden, (still[str(number)], moving[str(number)]))
+        share = 0.0 if dropout is None else dropout.share
+        step = _block_step(skeleton, run, where, trace=True, attention=attention, dropout=share)
+        keys = () if dropout is None else (jax.random.split(jax.random.fold_in(dropout.key, number), len(run.keys)),)
+        hidden, traced = jax.lax.scan(step, hidden, (still[str(number)], moving[str(number)], *keys))
         found.append(traced)
     joined = [jnp.concatenate(each) if len(found) > 1 else each[0] for each in zip(*found, strict=True)]
     return Traces(*joined) if attention else Traces(joined[0], *2 * [jnp.zeros((*joined[0].shape[:3], 0, 0))])
 
 
-BlockStep = Callable[[Array, tuple[Any, Any]], tuple[Array, tuple[Array, ...]]]
+BlockStep = Callable[[Array, tuple[Any, ...]], tuple[Array, tuple[Array, ...]]]
 
 
-def _block_step(skeleton: Skeleton, run: Run, where: Positions, *, trace: bool = False, attention: bool = False) -> BlockStep:
-    def step(hidden: Array, halves: tuple[Any, Any]) -> tuple[Array, tuple[Array, ...]]:
-        block = nnx.merge(run.blockdef, nested(skeleton.student(*halves)))
+def dropped(x: Float[Array, "*batch k"], share: float, key: Array) -> Float[Array, "*batch k"]:
+    """`x` with zeros in a share of its places, drawn by `key`, and the others multiplied by `1 / (1 - share)`."""
+    # 16 bits a number are enough to draw with, and half the work of 32.
+    kept = jax.random.bits(key, x.shape, jnp.uint16) >= round(share * 65536)
+    return jnp.where(kept, x / (1 - share), 0)
+
+
+def _block_step(
+    skeleton: Skeleton, run: Run, where: Positions, *, trace: bool = False, attention: bool = False, dropout: float = 0.0
+) -> BlockStep:
+    def step(hidden: Array, halves: tuple[Any, ...]) -> tuple[Array, tuple[Array, ...]]:
+        still, moving, *key = halves
+        block = nnx.merge(run.blockdef, nested(skeleton.student(still, moving)))
         seen: dict[str, Array] = {}
 
         def see(name: str, x: Array) -> Array:
             seen[name] = x
+            if dropout and name in _DROPPED:
+                return dropped(x, dropout, jax.random.fold_in(key[0], _DROPPED.index(name)))
             return x
 
-        hidden = block(hidden, where, observe=see if attention else None)[0]
+        hidden = block(hidden, where, observe=see if attention or dropout else None)[0]
         kept = (hidden, *((seen["query"], seen["key"]) if attention else ())) if trace else ()
         return hidden, kept
 

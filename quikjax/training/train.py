@@ -9,10 +9,9 @@ among them, judged on examples that are not trained on through the integer path 
 OUT.work     what a killed run needs to go on (`quikjax.training.state`); removed at the end
 """
 
-import functools
 import hashlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,26 +19,22 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 from quikjax.algorithms.pruning import kept_layers
 from quikjax.checkpoint import REST, Writer, split_parts
 from quikjax.checkpoint.output import beside, real_path
 from quikjax.errors import QuikError
 from quikjax.files import user_path
-from quikjax.models.base import Positions
-from quikjax.models.encoder import masked_positions
 from quikjax.models.registry import dotted, nested
 from quikjax.quantizing.checkpoint import refuse_existing
 from quikjax.quantizing.model import quantize_model
 from quikjax.quantizing.recipe import Recipe, find_recipe
-from quikjax.training import blocks, distill, loop, masks
+from quikjax.training import blocks, loop, masks
 from quikjax.training.accuracy import measured
 from quikjax.training.blocks import Skeleton, Tree
 from quikjax.training.examples import (
-    Batch,
     Examples,
     class_names,
     numbers_of,
@@ -51,6 +46,7 @@ from quikjax.training.examples import (
 from quikjax.training.loop import NoProgress, Progress
 from quikjax.training.moving import Moving
 from quikjax.training.state import Store
+from quikjax.training.steps import dropout_key, make_step, next_average
 from quikjax.training.student import Beginning, as_classifier, beginning, with_blocks
 from quikjax.training.train_settings import TrainSettings, optimizer
 from quikjax.version import __version__
@@ -80,6 +76,10 @@ class Student(NamedTuple):
     params: dict[str, Any]
     skeleton: Skeleton
     still: Tree
+
+
+# What moves in a student, its masks, and the average of what has moved, where one is kept.
+Moved = tuple[dict[str, Moving], masks.Masks, dict[str, Moving] | None]
 
 
 class Teacher(NamedTuple):
@@ -296,70 +296,6 @@ def _quantized(model: Any, params: Mapping[str, Any], recipe: Recipe, lessons: E
     return dotted(quantize_model(whole, recipe, batches))
 
 
-def loss_and_parts(
-    student: Skeleton,
-    still: Tree,
-    moving: Mapping[str, Moving],
-    teacher: tuple[Skeleton, Tree, Mapping[str, Moving], tuple[int, ...]] | None,
-    batch: Batch,
-    settings: TrainSettings,
-) -> Float[Array, ""]:
-    """The sum of the losses, each times its weight. Traceable."""
-    positions = masked_positions(jnp.asarray(batch.ids), batch.mask)
-    attention = bool(settings.attention_weight)
-    mine, logits = _run(student, still, moving, batch, positions, attention=attention)
-    total = jnp.float32(0)
-    if settings.label_weight:
-        each = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels)
-        total += settings.label_weight * jnp.mean(each)
-    if teacher is None:
-        return total
-    skeleton, teacher_still, teacher_moving, matching = teacher
-    theirs, target = _run(skeleton, teacher_still, teacher_moving, batch, positions, attention=attention)
-    theirs, target = jax.lax.stop_gradient((theirs, target))
-    there, at = positions >= 0, np.asarray(matching)
-    if settings.soft_weight:
-        total += settings.soft_weight * jnp.mean(distill.soft_cross_entropy(target, logits, settings.temperature))
-    if settings.hidden_weight:
-        total += settings.hidden_weight * distill.hidden_error(theirs.hidden[at], mine.hidden, there)
-    if settings.attention_weight:
-        scores = distill.score_error((theirs.query[at], theirs.key[at]), (mine.query, mine.key), there, causal=False)
-        total += settings.attention_weight * scores
-    return total
-
-
-def _run(
-    skeleton: Skeleton, still: Tree, moving: Mapping[str, Moving], batch: Batch, positions: Array, *, attention: bool
-) -> tuple[blocks.Traces, Float[Array, "batch classes"]]:
-    model = blocks.outside(skeleton, still, moving)
-    hidden = model.embed(jnp.asarray(batch.ids), positions, batch.types).astype(jnp.float32)
-    traces = blocks.forward_traced(skeleton, still, moving, hidden, Positions(positions), attention=attention)
-    return traces, model.head(traces.hidden[-1], positions)
-
-
-@functools.lru_cache(maxsize=8)
-def make_step(
-    student: Skeleton, teacher: Skeleton | None, matching: tuple[int, ...], settings: TrainSettings
-) -> Callable[..., Any]:
-    """One compiled step: of `(still, moving, optimizer state, teacher's still and moving, batch)` comes
-    `(moving, optimizer state, loss, finite)`. Where loss or gradient is not finite, nothing moves.
-    """
-    transform = optimizer(settings)
-
-    # Nothing is donated: where the loss is not finite, the loop saves what it gave.
-    @jax.jit
-    def step(still: Tree, moving: Any, state: Any, taught: Any, batch: Batch) -> Any:
-        guide = None if teacher is None else (teacher, *taught, matching)
-        loss, gradient = jax.value_and_grad(lambda moving: loss_and_parts(student, still, moving, guide, batch, settings))(moving)
-        squares = sum(jnp.vdot(leaf, leaf) for leaf in jax.tree.leaves(gradient))
-        finite = jnp.isfinite(loss) & jnp.isfinite(squares)
-        updates, after = transform.update(gradient, state, moving)
-        kept = partial(jax.tree.map, lambda new, old: jnp.where(finite, new, old))
-        return kept(optax.apply_updates(moving, updates), moving), kept(after, state), loss, finite
-
-    return step
-
-
 def _train(
     student: Student,
     teacher: Teacher | None,
@@ -378,16 +314,19 @@ def _train(
     taught = None if teacher is None else (teacher.still, teacher.moving)
 
     def take(index: int, moved: Any, state: Any) -> Any:
-        values, found = moved
+        values, found, average = moved
         if settings.prune_every and index and index % settings.prune_every == 0:
             found = masks.again(student.skeleton, masks.put(student.still, found), values, settings)
         batch = padded(lessons, plan[index], settings.batch)
-        values, state, loss, finite = step(masks.put(student.still, found), values, state, taught, batch)
-        return (values, found), state, loss, finite
+        key = dropout_key(settings, index)
+        values, state, loss, finite = step(masks.put(student.still, found), values, state, taught, batch, key)
+        return (values, found, next_average(average, values, index, settings.average)), state, loss, finite
 
     judge = _Judge(student, exam)
     training = loop.Training(take, judge, settings.steps, settings.evaluate_every)
-    return loop.run(training, moving, optimizer(settings).init(moving[0]), store, progress)
+    values, found = moving
+    beginning = (values, found, values if settings.average else None)
+    return loop.run(training, beginning, optimizer(settings).init(values), store, progress)
 
 
 class _Judge:
@@ -402,13 +341,14 @@ class _Judge:
         return {"error": 1 - found.accuracy, "loss": found.loss}
 
 
-def finished_params(student: Student, moved: tuple[Mapping[str, Moving], masks.Masks]) -> dict[str, Any]:
-    """The student's parameters, flat, with what has moved put in, as they will be stored.
+def finished_params(student: Student, moved: Moved) -> dict[str, Any]:
+    """The student's parameters, flat, with what has moved put in (its average, where there is one), as they will be stored.
 
     Raises:
         QuikError: see `latent.finish`.
     """
-    values, found = moved
+    values, found, average = moved
+    values = values if average is None else average
     still, skeleton = masks.put(student.still, found), student.skeleton
     of_part = split_parts(student.params, tuple(skeleton.prefix.split(".")))
     finished = latent.finish(of_part[REST], still[REST], values[REST])

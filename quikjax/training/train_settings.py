@@ -20,6 +20,9 @@ class TrainSettings(BaseModel):
         rate: the largest rate of AdamW; it rises over the share `warmup` of the steps and falls straight to 0.
         step_size_rate: the largest rate of the logarithms of step sizes; left out, `rate`.
         weight_decay: of matrices.
+        dropout: share of zeros, while it trains, in the student's embeddings and in what enters the last layers of attention
+            and MLP (arXiv 1207.0580). Each step draws its own, by `seed`.
+        average: decay of a running average of what moves, which is what is evaluated and kept; 0: the last values are.
         label_weight, soft_weight, hidden_weight, attention_weight: of the losses: cross-entropy against labels; against a
             teacher's softened classes (at `temperature`); mean squared errors of hidden states and of attention scores.
         prune: a mask over the layers of blocks: 2:4; the smallest `prune_share` of each matrix; whole heads; or whole rows of
@@ -41,6 +44,8 @@ class TrainSettings(BaseModel):
     step_size_rate: float | None = Field(None, ge=0)
     warmup: float = Field(0.1, ge=0, le=1)
     weight_decay: float = Field(0.01, ge=0)
+    dropout: float = Field(0.0, ge=0, lt=1)
+    average: float = Field(0.0, ge=0, lt=1)
     label_weight: float = Field(0.0, ge=0)
     soft_weight: float = Field(1.0, ge=0)
     hidden_weight: float = Field(1.0, ge=0)
