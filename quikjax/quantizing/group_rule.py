@@ -51,7 +51,7 @@ class GroupRule(LayerRule):
         # A rule without one reads in JSON as it did before there was any.
         fields = serialize(self)
         if self.level_clip is None:
-            del fields["level_clip"]
+            fields.pop("level_clip", None)
         return fields
 
     @property

@@ -157,7 +157,7 @@ class Recipe(BaseModel):
         # A recipe without distillation reads in JSON as it did before there was any.
         fields = serialize(self)
         if self.distillation is None:
-            del fields["distillation"]
+            fields.pop("distillation", None)
         return fields
 
     def rule_for(self, path: str) -> AnyRule | None:
