@@ -18,6 +18,7 @@ from quikjax.cli import (
     generate,
     plan,
     quantize,
+    recipe,
     recover,
     report,
     scaling,
@@ -75,6 +76,7 @@ def options(
 
 
 app.command("plan")(plan.plan)
+app.command("recipe")(recipe.recipe)
 app.command("quantize")(quantize.quantize)
 app.command("recover")(recover.recover)
 app.command("train")(train.train)
