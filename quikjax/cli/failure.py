@@ -23,8 +23,12 @@ def failure(
     windows: Annotated[int, typer.Option(help="How many windows, from the start of the text.")] = 3,
     parts: Annotated[str, typer.Option(help="Of each layer, with commas between them.")] = "both,weights,activations",
     calibration: Annotated[str, typer.Option(help="For recipes that need it: a UTF-8 text file, pydoc, ...")] = "pydoc",
-    samples: Annotated[int, typer.Option(help="Calibration sequences.")] = 16,
-    seqlen: Annotated[int | None, typer.Option(help="Tokens per calibration sequence; left out, 2048 or the context.")] = None,
+    samples: Annotated[
+        int | None, typer.Option(help="Calibration sequences; left out, 16, of an encoder as many as make 8192 tokens.")
+    ] = None,
+    seqlen: Annotated[
+        int | None, typer.Option(help="Tokens per calibration sequence; left out, 2048 or the context, of an encoder 128.")
+    ] = None,
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
@@ -56,6 +60,7 @@ def failure(
     words += [] if artifact is None else ["--artifact", artifact]
     words += ["--evaluation", evaluation, f"--window={subjects[0].ids.shape[1]}", f"--windows={windows}"]
     if given is not None:
-        words += ["--calibration", calibration, f"--samples={samples}", *([] if seqlen is None else [f"--seqlen={seqlen}"])]
+        sizes = {"--samples": samples, "--seqlen": seqlen}
+        words += ["--calibration", calibration, *(f"{name}={size}" for name, size in sizes.items() if size is not None)]
     study = failure_study(subjects, chosen, text, parts=wanted, artifact=artifact, command=shlex.join(words))
     carry_out(study, out, dry_run=dry_run, as_json=as_json)

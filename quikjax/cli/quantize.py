@@ -34,9 +34,12 @@ def quantize(
     method: Method = None,
     keep: Keep = None,
     calibration: Annotated[str, typer.Option(help="A UTF-8 text file, pydoc, or wikitext2.")] = "pydoc",
-    samples: Annotated[int, typer.Option(help="Calibration sequences.")] = 16,
+    samples: Annotated[
+        int | None, typer.Option(help="Calibration sequences; left out, 16, of an encoder as many as make 8192 tokens.")
+    ] = None,
     seqlen: Annotated[
-        int | None, typer.Option(help="Tokens per calibration sequence; left out, 2048 or the model's context.")
+        int | None,
+        typer.Option(help="Tokens per calibration sequence; left out, 2048 or the model's context, of an encoder 128."),
     ] = None,
     activation_memory: Annotated[
         float | None,
@@ -67,7 +70,7 @@ def quantize(
     from quikjax.cli.printing import ProgressLines, duration, megabytes, print_json, say
     from quikjax.loading import open_source
     from quikjax.models.registry import abstract_model, dotted, pure_params
-    from quikjax.quantizing.calibration import calibration_tokens
+    from quikjax.quantizing.calibration import calibration_size, calibration_tokens
     from quikjax.quantizing.checkpoint import quantize_checkpoint
     from quikjax.quantizing.memory import default_activation_bytes
     from quikjax.reports.sizes import size_of_artifact, sizes_of_layers
@@ -77,7 +80,7 @@ def quantize(
     source = open_source(model)
     abstract = abstract_model(source.config, floating, context=context)
     check_kept(keep, dotted(pure_params(abstract)))
-    length = min(2048, abstract.config.context_length) if seqlen is None else seqlen
+    samples, length = calibration_size(abstract, samples, seqlen)
     say(f"model        {model}, activations and unquantized weights in {dtype}")
     given = {"outliers": outliers, "blocks of": block, "proxy outliers": proxy, "method": method}
     say("recipe       " + ", ".join([chosen.name, *(f"{name} {value}" for name, value in given.items() if value is not None)]))

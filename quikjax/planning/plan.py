@@ -26,6 +26,7 @@ from quikjax.planning.attention import AttentionPlan, plan_attention
 from quikjax.planning.rows import DensePlan, LayerPlan, Rows
 from quikjax.planning.switches import ProductTimes
 from quikjax.quantizing import memory
+from quikjax.quantizing.calibration import calibration_size
 from quikjax.quantizing.codebook_rule import wants_proxies
 from quikjax.quantizing.proxies import gaps
 from quikjax.quantizing.recipe import Recipe, Rule, find_recipe
@@ -204,7 +205,7 @@ def make_plan(
     dtype: Any = jnp.float32,
     batch: int = 1,
     length: int | None = None,
-    samples: int = 16,
+    samples: int | None = None,
     seqlen: int | None = None,
     activation_bytes: int | None = None,
     device: Device = devices.CPU,
@@ -219,7 +220,7 @@ def make_plan(
         source: the checkpoint; its headers are then compared with the configuration.
         dtype: of activations and of what stays unquantized.
         batch, length: texts at once, and tokens in each (prompt and continuation) when it runs; 2048 or the model's context.
-        samples, seqlen: calibration sequences and their length; 2048 or the model's context.
+        samples, seqlen: calibration sequences and their length; left out, as `quantizing.calibration.calibration_size` has it.
         activation_bytes: of host memory for activations; left out, a quarter of this machine's. What takes more is on disk.
         device, memory_bytes: where it runs, and what one such device holds.
         context: longest text in tokens, in place of what the configuration declares.
@@ -232,7 +233,7 @@ def make_plan(
     model = abstract_model(config, dtype, context=context)
     context = model.config.context_length
     length = min(2048, context) if length is None else length
-    seqlen = min(2048, context) if seqlen is None else seqlen
+    samples, seqlen = calibration_size(model, samples, seqlen)
     problems = _wrong_numbers(context, batch, length, samples, seqlen)
     if source is not None:
         try:

@@ -6,7 +6,25 @@ import numpy as np
 from jaxtyping import Int32
 
 from quikjax.models.base import CausalLM, Transformer
+from quikjax.models.encoder import Encoder
 from quikjax.texts import calibration_windows, framed_windows, tokenize
+
+_SAMPLES, _LENGTH = 16, 2048
+# Of an encoder. Its texts are short, and errors are smallest where calibration is on texts of the length that is read later
+# (benchmarks/notes-encoders.md): between sentences and pages.
+_ENCODER_TOKENS, _ENCODER_LENGTH = 8192, 128
+
+
+def calibration_size(model: Transformer, samples: int | None = None, seqlen: int | None = None) -> tuple[int, int]:
+    """The number of calibration sequences, and of tokens in each, where one or both are left out.
+
+    Of a model that decodes, 16 of 2048 tokens or the context; of an encoder 8192 tokens in all, 128 a sequence.
+    """
+    context = model.config.context_length
+    if not isinstance(model, Encoder):
+        return _SAMPLES if samples is None else samples, min(_LENGTH, context) if seqlen is None else seqlen
+    length = min(_ENCODER_LENGTH, context) if seqlen is None else seqlen
+    return max(1, _ENCODER_TOKENS // max(length, 1)) if samples is None else samples, length
 
 
 def calibration_tokens(

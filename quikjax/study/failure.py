@@ -41,7 +41,7 @@ from quikjax.loading.source import Source
 from quikjax.models.base import CausalLM, Transformer
 from quikjax.models.encoder import MASKED_LM, Encoder
 from quikjax.models.registry import abstract_model, dotted, nested, pure_params
-from quikjax.quantizing.calibration import calibration_tokens
+from quikjax.quantizing.calibration import calibration_size, calibration_tokens
 from quikjax.quantizing.model import quantize_model
 from quikjax.quantizing.recipe import Recipe
 from quikjax.study.failure_tables import charts, comparison, depth_chart, further, table
@@ -59,7 +59,7 @@ class Calibration:
     """Text and lengths to calibrate on, for a recipe that wants data."""
 
     text: Text
-    samples: int
+    samples: int | None
     seqlen: int | None
 
 
@@ -182,8 +182,8 @@ def masked_places(count: int, first: int, end: int) -> Int[np.ndarray, "count as
 
 
 def _calibration(model: Transformer, tokenizer: Any, given: Calibration) -> Int32[np.ndarray, "samples seqlen"]:
-    length = min(LONGEST, model.config.context_length) if given.seqlen is None else given.seqlen
-    return calibration_tokens(model, tokenizer, given.text.content, given.samples, length)
+    samples, length = calibration_size(model, given.samples, given.seqlen)
+    return calibration_tokens(model, tokenizer, given.text.content, samples, length)
 
 
 def recipe_of(artifact: str) -> Recipe:
