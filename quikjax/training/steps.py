@@ -103,7 +103,7 @@ def make_step(
 
 def dropout_key(settings: TrainSettings, index: int) -> Array | None:
     """The key of dropout in step `index`, counted from 0; none without dropout."""
-    return jax.random.fold_in(jax.random.key(settings.seed), index) if settings.dropout else None
+    return jax.random.fold_in(jax.random.key(settings.seed % 2**32), index) if settings.dropout else None
 
 
 def next_average(average: Any, values: Any, index: int, decay: float) -> Any:
