@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from quikjax.cli.options import Json, RecipeName, check_models
+from quikjax.cli.options import Json, RecipeName, Samples, SeqLen, check_models
 from quikjax.cli.study import DryRun, Out, carry_out
 from quikjax.errors import QuikError
 
@@ -23,12 +23,8 @@ def failure(
     windows: Annotated[int, typer.Option(help="How many windows, from the start of the text.")] = 3,
     parts: Annotated[str, typer.Option(help="Of each layer, with commas between them.")] = "both,weights,activations",
     calibration: Annotated[str, typer.Option(help="For recipes that need it: a UTF-8 text file, pydoc, ...")] = "pydoc",
-    samples: Annotated[
-        int | None, typer.Option(help="Calibration sequences; left out, 16, of an encoder as many as make 8192 tokens.")
-    ] = None,
-    seqlen: Annotated[
-        int | None, typer.Option(help="Tokens per calibration sequence; left out, 2048 or the context, of an encoder 128.")
-    ] = None,
+    samples: Samples = None,
+    seqlen: SeqLen = None,
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:

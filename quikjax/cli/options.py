@@ -34,6 +34,13 @@ RecipeName = Annotated[
         "quantile4, nf4, fp4; fp; or a .json file."
     ),
 ]
+Samples = Annotated[
+    int | None, typer.Option(help="Calibration sequences; left out, 16, of an encoder as many as make 8192 tokens.")
+]
+SeqLen = Annotated[
+    int | None,
+    typer.Option(help="Tokens per calibration sequence; left out, 2048 or the model's context, of an encoder 128."),
+]
 Outliers = Annotated[str | None, typer.Option(help="Columns in FP16: a count, or a fraction such as 0.0625 or 1/16.")]
 BlockSize = Annotated[
     str | None,

@@ -13,6 +13,8 @@ from quikjax.cli.options import (
     Outliers,
     Proxy,
     RecipeName,
+    Samples,
+    SeqLen,
     check_kept,
     check_models,
     choose_recipe,
@@ -37,12 +39,8 @@ def plan(
     keep: Keep = None,
     batch: Annotated[int, typer.Option(help="Texts at once when the result runs.")] = 1,
     length: Annotated[int | None, typer.Option(help="Tokens in each; left out, 2048 or the model's context.")] = None,
-    samples: Annotated[
-        int | None, typer.Option(help="Calibration sequences; left out, 16, of an encoder as many as make 8192 tokens.")
-    ] = None,
-    seqlen: Annotated[
-        int | None, typer.Option(help="Tokens in each; left out, 2048 or the model's context, of an encoder 128.")
-    ] = None,
+    samples: Samples = None,
+    seqlen: SeqLen = None,
     activation_memory: Annotated[
         float | None, typer.Option(help="As `quantize` takes it: GB of memory for activations; left out, a quarter of all.")
     ] = None,

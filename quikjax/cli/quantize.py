@@ -15,6 +15,8 @@ from quikjax.cli.options import (
     Outliers,
     Proxy,
     RecipeName,
+    Samples,
+    SeqLen,
     check_kept,
     check_models,
     choose_recipe,
@@ -34,13 +36,8 @@ def quantize(
     method: Method = None,
     keep: Keep = None,
     calibration: Annotated[str, typer.Option(help="A UTF-8 text file, pydoc, or wikitext2.")] = "pydoc",
-    samples: Annotated[
-        int | None, typer.Option(help="Calibration sequences; left out, 16, of an encoder as many as make 8192 tokens.")
-    ] = None,
-    seqlen: Annotated[
-        int | None,
-        typer.Option(help="Tokens per calibration sequence; left out, 2048 or the model's context, of an encoder 128."),
-    ] = None,
+    samples: Samples = None,
+    seqlen: SeqLen = None,
     activation_memory: Annotated[
         float | None,
         typer.Option(

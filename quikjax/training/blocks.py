@@ -215,7 +215,7 @@ BlockStep = Callable[[Array, tuple[Any, ...]], tuple[Array, tuple[Array, ...]]]
 def dropped(x: Float[Array, "*batch k"], share: float, key: Array) -> Float[Array, "*batch k"]:
     """`x` with zeros in a share of its places, drawn by `key`, and the others multiplied by `1 / (1 - share)`."""
     # 16 bits a number are enough to draw with, and half the work of 32.
-    kept = jax.random.bits(key, x.shape, jnp.uint16) >= round(share * 65536)
+    kept = jax.random.bits(key, x.shape, jnp.uint16) >= min(round(share * 65536), 65535)
     return jnp.where(kept, x / (1 - share), 0)
 
 

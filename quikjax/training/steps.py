@@ -23,7 +23,7 @@ from quikjax.training.moving import Moving
 from quikjax.training.train_settings import TrainSettings, optimizer
 
 
-def loss_and_parts(
+def total_loss(
     student: Skeleton,
     still: Tree,
     moving: Mapping[str, Moving],
@@ -89,7 +89,7 @@ def make_step(
         guide = None if teacher is None else (teacher, *taught, matching)
 
         def loss_of(moving: Any) -> Array:
-            return loss_and_parts(student, still, moving, guide, batch, settings, key)
+            return total_loss(student, still, moving, guide, batch, settings, key)
 
         loss, gradient = jax.value_and_grad(loss_of)(moving)
         squares = sum(jnp.vdot(leaf, leaf) for leaf in jax.tree.leaves(gradient))
@@ -114,9 +114,7 @@ def next_average(average: Any, values: Any, index: int, decay: float) -> Any:
     """
     if average is None:
         return None
-    return _mix(average, values, jnp.float32(1 - min(decay, (1 + index) / (10 + index))))
+    return _incremental_update(values, average, jnp.float32(1 - min(decay, (1 + index) / (10 + index))))
 
 
-@jax.jit
-def _mix(average: Any, values: Any, share: Array) -> Any:
-    return jax.tree.map(lambda mean, value: mean + share * (value - mean), average, values)
+_incremental_update = jax.jit(optax.incremental_update)

@@ -23,14 +23,14 @@ from quikjax.training.train import Trained, take_teacher, train
 from quikjax.training.train_settings import TrainSettings
 
 
-@given(share=strategies.floats(0.01, 0.9), seed=strategies.integers(0, 1000))
+@given(share=strategies.floats(0.01, 0.9) | strategies.just(0.999999), seed=strategies.integers(0, 1000))
 def test_dropout_leaves_the_mean(share: float, seed: int) -> None:
     x = np.random.default_rng(seed).uniform(1, 2, (40, 500)).astype(np.float32)
     y = np.asarray(blocks.dropped(jnp.asarray(x), share, jax.random.key(seed)))
     kept = y != 0
-    # Six standard errors of the share of zeros.
-    assert abs((~kept).mean() - share) < 6 * np.sqrt(share * (1 - share) / x.size) + 1e-5
-    np.testing.assert_allclose(y[kept], x[kept] / (1 - share), rtol=1e-6)
+    # Six standard errors of the share of zeros, and the 16 bits that it is drawn with.
+    assert abs((~kept).mean() - share) < 6 * np.sqrt(share * (1 - share) / x.size) + 1e-4
+    np.testing.assert_allclose(y[kept], x[kept] / (1 - share), rtol=1e-5)
 
 
 def test_the_average_is_its_equation() -> None:
